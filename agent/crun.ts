@@ -1,0 +1,131 @@
+/**
+ * crun(1), the OCI runtime that makes the containers. This is the only file that knows it.
+ *
+ * `create` makes everything up to the user's program and leaves the container's init behind, which waits on a FIFO; it
+ * inherits crun's own stdin, stdout and stderr. `start` lets it go on. `delete` removes what crun keeps, and the cgroup.
+ * As crun's stderr is the container's, its errors come through a log file. The log is text, not JSON: when the program
+ * turns out to be no program only after `start`, the container's init writes crun's message to the container's stderr,
+ * in the log's format, and there a user reads it.
+ */
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { readFileSync, rmSync } from 'node:fs';
+import { join } from 'node:path';
+import { AgentError } from './errors.ts';
+import type { Reaper } from './reaper.ts';
+
+/** File descriptors, or 'ignore' for /dev/null. */
+export type Stdio = readonly [stdin: number | 'ignore', stdout: number | 'ignore', stderr: number | 'ignore'];
+
+export interface CrunOptions {
+  /** The program; a name is looked up in PATH. */
+  readonly command: string;
+  /** Where crun keeps its state. */
+  readonly root: string;
+  readonly reaper: Reaper;
+}
+
+const noStdio: Stdio = ['ignore', 'ignore', 'ignore'];
+
+export class Crun {
+  readonly #options: CrunOptions;
+
+  constructor(options: CrunOptions) {
+    this.#options = options;
+  }
+
+  /**
+   * crun create. The caller holds the reaper meanwhile, and then watches the process.
+   *
+   * @param bundle the directory of config.json; crun's log and pid file go there, too
+   * @returns the process id of the container's init
+   * @throws AgentError invalid-argument with crun's reason; nothing of the container is left then
+   */
+  async create(id: string, bundle: string, stdio: Stdio): Promise<number> {
+    const pidFile = join(bundle, 'init.pid');
+    try {
+      await this.#run(['create', '--bundle', bundle, '--pid-file', pidFile, id], bundle, stdio);
+    } catch (error) {
+      if (error instanceof CrunFailure)
+        throw new AgentError('invalid-argument', explain(error.message, programOf(bundle)), { cause: error });
+      throw error;
+    }
+    return Number(readFileSync(pidFile, 'utf8'));
+  }
+
+  /** crun start. @throws AgentError internal with crun's reason */
+  async start(id: string, bundle: string): Promise<void> {
+    try {
+      await this.#run(['start', id], bundle, noStdio);
+    } catch (error) {
+      if (error instanceof CrunFailure)
+        throw new AgentError('internal', `cannot start container "${id}": ${error.message}`);
+      throw error;
+    }
+  }
+
+  /** crun delete --force: kills what is left of it. Deleting what is not there is no error. */
+  async delete(id: string, bundle: string): Promise<void> {
+    try {
+      await this.#run(['delete', '--force', id], bundle, noStdio);
+    } catch (error) {
+      if (error instanceof CrunFailure)
+        throw new AgentError('internal', `cannot delete container "${id}": ${error.message}`);
+      throw error;
+    }
+  }
+
+  async #run(args: readonly string[], bundle: string, stdio: Stdio): Promise<void> {
+    const { command, root, reaper } = this.#options;
+    const log = join(bundle, 'crun.log');
+    rmSync(log, { force: true });
+    const global = ['--root', root, '--cgroup-manager=cgroupfs', '--log', log, '--log-format', 'text'];
+    const child = spawn(command, [...global, ...args], { stdio: [...stdio], cwd: bundle });
+    reaper.leaveToNode(child);
+    let code: number | null;
+    let signal: NodeJS.Signals | null;
+    try {
+      [code, signal] = await once(child, 'exit');
+    } catch (error) {
+      throw new AgentError('internal', `cannot run ${command} in the guest: ${(error as Error).message}`, {
+        cause: error,
+      });
+    }
+    if (code === 0) return;
+    throw new CrunFailure(lastError(log) ?? `crun ${args[0]} ended with ${signal ?? `status ${code}`} and no message`);
+  }
+}
+
+class CrunFailure extends Error {}
+
+/** The last line of a crun log, its error; undefined when there is none. */
+function lastError(log: string): string | undefined {
+  try {
+    return readFileSync(log, 'utf8').trimEnd().split('\n').at(-1) || undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+/** The program that a bundle's config.json names. */
+function programOf(bundle: string): string {
+  try {
+    return JSON.parse(readFileSync(join(bundle, 'config.json'), 'utf8')).process.args[0];
+  } catch {
+    return '';
+  }
+}
+
+/**
+ * crun's reason in the words that users of runc and Docker know.
+ *
+ * @param program the first of the spec's args
+ */
+export function explain(message: string, program: string): string {
+  const missing = /^executable file `(.*)` not found/.exec(message)?.[1];
+  if (missing?.includes('/')) return `exec: "${missing}": stat ${missing}: no such file or directory`;
+  if (missing !== undefined) return `exec: "${missing}": executable file not found in $PATH`;
+  const unusable = /^open executable: (.*)$/.exec(message)?.[1];
+  if (unusable !== undefined) return `exec: "${program}": ${unusable.toLowerCase()}`;
+  return message;
+}

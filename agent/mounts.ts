@@ -1,0 +1,172 @@
+/**
+ * The mounts of a container's root filesystem: done in the order of the host's list, undone in reverse.
+ *
+ * The host decides what is mounted where; this file only finds the disk that carries a serial (a drive slot's name, the
+ * virtio disk shows it in sysfs) and splits options into mount(2)'s flags and its data, as mount(8) does.
+ */
+import { closeSync, mkdirSync, openSync, readdirSync, readFileSync, rmdirSync } from 'node:fs';
+import { dirname, join, resolve } from 'node:path';
+import type { Mount } from '../gen/kiln/agent/v1/agent.ts';
+import { SysError } from '../src/sys/error.ts';
+import * as sys from '../src/sys/mount.ts';
+import { syncfs } from '../src/sys/sync.ts';
+import { AgentError } from './errors.ts';
+
+/** Options of mount(8) that are flags of mount(2): what each sets, or clears. */
+const flagOptions: Record<string, { set?: number; clear?: number }> = {
+  defaults: {},
+  ro: { set: sys.MS_RDONLY },
+  rw: { clear: sys.MS_RDONLY },
+  nosuid: { set: sys.MS_NOSUID },
+  suid: { clear: sys.MS_NOSUID },
+  nodev: { set: sys.MS_NODEV },
+  dev: { clear: sys.MS_NODEV },
+  noexec: { set: sys.MS_NOEXEC },
+  exec: { clear: sys.MS_NOEXEC },
+  sync: { set: sys.MS_SYNCHRONOUS },
+  async: { clear: sys.MS_SYNCHRONOUS },
+  dirsync: { set: sys.MS_DIRSYNC },
+  noatime: { set: sys.MS_NOATIME },
+  atime: { clear: sys.MS_NOATIME },
+  nodiratime: { set: sys.MS_NODIRATIME },
+  diratime: { clear: sys.MS_NODIRATIME },
+  relatime: { set: sys.MS_RELATIME },
+  norelatime: { clear: sys.MS_RELATIME },
+  strictatime: { set: sys.MS_STRICTATIME },
+  bind: { set: sys.MS_BIND },
+  rbind: { set: sys.MS_BIND | sys.MS_REC },
+};
+
+/** Options as in mount(8), split as mount(2) takes them: later flags win over earlier ones, data keeps its order. */
+export function parseOptions(options: readonly string[]): { flags: number; data: string | null } {
+  let flags = 0;
+  const data: string[] = [];
+  for (const option of options) {
+    const flag = Object.hasOwn(flagOptions, option) ? flagOptions[option] : undefined;
+    if (flag === undefined) data.push(option);
+    else flags = (flags | (flag.set ?? 0)) & ~(flag.clear ?? 0);
+  }
+  return { flags, data: data.length === 0 ? null : data.join(',') };
+}
+
+/**
+ * The device of the virtio disk that carries `serial`.
+ *
+ * @param sysBlock where sysfs lists the block devices
+ * @throws AgentError internal, naming the serials that exist
+ */
+export function findDisk(serial: string, sysBlock = '/sys/block'): string {
+  const seen: string[] = [];
+  for (const name of readdirSync(sysBlock)) {
+    const found = readSerial(join(sysBlock, name, 'serial'));
+    if (found === serial) return `/dev/${name}`;
+    if (found !== '') seen.push(found);
+  }
+  throw new AgentError(
+    'internal',
+    `no disk with serial "${serial}" in the guest (there are: ${seen.sort().join(', ')})`,
+  );
+}
+
+/** Only virtio disks have the file. */
+function readSerial(path: string): string {
+  try {
+    return readFileSync(path, 'utf8').trim();
+  } catch {
+    return '';
+  }
+}
+
+/**
+ * Does one mount; what undoes it goes on `undo`, so that a failure later takes it back.
+ *
+ * @throws AgentError naming the target
+ */
+export function mountOne(mount: Mount, undo: AsyncDisposableStack): void {
+  const { target } = mount;
+  if (resolve(target) !== target)
+    throw new AgentError('invalid-argument', `mount target "${target}" is not an absolute path`);
+  const source = sourceOf(mount);
+  makeDirectories(target, undo);
+  const { flags, data } = parseOptions(mount.options);
+  try {
+    sys.mount(source, target, mount.type, flags, data);
+  } catch (error) {
+    const options = mount.options.join(',');
+    throw new AgentError('internal', `cannot mount ${mount.type} ${source} at ${target} (${options}): ${text(error)}`, {
+      cause: error,
+    });
+  }
+  undo.defer(() => unmount(target, (flags & (sys.MS_RDONLY | sys.MS_BIND)) === 0 && source.startsWith('/dev/')));
+  for (const directory of mount.directories) {
+    const path = resolve(target, directory);
+    if (!path.startsWith(`${target}/`)) {
+      throw new AgentError('invalid-argument', `directory "${directory}" is not inside the mount at ${target}`);
+    }
+    mkdirSync(path, { recursive: true, mode: 0o755 });
+  }
+}
+
+function sourceOf({ source, target }: Mount): string {
+  switch (source?.$case) {
+    case 'disk':
+      return findDisk(source.value);
+    case 'device':
+      return source.value;
+    case undefined:
+      throw new AgentError('invalid-argument', `the mount at ${target} has no source`);
+  }
+}
+
+/** mkdir -p; `undo` removes what this has made, and only that. */
+function makeDirectories(path: string, undo: AsyncDisposableStack): void {
+  const first = mkdirSync(path, { recursive: true, mode: 0o755 });
+  if (first === undefined) return;
+  undo.defer(() => {
+    for (let made = path; ; made = dirname(made)) {
+      rmdirSync(made);
+      if (made === first) return;
+    }
+  });
+}
+
+/**
+ * Unmounts. For a writable disk, everything is on the disk and its filesystem is marked clean when this returns, even if
+ * the kernel still holds the filesystem: a container's mount namespace is taken apart a little after its last process.
+ */
+async function unmount(target: string, writableDisk: boolean): Promise<void> {
+  if (writableDisk) {
+    await flush(target);
+    // A remount to read-only acts on the filesystem itself, in every mount namespace. It is refused while a file is open
+    // for writing, which flush has made harmless.
+    await ignoring('EBUSY', () => sys.mountAsync(null, target, null, sys.MS_REMOUNT | sys.MS_RDONLY, null));
+  }
+  try {
+    await sys.umount2Async(target, sys.UMOUNT_NOFOLLOW);
+  } catch (error) {
+    if (!(error instanceof SysError) || error.code !== 'EBUSY') throw error;
+    // Its content is safe (above); detached it goes as soon as the last user does.
+    sys.umount2(target, sys.MNT_DETACH | sys.UMOUNT_NOFOLLOW);
+  }
+}
+
+async function flush(target: string): Promise<void> {
+  const fd = openSync(target, 'r');
+  try {
+    await syncfs(fd);
+  } finally {
+    closeSync(fd);
+  }
+}
+
+async function ignoring(code: string, action: () => Promise<void>): Promise<void> {
+  try {
+    await action();
+  } catch (error) {
+    if (!(error instanceof SysError) || error.code !== code) throw error;
+  }
+}
+
+function text(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}

@@ -1,0 +1,154 @@
+/*
+ * kiln-standin: the host process whose pid containerd gets for a container that runs in a microVM.
+ *
+ *   kiln-standin NETNS_PATH|- ROOT_DIR ID        fd 3: a pipe or socket for the status
+ *
+ * People and tools do things to a container's pid: enter /proc/PID/ns/net, look through /proc/PID/root, send it
+ * signal 0, read its cgroup and oom_score. The VMM's pid would hand them the host's file system; this process has
+ * nothing to hand out. It joins the network namespace ("-": makes one, with lo up), shuts itself in the empty ROOT_DIR,
+ * drops every capability and every descriptor, says "ready\n" on fd 3 (or "error: text", and exits 1), and sleeps
+ * until it is killed by SIGTERM or SIGKILL. It outlives kilnd on purpose: kilnd finds it again after a restart.
+ * ID is not used: it is there to be seen in ps.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <linux/securebits.h>
+#include <net/if.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define STATUS_FD 3
+
+/* strerror and stdio are left out: they would double the private memory of every container's stand-in. */
+static void __attribute__((noreturn)) fail(const char *what, const char *which)
+{
+	const char *reason = strerrordesc_np(errno);
+	const char *const parts[] = {"error: ", what, " ", which, ": ", reason ? reason : "unknown error"};
+	char text[4096 + 256];
+	size_t length = 0;
+	for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+		size_t size = strnlen(parts[i], sizeof text - length);
+		memcpy(text + length, parts[i], size);
+		length += size;
+	}
+	(void)!write(STATUS_FD, text, length);
+	_exit(1);
+}
+
+static void make_netns(void)
+{
+	struct ifreq request = {.ifr_name = "lo"};
+	if (unshare(CLONE_NEWNET) < 0)
+		fail("cannot make a", "network namespace");
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		fail("cannot make a socket in the new", "network namespace");
+	if (ioctl(fd, SIOCGIFFLAGS, &request) < 0)
+		fail("cannot read the flags of", "lo");
+	request.ifr_flags |= IFF_UP;
+	if (ioctl(fd, SIOCSIFFLAGS, &request) < 0)
+		fail("cannot bring up", "lo");
+}
+
+static void join_netns(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		fail("cannot open the network namespace", path);
+	if (setns(fd, CLONE_NEWNET) < 0)
+		fail("cannot join the network namespace", path);
+}
+
+/* Checked, not trusted: whatever lies in ROOT_DIR is what `/proc/PID/root` shows to everybody. */
+static void enter_empty_root(const char *path)
+{
+	static char entries[512];
+	int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (fd < 0)
+		fail("cannot open the root folder", path);
+	for (;;) {
+		long length = syscall(SYS_getdents64, fd, entries, sizeof entries);
+		if (length < 0)
+			fail("cannot list the root folder", path);
+		if (length == 0)
+			break;
+		for (long at = 0; at < length;) {
+			const struct dirent64 *entry = (const struct dirent64 *)(entries + at);
+			if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0) {
+				errno = ENOTEMPTY;
+				fail("refused the root folder", path);
+			}
+			at += entry->d_reclen;
+		}
+	}
+	if (fchdir(fd) < 0 || chroot(".") < 0)
+		fail("cannot change the root to", path);
+}
+
+static void drop_privileges(void)
+{
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+	struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {{0}};
+	if (prctl(PR_SET_SECUREBITS, SECURE_ALL_BITS | SECURE_ALL_LOCKS, 0, 0, 0) < 0)
+		fail("cannot lock the", "secure bits");
+	for (unsigned long capability = 0; prctl(PR_CAPBSET_READ, capability, 0, 0, 0) >= 0; capability++)
+		if (prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0)
+			fail("cannot drop the", "bounding set");
+	if (syscall(SYS_capset, &header, none) < 0) /* empties the ambient set too, capabilities(7) */
+		fail("cannot drop the", "capabilities");
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+		fail("cannot set", "no_new_privs");
+}
+
+static void reset_signals(void)
+{
+	sigset_t none;
+	for (int number = 1; number < NSIG; number++)
+		signal(number, SIG_DFL);
+	signal(SIGHUP, SIG_IGN);
+	signal(SIGINT, SIG_IGN);
+	signal(SIGPIPE, SIG_IGN);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+int main(int count, char **arguments)
+{
+	/* Without a descriptor 3 the first file we opened would take its number and get our status. */
+	if (count != 4 || fcntl(STATUS_FD, F_GETFD) < 0) {
+		static const char usage[] = "usage: kiln-standin NETNS_PATH|- ROOT_DIR ID 3>STATUS\n";
+		(void)!write(STDERR_FILENO, usage, sizeof usage - 1);
+		return 2;
+	}
+	reset_signals();
+	(void)setsid(); /* fails only where the one who started us has already done it */
+	if (prctl(PR_SET_NAME, "kiln-standin", 0, 0, 0) < 0)
+		fail("cannot set the", "process name");
+
+	if (strcmp(arguments[1], "-") == 0)
+		make_netns();
+	else
+		join_netns(arguments[1]);
+	enter_empty_root(arguments[2]);
+	drop_privileges();
+
+	if (syscall(SYS_close_range, 0u, (unsigned)STATUS_FD - 1, 0u) < 0 ||
+	    syscall(SYS_close_range, (unsigned)STATUS_FD + 1, ~0u, 0u) < 0)
+		fail("cannot close the", "descriptors");
+	/* Nobody at the other end: kilnd died while it started us, so nobody would ever end us. */
+	if (write(STATUS_FD, "ready\n", 6) != 6)
+		return 1;
+	close(STATUS_FD);
+	for (;;)
+		pause();
+}

@@ -1,0 +1,156 @@
+/**
+ * Kiln's configuration: one TOML file for the host, overridden container by container with `io.kiln.*` annotations
+ * (annotations.ts). Everything is checked when it is read: an unknown key or a wrong value is an error that names file,
+ * key, value and what is allowed, because a setting that is silently ignored is worse than a start that fails.
+ */
+import { readFileSync } from 'node:fs';
+import { parse, TomlError } from 'smol-toml';
+import type { z } from 'zod';
+import { KilnError } from '../errors.ts';
+import { type KilnPaths, type PathsOptions, pathsFromEnv } from './paths.ts';
+import { type ConfigFile, configFile, sections } from './schema.ts';
+import { closestMatch } from './suggest.ts';
+
+export interface KilnConfig {
+  readonly vm: {
+    /** The virtual machine monitor. */
+    readonly vmm: 'auto' | 'qemu';
+    /** Guest memory in MiB, unless an annotation or the container's memory limit asks for more. */
+    readonly memoryMib: number;
+    /** Guest CPUs, unless an annotation or the container's CPU limit asks for more. */
+    readonly vcpus: number;
+    /** `default`, `minimal`, or the absolute path of a kernel. */
+    readonly kernel: string;
+    /** Absolute path of an initrd that replaces the one belonging to the kernel. */
+    readonly initrd: string | undefined;
+    /** Seconds from spawning the VMM until the agent must have connected. */
+    readonly bootTimeoutS: number;
+    readonly accelerator: 'auto' | 'kvm' | 'tcg';
+    /** QEMU's program: a name on PATH or an absolute path. */
+    readonly qemu: string;
+    readonly channel: 'auto' | 'hybrid-vsock' | 'kernel-vsock';
+  };
+  readonly storage: {
+    /** Size limit of a container's writable layer in GiB. */
+    readonly writableSizeGib: number;
+  };
+  readonly daemon: {
+    /** Seconds without a container after which kilnd ends; 0 for never. */
+    readonly idleTimeoutS: number;
+    readonly logLevel: 'trace' | 'debug' | 'info' | 'warn' | 'error';
+  };
+}
+
+export interface LoadedConfig {
+  readonly config: KilnConfig;
+  readonly paths: KilnPaths;
+}
+
+/** Every setting at its default. */
+export const defaultConfig: KilnConfig = toConfig(configFile.parse({}));
+
+/**
+ * Reads the configuration that the environment points to.
+ *
+ * @throws KilnError not-found when KILN_CONFIG names a file that does not exist, permission-denied when the file cannot
+ * be read, invalid-argument for everything that is wrong in it.
+ */
+export function loadConfig(options: PathsOptions): LoadedConfig {
+  const paths = pathsFromEnv(options);
+  const text = readConfigFile(paths);
+  return { config: text === undefined ? defaultConfig : parseConfig(text, paths.configFile), paths };
+}
+
+/** The configuration in a TOML text; `file` is what error messages call it. */
+export function parseConfig(text: string, file: string): KilnConfig {
+  let table: Record<string, unknown>;
+  try {
+    table = parse(text);
+  } catch (error) {
+    if (!(error instanceof TomlError)) throw error;
+    // The first line is the reason; the rest repeats the place as a drawing of several lines.
+    const reason = error.message.split('\n', 1)[0]?.replace(/^Invalid TOML document: /, '');
+    throw new KilnError('invalid-argument', `${file}:${error.line}:${error.column}: not valid TOML: ${reason}`, {
+      cause: error,
+    });
+  }
+  const result = configFile.safeParse(table);
+  if (result.success) return toConfig(result.data);
+  throw new KilnError('invalid-argument', describeIssue(result.error.issues[0], table, file), { cause: result.error });
+}
+
+function readConfigFile({ configFile: file, configFileIsExplicit }: KilnPaths): string | undefined {
+  try {
+    return readFileSync(file, 'utf8');
+  } catch (error) {
+    const code = error instanceof Error && 'code' in error ? error.code : undefined;
+    if (code === 'ENOENT' && !configFileIsExplicit) return undefined;
+    if (code === 'ENOENT') {
+      throw new KilnError('not-found', `${file}: no such configuration file`, {
+        hint: 'KILN_CONFIG names it; unset the variable to use the default place',
+        cause: error,
+      });
+    }
+    if (code === 'EACCES') throw new KilnError('permission-denied', `${file}: permission denied`, { cause: error });
+    throw new KilnError('invalid-argument', `${file}: cannot be read: ${String(code ?? error)}`, { cause: error });
+  }
+}
+
+function describeIssue(issue: z.core.$ZodIssue | undefined, table: Record<string, unknown>, file: string): string {
+  if (issue === undefined) return `${file}: not a valid configuration`;
+  if (issue.code === 'unrecognized_keys') return unknownKey(issue.path.map(String), issue.keys[0] ?? '', table, file);
+  const path = issue.path.map(String);
+  const value = JSON.stringify(valueAt(table, path));
+  return `${file}: ${path.join('.')} = ${value}: must be ${allowedAt(path)}`;
+}
+
+function unknownKey(path: readonly string[], key: string, table: Record<string, unknown>, file: string): string {
+  const name = [...path, key].join('.');
+  if (path.length === 0) {
+    const known = Object.keys(sections);
+    // A setting without its section is the likelier mistake than a section by another name.
+    const home = Object.entries(sections).find(([, section]) => key in section.shape)?.[0];
+    const suggestion = home === undefined ? closestMatch(key, known) : `${home}.${key}`;
+    return `${file}: unknown ${isTable(table[key]) ? 'section' : 'key'} ${name}${didYouMean(suggestion)}; sections are ${known.join(', ')}`;
+  }
+  const known = Object.keys(sections[path[0] as keyof typeof sections].shape);
+  const value = JSON.stringify(valueAt(table, [...path, key]));
+  const suggestion = didYouMean(closestMatch(key, known));
+  return `${file}: unknown key ${name} = ${value}${suggestion}; keys of [${path.join('.')}] are ${known.join(', ')}`;
+}
+
+function didYouMean(suggestion: string | undefined): string {
+  return suggestion === undefined ? '' : `, did you mean ${suggestion}?`;
+}
+
+function allowedAt([section, key]: readonly string[]): string {
+  if (key === undefined) return 'a table';
+  const shape: Record<string, z.ZodType> = sections[section as keyof typeof sections].shape;
+  return shape[key]?.description ?? 'something else';
+}
+
+function valueAt(table: unknown, path: readonly string[]): unknown {
+  return path.reduce<unknown>((value, key) => (isTable(value) ? value[key] : undefined), table);
+}
+
+function isTable(value: unknown): value is Record<string, unknown> {
+  return typeof value === 'object' && value !== null && !Array.isArray(value);
+}
+
+function toConfig({ vm, storage, daemon }: ConfigFile): KilnConfig {
+  return {
+    vm: {
+      vmm: vm.vmm,
+      memoryMib: vm.memory_mib,
+      vcpus: vm.vcpus,
+      kernel: vm.kernel,
+      initrd: vm.initrd,
+      bootTimeoutS: vm.boot_timeout_s,
+      accelerator: vm.accelerator,
+      qemu: vm.qemu,
+      channel: vm.channel,
+    },
+    storage: { writableSizeGib: storage.writable_size_gib },
+    daemon: { idleTimeoutS: daemon.idle_timeout_s, logLevel: daemon.log_level },
+  };
+}

@@ -1,0 +1,75 @@
+/**
+ * The settings of config.toml: for each key its type, its default and, in words, what is allowed. The words are what an
+ * error message says, so they stand next to the rule that they describe. `config/kiln.toml` documents the same keys for
+ * users; a test compares the two.
+ */
+import { z } from 'zod';
+
+/** The sparse placeholder behind a drive slot has this size, and a guest never sees a disk grow beyond it. */
+const maxDiskGib = 1024;
+
+const absolutePath = z.string().regex(/^\/[^\0]*$/);
+
+/** Settings that an annotation may override, shared by both so that they can never drift apart. */
+export const memoryMib = z
+  .int()
+  .min(128)
+  .max(16 * 1024 * 1024);
+export const vcpus = z.int().min(1).max(255);
+export const writableSizeGib = z.int().min(1).max(maxDiskGib);
+
+export const allowed = {
+  memoryMib: 'an integer from 128 to 16777216 (MiB)',
+  vcpus: 'an integer from 1 to 255',
+  writableSizeGib: `an integer from 1 to ${maxDiskGib} (GiB)`,
+} as const;
+
+const vm = z.strictObject({
+  vmm: z.enum(['auto', 'qemu']).default('auto').describe('"auto" or "qemu"'),
+  memory_mib: memoryMib.default(512).describe(allowed.memoryMib),
+  vcpus: vcpus.default(1).describe(allowed.vcpus),
+  kernel: z
+    .union([z.enum(['default', 'minimal']), absolutePath])
+    .default('default')
+    .describe('"default", "minimal" or the absolute path of a kernel'),
+  initrd: absolutePath.optional().describe('an absolute path'),
+  boot_timeout_s: z.int().min(1).max(3600).default(60).describe('an integer from 1 to 3600 (seconds)'),
+  accelerator: z.enum(['auto', 'kvm', 'tcg']).default('auto').describe('"auto", "kvm" or "tcg"'),
+  qemu: z
+    .string()
+    .regex(/^(\/[^\0]*|[^/\0]+)$/)
+    .default('qemu-system-x86_64')
+    .describe('the name of a program on PATH or an absolute path'),
+  channel: z
+    .enum(['auto', 'hybrid-vsock', 'kernel-vsock'])
+    .default('auto')
+    .describe('"auto", "hybrid-vsock" or "kernel-vsock"'),
+});
+
+const storage = z.strictObject({
+  writable_size_gib: writableSizeGib.default(10).describe(allowed.writableSizeGib),
+});
+
+const daemon = z.strictObject({
+  idle_timeout_s: z
+    .int()
+    .min(0)
+    .max(7 * 24 * 3600)
+    .default(300)
+    .describe('an integer from 0 (never) to 604800 (seconds)'),
+  log_level: z
+    .enum(['trace', 'debug', 'info', 'warn', 'error'])
+    .default('info')
+    .describe('"trace", "debug", "info", "warn" or "error"'),
+});
+
+/** The sections of the file. A missing section is a section of defaults. */
+export const sections = { vm, storage, daemon } as const;
+
+export const configFile = z.strictObject({
+  vm: vm.prefault({}).describe('a table'),
+  storage: storage.prefault({}).describe('a table'),
+  daemon: daemon.prefault({}).describe('a table'),
+});
+
+export type ConfigFile = z.output<typeof configFile>;

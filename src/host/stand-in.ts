@@ -1,0 +1,37 @@
+import { mkdir } from 'node:fs/promises';
+import path from 'node:path';
+import { KilnError } from '../errors.ts';
+import { type HelperProcess, startHelper } from './helper-process.ts';
+
+export interface StandInOptions {
+  /** The kiln-standin program. */
+  readonly program: string;
+  /** The container's id, shown in the process list. */
+  readonly id: string;
+  /** The sandbox's private directory. */
+  readonly directory: string;
+}
+
+/**
+ * Starts the process whose pid containerd gets for a container. It sits in a network namespace of its own with an
+ * empty directory as its root, so that whatever a client does with the pid (`/proc/<pid>/root`, `/proc/<pid>/ns/net`,
+ * `kill -0`) meets the right and harmless thing. It lives until it is killed.
+ */
+export async function startStandIn(options: StandInOptions): Promise<HelperProcess> {
+  const root = path.join(options.directory, 'empty-root');
+  await mkdir(root, { recursive: true, mode: 0o755 });
+  const standIn = await startHelper({
+    program: options.program,
+    // "-": a new network namespace.
+    args: ['-', root, options.id],
+    logFile: path.join(options.directory, 'standin.log'),
+    title: 'the stand-in',
+    hint: 'run `npm run build`',
+    statusPipe: true,
+  });
+  const status = (await standIn.status).trim();
+  if (status === 'ready') return standIn;
+  await standIn.kill();
+  const reason = status.replace(/^error: /, '') || standIn.lastWords() || 'it ended at once';
+  throw new KilnError('internal', `cannot start the container's stand-in process: ${reason}`);
+}

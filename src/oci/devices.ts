@@ -1,0 +1,33 @@
+import { KilnError } from '../errors.ts';
+import type { Device } from './spec.ts';
+
+/** Devices that the guest has under the same numbers, and that are the same everywhere. Linux admin-guide/devices.txt. */
+const guestDevices: Readonly<Record<string, string>> = {
+  'c 1:3': 'null',
+  'c 1:5': 'zero',
+  'c 1:7': 'full',
+  'c 1:8': 'random',
+  'c 1:9': 'urandom',
+  'c 5:0': 'tty',
+  'c 5:1': 'console',
+  'c 5:2': 'ptmx',
+};
+
+/**
+ * linux.devices: device nodes that mean the same in the guest, and FIFOs, are made there. The numbers of any other
+ * device name hardware of the host; in the guest they name nothing, or another device.
+ *
+ * @throws KilnError unimplemented, naming the device
+ */
+export function translateDevices(devices: readonly Device[], path: string): readonly Device[] {
+  for (const { path: node, type, major = 0, minor = 0 } of devices) {
+    if (type === 'p') continue;
+    if (!['c', 'u', 'b'].includes(type)) {
+      throw new KilnError('invalid-argument', `${path}: ${node} has the unknown type "${type}"`);
+    }
+    const number = `${type === 'u' ? 'c' : type} ${major}:${minor}`;
+    if (Object.hasOwn(guestDevices, number)) continue;
+    throw new KilnError('unimplemented', `${path}: ${node} (${number}) is a device of the host, not of the guest`);
+  }
+  return devices;
+}

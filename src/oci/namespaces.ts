@@ -1,0 +1,42 @@
+import { KilnError } from '../errors.ts';
+import type { Namespace } from './spec.ts';
+
+/** Namespaces that crun 1.8 knows by these names. */
+const known = new Set(['pid', 'network', 'mount', 'ipc', 'uts', 'user', 'cgroup', 'time']);
+
+/** Without these the container would share with the host what a virtual machine cannot share. */
+const required: Readonly<Record<string, string>> = {
+  network: "the host's network",
+  pid: "the host's processes",
+  ipc: "the host's IPC objects",
+  uts: "the host's hostname",
+  mount: "the host's mounts",
+};
+
+/**
+ * linux.namespaces: new ones are made in the guest, except the network's, which is the guest's own: it is where the
+ * virtual machine's network card is. A cgroup namespace is always made, because outside of one the container would see
+ * the agent's cgroups.
+ *
+ * @throws KilnError invalid-argument when a namespace is shared with the host, is unknown or comes twice; unimplemented
+ * when one is to be joined
+ */
+export function translateNamespaces(namespaces: readonly Namespace[], path: string): readonly Namespace[] {
+  const types = new Set<string>();
+  for (const { type, path: joined } of namespaces) {
+    if (!known.has(type)) throw new KilnError('invalid-argument', `${path}: unknown namespace "${type}"`);
+    if (types.has(type)) throw new KilnError('invalid-argument', `${path}: namespace "${type}" is listed twice`);
+    types.add(type);
+    if (joined !== undefined && joined !== '') {
+      throw new KilnError('unimplemented', `${path}: joining a ${type} namespace is not supported yet: ${joined}`);
+    }
+  }
+  for (const [type, shared] of Object.entries(required)) {
+    if (types.has(type)) continue;
+    throw new KilnError('invalid-argument', `a container in a virtual machine cannot share ${shared}`, {
+      hint: `the spec has no ${type} namespace`,
+    });
+  }
+  const guestNamespaces = namespaces.filter(({ type }) => type !== 'network');
+  return types.has('cgroup') ? guestNamespaces : [...guestNamespaces, { type: 'cgroup' }];
+}

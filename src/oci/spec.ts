@@ -1,0 +1,85 @@
+/**
+ * The parts of the OCI runtime-spec (config.json, version 1.0 to 1.3) that Kiln looks at.
+ *
+ * Source: github.com/opencontainers/runtime-spec, specs-go/config.go. A spec may hold more than these types say; what
+ * is not here goes to the guest's crun as it came.
+ */
+import type { Integer } from './json.ts';
+
+export interface Spec {
+  readonly ociVersion: string;
+  readonly process: Process;
+  readonly root: Root;
+  readonly hostname?: string | undefined;
+  readonly mounts?: readonly Mount[] | undefined;
+  /** Lists of hooks by the moment they run at: prestart, createRuntime, createContainer, … */
+  readonly hooks?: Readonly<Record<string, readonly Hook[]>> | undefined;
+  readonly annotations?: Readonly<Record<string, string>> | undefined;
+  readonly linux?: Linux | undefined;
+}
+
+export interface Process {
+  readonly terminal?: boolean | undefined;
+  readonly args: readonly string[];
+  readonly env?: readonly string[] | undefined;
+  /** Absolute path in the container. */
+  readonly cwd: string;
+  readonly user?: { readonly uid?: Integer | undefined; readonly gid?: Integer | undefined } | undefined;
+  readonly apparmorProfile?: string | undefined;
+  readonly selinuxLabel?: string | undefined;
+}
+
+export interface Root {
+  /** Absolute, or relative to the bundle. */
+  readonly path: string;
+  readonly readonly?: boolean | undefined;
+}
+
+export interface Mount {
+  readonly destination: string;
+  readonly type?: string | undefined;
+  readonly source?: string | undefined;
+  readonly options?: readonly string[] | undefined;
+}
+
+export interface Hook {
+  readonly path: string;
+}
+
+export interface Linux {
+  readonly namespaces?: readonly Namespace[] | undefined;
+  readonly devices?: readonly Device[] | undefined;
+  readonly cgroupsPath?: string | undefined;
+  readonly resources?: Resources | undefined;
+  readonly sysctl?: Readonly<Record<string, string>> | undefined;
+}
+
+export interface Namespace {
+  readonly type: string;
+  /** An existing namespace to join, in place of a new one. */
+  readonly path?: string | undefined;
+}
+
+export interface Device {
+  readonly path: string;
+  /** c and u: character device, b: block device, p: FIFO. */
+  readonly type: string;
+  readonly major?: Integer | undefined;
+  readonly minor?: Integer | undefined;
+}
+
+export interface Resources {
+  /** Rules of the device cgroup. */
+  readonly devices?: readonly object[] | undefined;
+  readonly memory?: { readonly limit?: Integer | undefined } | undefined;
+  readonly cpu?:
+    | {
+        /** Microseconds of CPU time in each period; not positive for no limit. */
+        readonly quota?: Integer | undefined;
+        /** Microseconds. */
+        readonly period?: Integer | undefined;
+      }
+    | undefined;
+  /** cgroup v2 files and what to write into them. */
+  readonly unified?: Readonly<Record<string, string>> | undefined;
+}

@@ -1,0 +1,80 @@
+/** How large a container's virtual machine has to be. */
+import { availableParallelism, totalmem } from 'node:os';
+import { parseAnnotations } from '../config/annotations.ts';
+import type { KilnConfig } from '../config/config.ts';
+import { KilnError } from '../errors.ts';
+import type { Spec } from './spec.ts';
+
+export interface VmSize {
+  /** Guest memory in MiB. */
+  readonly memoryMib: number;
+  readonly vcpus: number;
+}
+
+export interface HostSize {
+  /** MemTotal in MiB. */
+  readonly memoryMib: number;
+  /** CPUs that this process may run on. */
+  readonly cpus: number;
+}
+
+/** What the guest's kernel, agent and page tables need beside the container's own limit. */
+export const guestOverheadMib = 128;
+
+const mib = 1024 * 1024;
+
+/** The kernel's default of cpu.max: 100 ms. Documentation/admin-guide/cgroup-v2.rst. */
+const defaultPeriodUs = 100_000;
+
+/** Runtimes write "unlimited" as -1 or as a number near 2^63 (v1's PAGE_COUNTER_MAX); no host has 2^60 bytes. */
+const unlimitedBytes = 2 ** 60;
+
+/**
+ * The VM's memory and CPUs: as the annotation says, else what the configuration says, but at least what the container's
+ * own limits allow it to use.
+ *
+ * @throws KilnError invalid-argument for a bad annotation, resource-exhausted when the host is too small
+ */
+export function vmSize(config: KilnConfig, spec: Spec, host: HostSize = thisHost()): VmSize {
+  const annotations = parseAnnotations(spec.annotations);
+  return {
+    memoryMib: memory(config, spec, annotations.memoryMib, host),
+    vcpus: cpus(config, spec, annotations.vcpus, host),
+  };
+}
+
+export function thisHost(): HostSize {
+  return { memoryMib: Math.floor(totalmem() / mib), cpus: availableParallelism() };
+}
+
+function memory(config: KilnConfig, spec: Spec, annotated: number | undefined, host: HostSize): number {
+  const limitMib = memoryLimitMib(spec);
+  const forLimit = limitMib === undefined ? 0 : limitMib + guestOverheadMib;
+  const wanted = annotated ?? Math.max(config.vm.memoryMib, forLimit);
+  if (wanted <= host.memoryMib) return wanted;
+  let reason: string;
+  if (annotated !== undefined) reason = `annotation io.kiln.memory_mib=${annotated}`;
+  else if (wanted === config.vm.memoryMib) reason = `vm.memory_mib = ${wanted} in Kiln's configuration`;
+  else reason = `the memory limit of ${limitMib} MiB and ${guestOverheadMib} MiB for the guest itself`;
+  throw new KilnError('resource-exhausted', `${reason}: more than the host's ${host.memoryMib} MiB of memory`);
+}
+
+function cpus(config: KilnConfig, spec: Spec, annotated: number | undefined, host: HostSize): number {
+  if (annotated !== undefined) {
+    if (annotated <= host.cpus) return annotated;
+    throw new KilnError('resource-exhausted', `annotation io.kiln.vcpus=${annotated}: the host has ${host.cpus} CPUs`);
+  }
+  return Math.min(Math.max(config.vm.vcpus, cpuLimit(spec)), host.cpus);
+}
+
+function memoryLimitMib(spec: Spec): number | undefined {
+  const limit = Number(spec.linux?.resources?.memory?.limit ?? 0);
+  return limit > 0 && limit < unlimitedBytes ? Math.ceil(limit / mib) : undefined;
+}
+
+/** CPUs that the quota allows to keep busy; 0 for no quota. */
+function cpuLimit(spec: Spec): number {
+  const { quota = 0, period = 0 } = spec.linux?.resources?.cpu ?? {};
+  if (quota <= 0) return 0;
+  return Math.ceil(Number(quota) / (period > 0 ? Number(period) : defaultPeriodUs));
+}

@@ -1,0 +1,62 @@
+import type { PreparedRootfs } from './store.ts';
+
+/** One mount of a container's root filesystem, in the guest's terms; done in the order of the list. */
+export interface RootfsMount {
+  /** A disk of the VM by its slot name, or any other source for mount(2). */
+  readonly source: { readonly disk: string } | { readonly device: string };
+  readonly target: string;
+  readonly type: 'erofs' | 'ext4' | 'overlay';
+  readonly options: readonly string[];
+  /** Directories below target to create after the mount. */
+  readonly directories: readonly string[];
+}
+
+/** The slots (virtio serials) behind which the container's disks were put. */
+export interface RootfsSlots {
+  readonly lower: string;
+  /** Not looked at when the root filesystem has no writable disk. */
+  readonly writable?: string | undefined;
+}
+
+/** The guest directory of a container's root filesystem: root.path of its spec in the guest. */
+export function guestRootDirectory(containerId: string): string {
+  return `/run/kiln/roots/${containerId}/rootfs`;
+}
+
+/** The mounts that make a container's root filesystem at `guestRootDirectory(containerId)`. */
+export function guestMounts(
+  prepared: Pick<PreparedRootfs, 'lower' | 'writable'>,
+  containerId: string,
+  slots: RootfsSlots,
+): RootfsMount[] {
+  const base = `/run/kiln/roots/${containerId}`;
+  const root = guestRootDirectory(containerId);
+  const erofs = (target: string): RootfsMount => ({
+    source: { disk: slots.lower },
+    target,
+    type: 'erofs',
+    options: ['ro'],
+    directories: [],
+  });
+  if (prepared.writable === null) return [erofs(root)];
+  if (slots.writable === undefined) throw new Error(`the writable disk of container ${containerId} is behind no slot`);
+  return [
+    erofs(`${base}/lower`),
+    {
+      source: { disk: slots.writable },
+      target: `${base}/rw`,
+      type: 'ext4',
+      // noinit_itable: the file is sparse, so its inode tables are zero already; the kernel's background thread would
+      // write them out in full. discard: deleted files give their space back to the host.
+      options: ['rw', 'relatime', 'noinit_itable', 'discard'],
+      directories: ['upper', 'work'],
+    },
+    {
+      source: { device: 'overlay' },
+      target: root,
+      type: 'overlay',
+      options: [`lowerdir=${base}/lower`, `upperdir=${base}/rw/upper`, `workdir=${base}/rw/work`],
+      directories: [],
+    },
+  ];
+}

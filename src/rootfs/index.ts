@@ -1,0 +1,10 @@
+export { guestMounts, guestRootDirectory, type RootfsMount, type RootfsSlots } from './guest-mounts.ts';
+export {
+  type BundleRoot,
+  type LowerSource,
+  planRootfs,
+  type RootfsPlan,
+  type SnapshotMount,
+  type WritableSource,
+} from './plan.ts';
+export { type Disk, type PreparedRootfs, type PrepareOptions, RootfsStore, type RootfsStoreOptions } from './store.ts';

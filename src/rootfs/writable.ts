@@ -1,0 +1,224 @@
+import { constants, mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { type FileHandle, open, readdir, readFile, realpath, rename, rm, writeFile } from 'node:fs/promises';
+import { basename, dirname, join } from 'node:path';
+import type { Logger } from 'pino';
+import { KilnError } from '../errors.ts';
+import { errnoCode, fileError } from './file-error.ts';
+import { type DirectoryIdentity, identifyDirectory, isStillThere, snapshotKey } from './identity.ts';
+import { type Lease, lease } from './lease.ts';
+import { ownerIsGone, uniqueSuffix } from './owner.ts';
+import type { WritableSource } from './plan.ts';
+import { lastLine, runTool } from './tool.ts';
+
+/** The file in a snapshot's work directory. overlayfs itself uses only `work` and `index` in there. */
+const fileName = 'kiln-rw.ext4';
+
+/** Below this the file could not hold its journal and inode tables. */
+const minSizeBytes = 64 * 1024 * 1024;
+
+/** From here on the journal has the bigger size. */
+const bigSizeBytes = 512 * 1024 * 1024;
+
+/** Position and value of s_magic in an ext4 superblock (fs/ext4/ext4.h); the superblock begins at byte 1024. */
+const magicPosition = 1024 + 0x38;
+const magicValue = 0xef53;
+
+/**
+ * Everything that mke2fs would take from the host's mke2fs.conf is said here, so that every host makes the same
+ * filesystem. `none` clears the defaults; what follows has been in every kernel since 4.x. Without resize_inode, with
+ * one backup superblock and one big journal-to-come (all zeros, which a sparse file has for free), the file takes
+ * 140 KiB of the host's disk whatever its size.
+ */
+const features =
+  'none,has_journal,ext_attr,dir_index,filetype,extent,64bit,flex_bg,sparse_super,sparse_super2,large_file,huge_file,' +
+  'dir_nlink,extra_isize,metadata_csum';
+
+export interface WritableOptions {
+  /** Size limit of the layer when it is made; an existing one keeps its own. */
+  readonly sizeBytes: number;
+  readonly signal: AbortSignal;
+}
+
+/**
+ * The writable layers: sparse ext4 files, one per container, which only guests ever mount. One is made at the
+ * container's first start and found again at the next. At most one user at a time.
+ */
+export class WritableLayers {
+  readonly #directory: string;
+  readonly #logger: Logger | undefined;
+  /** Real paths of the files that a sandbox uses. */
+  readonly #inUse = new Set<string>();
+
+  constructor(directory: string, logger: Logger | undefined) {
+    this.#directory = directory;
+    this.#logger = logger;
+    mkdirSync(directory, { recursive: true, mode: 0o700 });
+    removeStaleParts(directory, readdirSync(directory));
+  }
+
+  /**
+   * The layer of a source; makes it if there is none.
+   *
+   * @throws KilnError failed-precondition when a sandbox uses it, or when something else has its name
+   */
+  async acquire(source: WritableSource, options: WritableOptions): Promise<Lease> {
+    const { file, snapshot } = await this.#locate(source);
+    const claim = this.#claim(file);
+    try {
+      if (await isWritableLayer(file)) return claim;
+      if (snapshot !== undefined) await this.#writeRecord(file, snapshot);
+      await makeWritable(file, options);
+      return claim;
+    } catch (error) {
+      claim.release();
+      throw fileError(error, `cannot make the writable layer ${file}`);
+    }
+  }
+
+  /** A lease on a layer that a former kilnd had. @throws KilnError not-found, failed-precondition */
+  async adopt(file: string): Promise<Lease> {
+    const claim = this.#claim(file);
+    try {
+      if (await isWritableLayer(file)) return claim;
+      throw new KilnError('not-found', `the writable layer ${file} does not exist`);
+    } catch (error) {
+      claim.release();
+      throw error;
+    }
+  }
+
+  /** Removes the layers in the cache folder whose snapshot is gone and that nobody uses; returns the removed files. */
+  async collectGarbage(): Promise<string[]> {
+    const names = await readdir(this.#directory);
+    removeStaleParts(this.#directory, names);
+    const removed: string[] = [];
+    for (const name of names.filter((name) => name.endsWith('.json'))) {
+      const file = join(this.#directory, name.replace(/json$/, 'ext4'));
+      if (this.#inUse.has(file) || !(await this.#isGarbage(file))) continue;
+      // Somebody may have asked for it meanwhile; from here to the removal nothing is awaited.
+      if (this.#inUse.has(file)) continue;
+      rmSync(file, { force: true });
+      rmSync(join(this.#directory, name), { force: true });
+      removed.push(file);
+    }
+    return removed;
+  }
+
+  async #locate(source: WritableSource): Promise<{ file: string; snapshot?: DirectoryIdentity }> {
+    if (source.kind === 'of-snapshot') {
+      const snapshot = await identifyDirectory(source.snapshot, 'the snapshot');
+      return { file: join(this.#directory, `${snapshotKey(snapshot)}.ext4`), snapshot };
+    }
+    try {
+      return { file: join(await realpath(source.directory), fileName) };
+    } catch (error) {
+      throw fileError(error, `cannot use the work directory ${source.directory}`);
+    }
+  }
+
+  #claim(file: string): Lease {
+    if (this.#inUse.has(file)) {
+      throw new KilnError('failed-precondition', `the writable layer ${file} is in use by a running sandbox`, {
+        hint: 'two containers cannot run on one snapshot at a time',
+      });
+    }
+    this.#inUse.add(file);
+    return lease(file, () => this.#inUse.delete(file));
+  }
+
+  async #writeRecord(file: string, snapshot: DirectoryIdentity): Promise<void> {
+    const part = `${file}.${uniqueSuffix()}.part`;
+    await writeFile(part, JSON.stringify({ snapshot }), { flag: 'wx', mode: 0o600 });
+    await rename(part, file.replace(/ext4$/, 'json'));
+  }
+
+  async #isGarbage(file: string): Promise<boolean> {
+    let snapshot: DirectoryIdentity;
+    try {
+      ({ snapshot } = JSON.parse(await readFile(file.replace(/ext4$/, 'json'), 'utf8')) as {
+        snapshot: DirectoryIdentity;
+      });
+    } catch (error) {
+      this.#logger?.warn({ err: error, file }, 'cannot tell whose writable layer this is; it stays');
+      return false;
+    }
+    // This is somebody's data. A snapshotter's folder that is gone as a whole may just not be mounted yet.
+    const parent = await identifyDirectory(dirname(snapshot.path), 'the folder').catch(() => undefined);
+    return parent !== undefined && !(await isStillThere(snapshot, 'without-device'));
+  }
+}
+
+/**
+ * Whether there is a finished layer; false when there is nothing.
+ *
+ * @throws KilnError failed-precondition when there is anything else
+ */
+async function isWritableLayer(file: string): Promise<boolean> {
+  const foreign = (what: string) =>
+    new KilnError('failed-precondition', `${file} is ${what}, not a writable layer of Kiln`, {
+      hint: 'remove it if it is of no use, and start the container again',
+    });
+  let handle: FileHandle;
+  try {
+    // O_NONBLOCK: a FIFO of that name must not hold us.
+    handle = await open(file, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK);
+  } catch (error) {
+    if (errnoCode(error) === 'ENOENT') return false;
+    if (errnoCode(error) === 'ELOOP') throw foreign('a symbolic link');
+    throw fileError(error, `cannot open the writable layer ${file}`);
+  }
+  await using opened = handle;
+  if (!(await opened.stat()).isFile()) throw foreign('not a regular file');
+  const magic = Buffer.alloc(2);
+  await opened.read(magic, 0, 2, magicPosition);
+  if (magic.readUInt16LE() !== magicValue) throw foreign('not an ext4 filesystem');
+  return true;
+}
+
+/** Makes a layer beside its name and renames it, so that a half-made one never has the name. */
+async function makeWritable(file: string, { sizeBytes, signal }: WritableOptions): Promise<void> {
+  if (!Number.isSafeInteger(sizeBytes) || sizeBytes < minSizeBytes) {
+    throw new KilnError('invalid-argument', `a writable layer of ${sizeBytes} bytes is too small`, {
+      hint: `the least is ${minSizeBytes} bytes`,
+    });
+  }
+  const directory = dirname(file);
+  removeStaleParts(directory, await readdir(directory));
+  const part = join(directory, `${basename(file)}.${uniqueSuffix()}.part`);
+  try {
+    // 'wx+' is O_CREAT|O_EXCL, which follows no symbolic link (open(2)).
+    await using handle = await open(part, 'wx+', 0o600);
+    await handle.truncate(sizeBytes);
+    await format(part, sizeBytes, signal);
+    await handle.sync();
+    await rename(part, file);
+  } catch (error) {
+    await rm(part, { force: true });
+    throw error;
+  }
+}
+
+async function format(file: string, sizeBytes: number, signal: AbortSignal): Promise<void> {
+  const journalMib = sizeBytes >= bigSizeBytes ? 16 : 4;
+  const options = ['-F', '-q', '-t', 'ext4', '-b', '4096', '-I', '256', '-i', '16384', '-m', '0', '-O', features];
+  // The file is sparse, so what mke2fs leaves for later is zero already.
+  const extended = [
+    '-J',
+    `size=${journalMib}`,
+    '-E',
+    'lazy_itable_init=1,lazy_journal_init=1,nodiscard,num_backup_sb=0',
+  ];
+  const result = await runTool('mkfs.ext4', [...options, ...extended, file], { signal, hint: 'install e2fsprogs' });
+  if (result.code === 0) return;
+  const isFull = result.output.includes('No space left on device');
+  const message = `cannot make the writable layer ${file}: mkfs.ext4: ${lastLine(result)}`;
+  throw new KilnError(isFull ? 'resource-exhausted' : 'internal', message);
+}
+
+/** Removes what a kilnd left behind that was killed while it made a layer. */
+function removeStaleParts(directory: string, names: readonly string[]): void {
+  for (const name of names) {
+    const suffix = /\.ext4\.(\d+-\d+)-\d+\.part$/.exec(name)?.[1];
+    if (suffix !== undefined && ownerIsGone(suffix)) rmSync(join(directory, name), { force: true });
+  }
+}

@@ -1,0 +1,19 @@
+/**
+ * HTTP/2's flow control, for streams of 64 KiB to 1 MiB messages over one fast local connection.
+ *
+ * RFC 9113 starts with windows of 65,535 bytes, which cost a round trip for each chunk. Node takes bytes out of the
+ * connection's window as soon as they arrive and out of a stream's only when they are read, so a stream that nobody
+ * reads holds `streamWindow` bytes in the receiver and never holds up the others.
+ */
+
+/** Bytes that one stream may carry ahead of its reader; also about what an unread stream costs in memory. */
+export const streamWindow = 1 << 20;
+
+/** Bytes of all streams together that may be on their way. */
+export const connectionWindow = 4 << 20;
+
+/** Largest frame that we accept, in bytes: one chunk of 64 KiB in one frame rather than four (RFC 9113: 16 KiB at first). */
+export const maxFrameSize = 1 << 18;
+
+/** Largest message in bytes; more is RESOURCE_EXHAUSTED. An OCI spec can have a megabyte. */
+export const maxMessageBytes = 16 << 20;

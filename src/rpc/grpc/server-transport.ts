@@ -1,0 +1,64 @@
+/**
+ * A gRPC server on connections that already exist, each made by somebody else (the guest's agent dials its host and
+ * then *serves* on that connection). Nothing listens; see client-transport.ts for gRPC's wire format.
+ */
+import type { Http2Server, ServerHttp2Session } from 'node:http2';
+import type { Duplex } from 'node:stream';
+import { Server, ServerCredentials, type ServiceDefinition, type UntypedServiceImplementation } from '@grpc/grpc-js';
+import { connectionWindow, maxFrameSize, maxMessageBytes, streamWindow } from './limits.ts';
+
+/** What grpc-js does not offer as options: its HTTP/2 servers and what it makes them with. The version is pinned. */
+interface ServerInternals {
+  readonly commonServerOptions: { settings?: object };
+  readonly http2Servers: Map<Http2Server, unknown>;
+}
+
+/** A connection that is being served. */
+export interface ServedSocket extends Disposable {
+  /** Resolves when the connection has ended, from whatever side; never rejects. Its calls are cancelled then. */
+  readonly closed: Promise<void>;
+  /** Ends the connection at once, with its calls. */
+  close(): void;
+}
+
+/**
+ * Serves `implementation` on `socket`, and takes the socket over. One server per connection, so that an implementation
+ * can know what its connection has seen (an object made for it), and everything ends with it.
+ */
+export function serveOverSocket(
+  definition: ServiceDefinition,
+  implementation: UntypedServiceImplementation,
+  socket: Duplex,
+): ServedSocket {
+  const server = new Server({
+    'grpc.enable_channelz': 0,
+    'grpc.max_receive_message_length': maxMessageBytes,
+    'grpc.max_send_message_length': maxMessageBytes,
+  });
+  const internals = server as unknown as ServerInternals;
+  internals.commonServerOptions.settings = { initialWindowSize: streamWindow, maxFrameSize };
+  server.addService(definition, implementation);
+  const injector = server.createConnectionInjector(ServerCredentials.createInsecure());
+  const closed = new Promise<void>((resolve) => {
+    for (const http2Server of internals.http2Servers.keys()) {
+      http2Server.on('session', (session: ServerHttp2Session) => {
+        session.setLocalWindowSize(connectionWindow);
+        session.on('error', () => {});
+        session.on('close', () => socket.destroy());
+      });
+      // What the peer sends that is not HTTP/2 ends its connection, nothing else.
+      http2Server.on('sessionError', () => socket.destroy());
+    }
+    socket.on('error', () => {});
+    socket.on('close', () => {
+      server.forceShutdown();
+      resolve();
+    });
+  });
+  injector.injectConnection(socket);
+  const close = () => {
+    server.forceShutdown();
+    socket.destroy();
+  };
+  return { closed, close, [Symbol.dispose]: close };
+}

@@ -1,0 +1,46 @@
+import { KilnError } from '../errors.ts';
+
+/** How a container's init process ended. */
+export interface Exit {
+  /** 0 to 255; 128 + n when signal n ended it. */
+  readonly status: number;
+  readonly at: Date;
+}
+
+/**
+ * The life of a container:
+ *
+ *   created ──start──▶ running ──exit──▶ stopped ──delete──▶ deleted
+ *      └──────────────exit (killed)────────▲
+ *
+ * An action that a state forbids is refused here and nowhere else; the message names both.
+ */
+export type ContainerState =
+  | { readonly kind: 'created' }
+  | { readonly kind: 'running' }
+  | { readonly kind: 'stopped'; readonly exit: Exit }
+  | { readonly kind: 'deleted'; readonly exit: Exit };
+
+function refuse(id: string, action: string, state: ContainerState): KilnError {
+  return new KilnError('failed-precondition', `cannot ${action} container ${id}: it is ${state.kind}`);
+}
+
+export function requireStartable(id: string, state: ContainerState): void {
+  if (state.kind !== 'created') throw refuse(id, 'start', state);
+}
+
+/** containerd's contract: a signal to a process that has ended is NotFound, not FailedPrecondition. */
+export function requireSignalable(id: string, state: ContainerState): void {
+  if (state.kind === 'stopped' || state.kind === 'deleted') {
+    throw new KilnError('not-found', `container ${id}: process already finished`);
+  }
+}
+
+export function requireDeletable(id: string, state: ContainerState): void {
+  if (state.kind === 'running' || state.kind === 'deleted') throw refuse(id, 'delete', state);
+}
+
+/** The state after the init process ended; an exit that is already known stays. */
+export function afterExit(state: ContainerState, exit: Exit): ContainerState {
+  return state.kind === 'stopped' || state.kind === 'deleted' ? state : { kind: 'stopped', exit };
+}

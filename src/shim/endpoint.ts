@@ -1,0 +1,75 @@
+import { rm } from 'node:fs/promises';
+import net from 'node:net';
+import { KilnError } from '../errors.ts';
+import { TtrpcServer } from '../rpc/ttrpc/index.ts';
+import { toTtrpcStatus } from './status.ts';
+import { TaskService, type TaskServiceOptions } from './task-service.ts';
+
+export interface EndpointOptions extends TaskServiceOptions {
+  readonly socketPath: string;
+  /** Called whenever `busy` may have changed to false. */
+  readonly onQuiet: () => void;
+  /** Called once, when the endpoint is gone. */
+  readonly onDeleted: () => void;
+}
+
+/**
+ * What containerd takes for one shim: a Unix socket with the task service of one container. It exists from the
+ * launcher's `start` to its `delete`; connections may come and go meanwhile (containerd restarts).
+ */
+export class Endpoint {
+  readonly socketPath: string;
+  readonly namespace: string;
+  readonly id: string;
+  readonly #options: EndpointOptions;
+  readonly #service: TaskService;
+  readonly #ttrpc: TtrpcServer;
+  readonly #server: net.Server;
+
+  private constructor(options: EndpointOptions) {
+    this.#options = options;
+    this.socketPath = options.socketPath;
+    this.namespace = options.namespace;
+    this.id = options.id;
+    this.#service = new TaskService(options);
+    this.#ttrpc = new TtrpcServer(this.#service.table(), { toStatus: toTtrpcStatus, onClose: options.onQuiet });
+    this.#server = net.createServer((socket) => this.#ttrpc.serve(socket));
+  }
+
+  /** Resolves once containerd can connect. */
+  static async listen(options: EndpointOptions): Promise<Endpoint> {
+    const endpoint = new Endpoint(options);
+    // No endpoint has this path now, so a socket that lies there is a dead kilnd's.
+    await rm(options.socketPath, { force: true });
+    await new Promise<void>((resolve, reject) => {
+      endpoint.#server.once('error', (error) =>
+        reject(new KilnError('internal', `cannot listen on ${options.socketPath}: ${error.message}`, { cause: error })),
+      );
+      endpoint.#server.listen(options.socketPath, resolve);
+    });
+    return endpoint;
+  }
+
+  /** What containerd dials. */
+  get address(): string {
+    return `unix://${this.socketPath}`;
+  }
+
+  get hasTask(): boolean {
+    return this.#service.busy;
+  }
+
+  get busy(): boolean {
+    return this.#service.busy || this.#ttrpc.connectionCount > 0;
+  }
+
+  /** Ends the task, if it still lives, and the endpoint; returns what the launcher's `delete` prints. */
+  async delete(): Promise<Uint8Array> {
+    const response = await this.#service.forceDelete();
+    this.#server.close();
+    await this.#ttrpc.close();
+    await rm(this.socketPath, { force: true });
+    this.#options.onDeleted();
+    return response;
+  }
+}

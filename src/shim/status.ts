@@ -1,0 +1,29 @@
+import { Status } from '../../gen/containerd/task_types.ts';
+import type { Timestamp } from '../../gen/google/protobuf/timestamp.ts';
+import { grpcStatus, KilnError } from '../errors.ts';
+import type { CallStatus } from '../rpc/ttrpc/index.ts';
+import type { ContainerState } from '../sandbox/container-state.ts';
+
+/** What containerd is told of a thrown value. */
+export function toTtrpcStatus(error: unknown): CallStatus {
+  const known = KilnError.from(error);
+  return { code: grpcStatus[known.code], message: known.userMessage };
+}
+
+export function toTimestamp(date: Date): Timestamp {
+  const ms = date.getTime();
+  const seconds = Math.floor(ms / 1000);
+  return { seconds: BigInt(seconds), nanos: Math.round((ms - seconds * 1000) * 1e6) };
+}
+
+export function toTaskStatus(state: ContainerState): Status {
+  switch (state.kind) {
+    case 'created':
+      return Status.CREATED;
+    case 'running':
+      return Status.RUNNING;
+    case 'stopped':
+    case 'deleted':
+      return Status.STOPPED;
+  }
+}

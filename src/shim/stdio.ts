@@ -1,0 +1,211 @@
+/**
+ * The host's side of a process's stdin, stdout and stderr, as containerd's Create and Exec requests name them.
+ *
+ * Each is "" (none), the path of a FIFO that the client has made, the path of a file, or a URI; `docs/stdio.md` has the
+ * whole contract. In short: stdout and stderr are open from Create to Delete, whoever reads them; stdin is opened at
+ * Start, and ends by CloseIO.
+ *
+ * stdin is opened as late as Start because of how `ctr` and other clients send the end of stdin. When theirs ends, they
+ * call CloseIO, but only if the task exists already; and they begin to copy before Create. If we opened the FIFO in
+ * Create, a short input would be copied and ended before Create returns, CloseIO would never come, and the container
+ * would wait for ever (containerd issue 4489). A client cannot get past its first byte before we open the FIFO. And one
+ * that had no byte to send has closed its end by then, which `start` can see.
+ */
+import type { Stats } from 'node:fs';
+import { mkdir, stat } from 'node:fs/promises';
+import { dirname, isAbsolute } from 'node:path';
+import type { Readable, Writable } from 'node:stream';
+import { fileURLToPath } from 'node:url';
+import { KilnError } from '../errors.ts';
+import { FifoReader, FifoWriter } from './stdio-fifo.ts';
+import { FileWriter } from './stdio-file.ts';
+
+/** As in containerd's CreateTaskRequest and ExecProcessRequest. */
+export interface StdioPaths {
+  readonly stdin: string;
+  readonly stdout: string;
+  readonly stderr: string;
+  /** A terminal has one output: stderr is not looked at. */
+  readonly terminal: boolean;
+}
+
+export interface StdioOptions {
+  /** Told when output to a file is being lost. The process is not disturbed by it. */
+  readonly onError?: (name: StreamName, error: Error) => void;
+}
+
+type StreamName = 'stdin' | 'stdout' | 'stderr';
+
+export interface Stdio extends AsyncDisposable {
+  /** What the client sends. May be piped from the start; bytes come after `startStdin`. Null: /dev/null. */
+  readonly stdin: Readable | null;
+  /** Where the process's output goes, with back-pressure. Call `finish`, not `end`: both may be the same stream. */
+  readonly stdout: Writable | null;
+  /** The same stream as `stdout` when both have the same path. */
+  readonly stderr: Writable | null;
+  /**
+   * Opens stdin; to be called when the process is started. If no client holds its end at that moment, stdin ends at
+   * once, unless `clientMayReturn`: for a running process that is taken over after a restart of ours.
+   *
+   * @throws KilnError when the FIFO is gone
+   */
+  startStdin(options?: { readonly clientMayReturn?: boolean }): void;
+  /** CloseIO: stdin ends once the clients have closed their ends too and the pipe is empty. Any time, any number. */
+  closeStdin(): void;
+  /**
+   * After the last write: resolves when every byte is in the pipe or file and the readers have seen the end. Waits for as
+   * long as a reader stalls; `dispose` ends the wait.
+   */
+  finish(): Promise<void>;
+  /** Closes everything at once; unwritten bytes are lost. Any time, any number. Resolves when nothing is open. */
+  dispose(): Promise<void>;
+}
+
+/**
+ * Opens stdout and stderr, and checks stdin.
+ *
+ * @throws KilnError not-found for a path that does not exist, unimplemented for an unknown URI scheme, invalid-argument
+ */
+export async function openStdio(paths: StdioPaths, options: StdioOptions = {}): Promise<Stdio> {
+  const stdin = paths.stdin === '' ? null : await checkStdin(paths.stdin);
+  const stdout = await openOutput('stdout', paths.stdout, options);
+  if (paths.terminal || paths.stderr === '') return new OpenStdio(stdin, stdout, null);
+  if (paths.stderr === paths.stdout) return new OpenStdio(stdin, stdout, stdout);
+  try {
+    return new OpenStdio(stdin, stdout, await openOutput('stderr', paths.stderr, options));
+  } catch (error) {
+    stdout?.destroy();
+    throw error;
+  }
+}
+
+class OpenStdio implements Stdio {
+  readonly stdin: FifoReader | null;
+  readonly stdout: Writable | null;
+  readonly stderr: Writable | null;
+
+  constructor(stdin: FifoReader | null, stdout: Writable | null, stderr: Writable | null) {
+    this.stdin = stdin;
+    this.stdout = stdout;
+    this.stderr = stderr;
+    // A stream that fails is destroyed, which whoever uses it sees; without a listener it would end the daemon.
+    for (const stream of this.#streams()) stream.on('error', () => {});
+  }
+
+  startStdin({ clientMayReturn = false }: { readonly clientMayReturn?: boolean } = {}): void {
+    try {
+      this.stdin?.start({ endWithoutClient: !clientMayReturn });
+    } catch (error) {
+      throw cannotOpen('stdin', error);
+    }
+  }
+
+  closeStdin(): void {
+    this.stdin?.closeWriter();
+  }
+
+  async finish(): Promise<void> {
+    for (const stream of this.#streams()) {
+      if (stream === this.stdin) stream.destroy();
+      else (stream as Writable).end();
+    }
+    await this.#allClosed();
+  }
+
+  async dispose(): Promise<void> {
+    for (const stream of this.#streams()) stream.destroy();
+    await this.#allClosed();
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.dispose();
+  }
+
+  #streams(): Set<Readable | Writable> {
+    return new Set([this.stdin, this.stdout, this.stderr].filter((stream) => stream !== null));
+  }
+
+  async #allClosed(): Promise<void> {
+    const closed = (stream: Readable | Writable): Promise<void> =>
+      new Promise((resolve) => {
+        if (stream.closed) resolve();
+        else stream.once('close', resolve);
+      });
+    await Promise.all(Array.from(this.#streams(), closed));
+  }
+}
+
+async function checkStdin(path: string): Promise<FifoReader> {
+  requireAbsolute('stdin', path);
+  const status = await statOf('stdin', path);
+  if (status === undefined) throw missing('stdin', path);
+  if (!status.isFIFO()) throw new KilnError('invalid-argument', `stdin: ${path} is not a FIFO`);
+  return new FifoReader(path);
+}
+
+async function openOutput(name: StreamName, target: string, { onError }: StdioOptions): Promise<Writable | null> {
+  if (target === '') return null;
+  const { path, create } = outputPath(name, target);
+  const report = (error: Error): void => onError?.(name, error);
+  try {
+    if (create) await mkdir(dirname(path), { recursive: true });
+  } catch (error) {
+    throw cannotOpen(name, error);
+  }
+  const status = await statOf(name, path);
+  if (status === undefined && !create) throw missing(name, path);
+  try {
+    return status?.isFIFO() ? new FifoWriter(path) : new FileWriter(path, { create, onError: report });
+  } catch (error) {
+    throw cannotOpen(name, error);
+  }
+}
+
+/** A bare path must exist: the client makes the FIFO. A file:// URI is a place for us to make a file. */
+function outputPath(name: StreamName, target: string): { path: string; create: boolean } {
+  const scheme = /^([a-z][a-z0-9+.-]*):\/\//i.exec(target)?.[1]?.toLowerCase();
+  if (scheme === undefined) {
+    requireAbsolute(name, target);
+    return { path: target, create: false };
+  }
+  if (scheme !== 'file') {
+    throw new KilnError('unimplemented', `${name}: ${scheme}:// is not supported yet: ${target}`, {
+      hint: 'FIFOs, files and file:// are',
+    });
+  }
+  try {
+    return { path: fileURLToPath(target), create: true };
+  } catch (error) {
+    throw new KilnError('invalid-argument', `${name}: ${target} does not name a file of this host`, { cause: error });
+  }
+}
+
+function requireAbsolute(name: StreamName, path: string): void {
+  if (isAbsolute(path)) return;
+  throw new KilnError('invalid-argument', `${name}: ${path} is neither an absolute path nor a URI`);
+}
+
+/** Undefined when there is no such file. */
+async function statOf(name: StreamName, path: string): Promise<Stats | undefined> {
+  try {
+    return await stat(path);
+  } catch (error) {
+    if (errnoOf(error) === 'ENOENT') return undefined;
+    throw cannotOpen(name, error);
+  }
+}
+
+function missing(name: StreamName, path: string): KilnError {
+  return new KilnError('not-found', `${name}: ${path} does not exist`);
+}
+
+/** Node's own message has errno, call and path. */
+function cannotOpen(name: StreamName, error: unknown): KilnError {
+  const code = errnoOf(error) === 'ENOENT' ? 'not-found' : 'invalid-argument';
+  const reason = error instanceof Error ? error.message : String(error);
+  return new KilnError(code, `${name}: cannot be opened: ${reason}`, { cause: error });
+}
+
+function errnoOf(error: unknown): unknown {
+  return error instanceof Error && 'code' in error ? error.code : undefined;
+}

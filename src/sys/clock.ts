@@ -1,0 +1,27 @@
+import { check, declare } from './libc.ts';
+
+/** Clocks of clock_gettime(2), from linux/time.h. */
+export const CLOCK_REALTIME = 0;
+export const CLOCK_MONOTONIC = 1;
+export const CLOCK_BOOTTIME = 7;
+
+const NANOSECONDS = 1_000_000_000n;
+
+// struct timespec on 64-bit Linux: two 64-bit numbers, seconds and nanoseconds.
+type Arguments = [clockid: number, tp: BigInt64Array];
+const cClockGettime = declare<Arguments>('int clock_gettime(int clockid, int64_t *tp)');
+const cClockSettime = declare<Arguments>('int clock_settime(int clockid, const int64_t *tp)');
+
+/** clock_gettime(2), in nanoseconds. @throws SysError */
+export function clockGettime(clockid: number): bigint {
+  const tp = new BigInt64Array(2);
+  check(cClockGettime(clockid, tp), 'clock_gettime');
+  const [seconds = 0n, nanoseconds = 0n] = tp;
+  return seconds * NANOSECONDS + nanoseconds;
+}
+
+/** clock_settime(2), in nanoseconds. @throws SysError EPERM without CAP_SYS_TIME */
+export function clockSettime(clockid: number, time: bigint): void {
+  const tp = BigInt64Array.of(time / NANOSECONDS, time % NANOSECONDS);
+  check(cClockSettime(clockid, tp), 'clock_settime');
+}

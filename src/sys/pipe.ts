@@ -1,0 +1,52 @@
+import { Socket } from 'node:net';
+import { check, declare } from './libc.ts';
+
+/** Flag of open(2) on Linux. */
+const O_CLOEXEC = 0o2000000;
+
+const cPipe2 = declare<[pipefd: Int32Array, flags: number]>('int pipe2(int *pipefd, int flags)');
+
+/** Both ends of a pipe. */
+export interface Pipe {
+  readonly read: number;
+  readonly write: number;
+}
+
+/**
+ * pipe2(2) with O_CLOEXEC. A real pipe, not the socket pair that Node's child_process makes: only a pipe can be opened
+ * again through /dev/stdout.
+ *
+ * @returns two blocking file descriptors; the caller closes them
+ * @throws SysError
+ */
+export function pipe2(): Pipe {
+  const fds = new Int32Array(2);
+  check(cPipe2(fds, O_CLOEXEC), 'pipe2');
+  const [read = -1, write = -1] = fds;
+  return { read, write };
+}
+
+/** Reading without a new buffer for every chunk; net.Socket's `onread`. */
+export interface ReadInto {
+  readonly buffer: Uint8Array;
+  /** The first `length` bytes have been read. False pauses the stream, until `resume`. */
+  readonly callback: (length: number) => boolean;
+}
+
+/**
+ * One end of a pipe or FIFO as a stream that waits in epoll, not in a thread as `fs.ReadStream` does. Takes the
+ * descriptor over: destroying the stream closes it. The open file becomes non-blocking.
+ *
+ * Errors of the descriptor are thrown here (Node recognises the kind of file: a regular file is refused).
+ *
+ * @param into read into this buffer, and emit no 'data'
+ */
+export function socketFromFd(fd: number, direction: 'read' | 'write' | 'both', into?: ReadInto): Socket {
+  return new Socket({
+    fd,
+    readable: direction !== 'write',
+    writable: direction !== 'read',
+    allowHalfOpen: direction === 'both',
+    ...(into === undefined ? {} : { onread: into }),
+  });
+}

@@ -1,0 +1,44 @@
+import { accessSync, constants, existsSync, readFileSync } from 'node:fs';
+import { KilnError } from '../../errors.ts';
+
+export type Accelerator = 'kvm' | 'tcg';
+
+/** KVM modules with hardware behind them. `kvm_pvm` is not one: stock guest kernels do not reach init under it. */
+const hardwareKvmModules = ['kvm_intel', 'kvm_amd'];
+
+function kvmProblem(): string | undefined {
+  // On arm64 KVM is part of the kernel and has no module directory of a vendor.
+  const hardware = process.arch === 'arm64' || hardwareKvmModules.some((name) => existsSync(`/sys/module/${name}`));
+  if (!hardware) return `none of the kernel modules ${hardwareKvmModules.join(', ')} is loaded`;
+  try {
+    accessSync('/dev/kvm', constants.R_OK | constants.W_OK);
+    return undefined;
+  } catch (error) {
+    return `/dev/kvm cannot be opened: ${(error as NodeJS.ErrnoException).code ?? String(error)}`;
+  }
+}
+
+/**
+ * Chooses hardware virtualisation where it works, else software emulation, with the reason.
+ * Throws `failed-precondition` when KVM is demanded and missing.
+ */
+export function chooseAccelerator(wanted: 'auto' | Accelerator): { accelerator: Accelerator; reason: string } {
+  if (wanted === 'tcg') return { accelerator: 'tcg', reason: 'vm.accelerator = "tcg"' };
+  const problem = kvmProblem();
+  if (problem === undefined) return { accelerator: 'kvm', reason: 'hardware KVM is available' };
+  if (wanted === 'kvm') {
+    throw new KilnError('failed-precondition', `vm.accelerator is "kvm", but ${problem}`, {
+      hint: 'load the KVM module, or set vm.accelerator = "auto" to allow slow software emulation',
+    });
+  }
+  return { accelerator: 'tcg', reason: problem };
+}
+
+/**
+ * The host CPU's clock in kHz, for `tsc_early_khz`. Under TCG the guest's TSC calibration loops for ever in about half
+ * of all boots on microvm unless it is told the frequency. Undefined where /proc/cpuinfo does not say (arm64).
+ */
+export function hostTscKhz(): number | undefined {
+  const mhz = /^cpu MHz\s*:\s*([\d.]+)/m.exec(readFileSync('/proc/cpuinfo', 'utf8'))?.[1];
+  return mhz === undefined ? undefined : Math.round(Number(mhz) * 1000);
+}

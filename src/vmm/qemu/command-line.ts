@@ -1,0 +1,93 @@
+import { readOnlySlots, type SlotName, type VmConfig, writableSlots } from '../vmm.ts';
+import type { Accelerator } from './accelerator.ts';
+
+/** Size that the guest sees on an empty slot; the real file's size counts once one is attached. */
+const emptySlotBytes = 2 ** 40;
+
+/** Bytes of guest console that QEMU keeps; a power of two (qemu-options: ringbuf). */
+export const consoleBufferBytes = 64 * 1024;
+
+/**
+ * microvm has 24 virtio transports with ACPI (hw/i386/microvm.c), and the guest enumerates them from the last to the
+ * first. The low ones share interrupt lines with legacy devices: a disk on transport 0 never gets its interrupt.
+ */
+const lastTransport = 23;
+
+export type VsockDevice =
+  | { readonly kind: 'vhost-user'; readonly socket: string }
+  | { readonly kind: 'vhost-kernel'; readonly cid: number };
+
+export interface CommandLineOptions {
+  readonly config: VmConfig;
+  readonly accelerator: Accelerator;
+  readonly tscKhz: number | undefined;
+  readonly qmpSocket: string;
+  readonly vsock: VsockDevice;
+}
+
+/** The kernel's command line. `panic=-1` reboots at once on a panic, and `-no-reboot` turns that into a stop. */
+export function kernelCommandLine(options: CommandLineOptions): string {
+  const words = ['console=ttyS0', 'quiet', 'panic=-1', 'reboot=k', 'random.trust_cpu=on'];
+  if (options.accelerator === 'tcg' && options.tscKhz !== undefined) words.push(`tsc_early_khz=${options.tscKhz}`);
+  // Without an initrd the kernel mounts the guest image itself: it is the first disk that it finds.
+  if (options.config.initrd === undefined)
+    words.push('root=/dev/vda', 'rootfstype=erofs', 'ro', 'init=/sbin/kiln-init');
+  return words.join(' ');
+}
+
+function drive(node: string, readOnly: boolean, file: Record<string, unknown>, serial: string, transport: number) {
+  return [
+    '-blockdev',
+    JSON.stringify({ driver: 'raw', 'node-name': node, 'read-only': readOnly, file }),
+    '-device',
+    // The transport is given so that the guest image is the first disk whatever QEMU's default is.
+    `virtio-blk-device,drive=${node},serial=${serial},bus=virtio-mmio-bus.${transport}`,
+  ];
+}
+
+function emptySlot(name: SlotName, readOnly: boolean, transport: number): string[] {
+  const nothing = { driver: 'null-co', 'node-name': `${name}-empty`, size: emptySlotBytes, 'read-zeroes': true };
+  return drive(name, readOnly, nothing, name, transport);
+}
+
+/** QEMU's arguments for a microvm with placeholder drives, a console ring buffer, and a QMP connection to us. */
+export function qemuArguments(options: CommandLineOptions): string[] {
+  const { config, accelerator, vsock } = options;
+  const machine =
+    accelerator === 'kvm'
+      ? 'microvm,accel=kvm,acpi=on,rtc=on,memory-backend=mem'
+      : // Under TCG the guest needs the legacy timers to calibrate against.
+        'microvm,accel=tcg,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem';
+  let transport = lastTransport;
+  const guestImage = { driver: 'file', filename: config.guestImage, 'read-only': true };
+  const disks = [
+    ...drive('guest', true, guestImage, 'guest', transport--),
+    ...readOnlySlots.flatMap((name) => emptySlot(name, true, transport--)),
+    ...writableSlots.flatMap((name) => emptySlot(name, false, transport--)),
+  ];
+  const vsockDevice =
+    vsock.kind === 'vhost-user'
+      ? [
+          '-chardev',
+          `socket,id=vsock,path=${vsock.socket}`,
+          '-device',
+          `vhost-user-vsock-device,chardev=vsock,bus=virtio-mmio-bus.${transport--}`,
+        ]
+      : ['-device', `vhost-vsock-device,guest-cid=${vsock.cid},bus=virtio-mmio-bus.${transport--}`];
+  return [
+    ...['-name', `kiln-${config.id},debug-threads=on`, '-nodefaults', '-no-user-config', '-display', 'none'],
+    // A stopped guest is kept until we have read its console; then we end QEMU ourselves.
+    ...['-no-reboot', '-action', 'shutdown=pause,panic=pause'],
+    ...['-sandbox', 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'],
+    ...['-M', machine, '-cpu', accelerator === 'kvm' ? 'host' : 'max', '-smp', String(config.vcpus)],
+    ...['-m', `${config.memoryMib}M`],
+    // memfd and share=on: vhost-user backends map the guest's memory.
+    ...['-object', `memory-backend-memfd,id=mem,size=${config.memoryMib}M,share=on`],
+    ...['-kernel', config.kernel, ...(config.initrd === undefined ? [] : ['-initrd', config.initrd])],
+    ...['-append', kernelCommandLine(options)],
+    ...['-chardev', `ringbuf,id=console,size=${consoleBufferBytes}`, '-serial', 'chardev:console'],
+    ...['-chardev', `socket,id=qmp,path=${options.qmpSocket},reconnect=1`, '-mon', 'chardev=qmp,mode=control'],
+    ...disks,
+    ...vsockDevice,
+  ];
+}

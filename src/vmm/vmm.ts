@@ -1,0 +1,79 @@
+import type net from 'node:net';
+
+/**
+ * The seam between Kiln and a virtual machine monitor. Only the folders below `vmm/` know a VMM; everything else sees
+ * these types. What differs between VMMs is data (`VmmCapabilities`), never an `if` on a name.
+ */
+
+/** A drive that exists from the VM's start and gets a file put behind it later. The name is the guest's disk serial. */
+export type SlotName = `ro${number}` | `rw${number}`;
+
+/** Every VM has the same slots, so that a snapshot of one fits every container. */
+export const readOnlySlots: readonly SlotName[] = ['ro0', 'ro1', 'ro2', 'ro3', 'ro4', 'ro5', 'ro6', 'ro7'];
+export const writableSlots: readonly SlotName[] = ['rw0', 'rw1'];
+
+/** The vsock port on which the host awaits the agent's call. */
+export const agentPort = 1024;
+
+export interface VmConfig {
+  /** For logs and the process list. */
+  readonly id: string;
+  /** An existing private directory for the VM's sockets and logs; its owner removes it after `kill`. */
+  readonly directory: string;
+  readonly memoryMib: number;
+  readonly vcpus: number;
+  /** An uncompressed kernel with a PVH entry note (ELF vmlinux). */
+  readonly kernel: string;
+  /** Absent for a kernel that has everything built in. */
+  readonly initrd: string | undefined;
+  /** The read-only erofs image with the agent. */
+  readonly guestImage: string;
+}
+
+export interface VmExit {
+  /** The VMM's exit code, or null when a signal ended it. */
+  readonly code: number | null;
+  readonly signal: NodeJS.Signals | null;
+  /** True when the guest itself stopped (panic, reboot, power-off) and not the VMM. */
+  readonly guestStopped: boolean;
+  /** The last lines of the guest's console, where they could still be read. */
+  readonly consoleTail: string;
+}
+
+export interface VmmCapabilities {
+  /** pause/resume of the vCPUs. */
+  readonly pause: boolean;
+  /** A VM's state can be saved and cloned. */
+  readonly snapshot: boolean;
+}
+
+/** A running VM. Whoever got it from `boot` must call `kill` in the end. */
+export interface Vm extends AsyncDisposable {
+  readonly pid: number;
+  /**
+   * The connection that the agent in the guest dials when it is up.
+   * Rejects with `unavailable` when the VM ends first, or with the signal's reason when that aborts.
+   */
+  acceptAgent(signal: AbortSignal): Promise<net.Socket>;
+  /**
+   * Puts a file behind a slot. Precondition: the slot is empty. The guest sees the new content at its next read.
+   * Throws `failed-precondition` for a slot in use, `internal` with the VMM's words otherwise.
+   */
+  attachDisk(slot: SlotName, file: string): Promise<void>;
+  /** Resolves when the VM has ended, for whatever reason; never rejects. */
+  wait(): Promise<VmExit>;
+  /** The last `maxBytes` of the guest's console; empty when the VMM no longer answers. */
+  consoleTail(maxBytes: number): Promise<string>;
+  /** Ends the VM and its helpers and waits until they are gone. Safe to call twice. */
+  kill(): Promise<void>;
+}
+
+export interface Vmm {
+  readonly name: string;
+  readonly capabilities: VmmCapabilities;
+  /**
+   * Starts a VM. Resolves as soon as the VMM takes commands; the guest is still booting then.
+   * On failure nothing is left behind, and the error carries the VMM's own last words.
+   */
+  boot(config: VmConfig, signal: AbortSignal): Promise<Vm>;
+}

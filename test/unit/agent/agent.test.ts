@@ -1,0 +1,247 @@
+import { once } from 'node:events';
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import { status } from '@grpc/grpc-js';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import type { AgentClient, Mount } from '../../../gen/kiln/agent/v1/agent.ts';
+import { kilnVersion } from '../../../src/version.ts';
+import { create, hello, read, remove, signal, start, TestAgent, unary, wait, write } from './agent.ts';
+
+describe('a new connection', () => {
+  let agent: TestAgent;
+  let client: AgentClient;
+  beforeAll(async () => {
+    agent = new TestAgent();
+    client = await agent.accept();
+  });
+  afterAll(() => agent[Symbol.asyncDispose]());
+
+  it('refuses every call before Hello', async () => {
+    const refused = { code: status.FAILED_PRECONDITION, details: 'the first call on a connection must be Hello' };
+    await expect(start(client, 'a')).rejects.toMatchObject(refused);
+    await expect(read(client, 'a')).rejects.toMatchObject(refused);
+    await expect(write(client, 'a', 'x')).rejects.toMatchObject(refused);
+  });
+
+  it('refuses a host of another protocol, and names both numbers', async () => {
+    const other = hello(client, { protocol: 7 as never, kilnVersion: '9.9' });
+    await expect(other).rejects.toMatchObject({
+      code: status.FAILED_PRECONDITION,
+      details: expect.stringMatching(/Kiln 9\.9 .* protocol 7.*protocol 1/),
+    });
+    await expect(start(client, 'a')).rejects.toMatchObject({ code: status.FAILED_PRECONDITION });
+  });
+
+  it('tells the host what it needs to know', async () => {
+    const response = await hello(client);
+    expect(response).toMatchObject({ protocol: 1, kilnVersion });
+    expect(response.kernelRelease).toMatch(/^\d+\./);
+    expect(response.bootId).toMatch(/^[0-9a-f-]{36}$/);
+    expect(response.answeredNs).toBeGreaterThan(response.agentStartedNs);
+    expect(response.memoryBytes).toBeGreaterThan(1n << 20n);
+    expect(response.vcpus).toBeGreaterThan(0);
+  });
+
+  it('comes again after the old one has broken, and the containers are still there', async () => {
+    await hello(client);
+    await create(client, 'survivor', 'echo still here; exit 4');
+    const next = agent.accept();
+    agent.disconnect();
+    client = await next;
+    await hello(client);
+    await start(client, 'survivor');
+    expect(await wait(client, 'survivor')).toMatchObject({ exitStatus: 4 });
+    expect((await read(client, 'survivor')).toString()).toBe('still here\n');
+    await remove(client, 'survivor');
+  });
+});
+
+describe('a container', () => {
+  let agent: TestAgent;
+  let client: AgentClient;
+  beforeAll(async () => {
+    agent = new TestAgent();
+    client = await agent.accept();
+    await hello(client);
+  });
+  afterAll(() => agent[Symbol.asyncDispose]());
+
+  it('goes from create to remove, and leaves nothing', async () => {
+    const pid = await create(client, 'a', 'cat; echo problem >&2; exit 42');
+    expect(pid).toBeGreaterThan(1);
+    await start(client, 'a');
+    const exit = wait(client, 'a');
+    const stdout = read(client, 'a');
+    const stderr = read(client, 'a', 'stderr');
+    await write(client, 'a', 'one ', 'two');
+    const before = BigInt(Date.now() - 60_000) * 1_000_000n;
+    const { exitStatus, exitedAtNs } = await exit;
+    expect(exitStatus).toBe(42);
+    expect(exitedAtNs).toBeGreaterThan(before);
+    expect((await stdout).toString()).toBe('one two');
+    expect((await stderr).toString()).toBe('problem\n');
+    await remove(client, 'a');
+    expect(agent.leftovers()).toEqual([]);
+    await expect(wait(client, 'a')).rejects.toMatchObject({ code: status.NOT_FOUND });
+  });
+
+  it('that does not exist is NOT_FOUND for every verb, with its name', async () => {
+    const missing = { code: status.NOT_FOUND, details: 'no container "ghost" in this guest' };
+    await expect(start(client, 'ghost')).rejects.toMatchObject(missing);
+    await expect(wait(client, 'ghost')).rejects.toMatchObject(missing);
+    await expect(signal(client, 'ghost', 9)).rejects.toMatchObject(missing);
+    await expect(remove(client, 'ghost')).rejects.toMatchObject(missing);
+    await expect(read(client, 'ghost')).rejects.toMatchObject(missing);
+    await expect(write(client, 'ghost', 'x')).rejects.toMatchObject(missing);
+    await expect(unary((done) => client.listProcesses({ id: 'ghost' }, done))).rejects.toMatchObject(missing);
+  });
+
+  it('whose program does not exist fails in create with a clear message and leaves nothing', async () => {
+    await expect(create(client, 'b', 'nosuch')).rejects.toMatchObject({
+      code: status.INVALID_ARGUMENT,
+      details: 'exec: "nosuch": executable file not found in $PATH',
+    });
+    expect(agent.leftovers()).toEqual([]);
+    await create(client, 'b', 'exit 0');
+    await remove(client, 'b');
+  });
+
+  it('whose disk does not exist fails in create and leaves nothing, also not the mount point', async () => {
+    const target = join(agent.directory, 'deep/mount/point');
+    const mount = { target, type: 'nosuchfs', options: ['ro'], directories: [] };
+    const disk: Mount = { ...mount, source: { $case: 'disk', value: 'ro99' } };
+    await expect(create(client, 'c', 'exit 0', [disk])).rejects.toMatchObject({
+      code: status.INTERNAL,
+      details: expect.stringContaining('no disk with serial "ro99"'),
+    });
+    const device: Mount = { ...mount, source: { $case: 'device', value: 'none' } };
+    await expect(create(client, 'c', 'exit 0', [device])).rejects.toMatchObject({
+      code: status.INTERNAL,
+      details: expect.stringContaining(`cannot mount nosuchfs none at ${target} (ro): E`),
+    });
+    expect(existsSync(join(agent.directory, 'deep'))).toBe(false);
+    expect(agent.leftovers()).toEqual([]);
+  });
+
+  it('has an id that is free, and that can be a directory', async () => {
+    await create(client, 'd', 'exit 0');
+    await expect(create(client, 'd', 'exit 0')).rejects.toMatchObject({ code: status.ALREADY_EXISTS });
+    await remove(client, 'd');
+    for (const id of ['', '..', '../x', 'a/b', 'a b']) {
+      await expect(create(client, id, 'exit 0')).rejects.toMatchObject({ code: status.INVALID_ARGUMENT });
+    }
+  });
+
+  it('refuses what its state does not allow, and names the state', async () => {
+    await create(client, 'e', 'exec sleep 1000');
+    await start(client, 'e');
+    await expect(start(client, 'e')).rejects.toMatchObject({
+      code: status.FAILED_PRECONDITION,
+      details: 'cannot start container "e": it is running',
+    });
+    await expect(remove(client, 'e')).rejects.toMatchObject({
+      code: status.FAILED_PRECONDITION,
+      details: 'cannot remove container "e": it is running',
+    });
+    await expect(signal(client, 'e', 999)).rejects.toMatchObject({ code: status.INVALID_ARGUMENT });
+    await signal(client, 'e', 15);
+    expect(await wait(client, 'e')).toMatchObject({ exitStatus: 143 });
+    await expect(signal(client, 'e', 15)).rejects.toMatchObject({
+      code: status.FAILED_PRECONDITION,
+      details: 'cannot signal container "e": it is stopped',
+    });
+    await remove(client, 'e');
+  });
+
+  it('is killed by a forced remove, and whoever waits gets 137', async () => {
+    await create(client, 'f', 'exec sleep 1000');
+    await start(client, 'f');
+    const exit = wait(client, 'f');
+    await remove(client, 'f', true);
+    expect(await exit).toMatchObject({ exitStatus: 137 });
+    expect(agent.leftovers()).toEqual([]);
+  });
+
+  it('can be killed and removed before it was started', async () => {
+    await create(client, 'g', 'exit 0');
+    await signal(client, 'g', 9);
+    expect(await wait(client, 'g')).toMatchObject({ exitStatus: 137 });
+    await expect(start(client, 'g')).rejects.toMatchObject({ details: 'cannot start container "g": it is stopped' });
+    await remove(client, 'g');
+    await create(client, 'g', 'exit 0');
+    await remove(client, 'g');
+    expect(agent.leftovers()).toEqual([]);
+  });
+
+  it('gives its output to a reader that comes after its end, once', async () => {
+    await create(client, 'h', 'echo early');
+    await start(client, 'h');
+    await wait(client, 'h');
+    expect((await read(client, 'h')).toString()).toBe('early\n');
+    await expect(read(client, 'h')).rejects.toMatchObject({
+      code: status.FAILED_PRECONDITION,
+      details: 'stdout has been read',
+    });
+    await remove(client, 'h');
+  });
+
+  it('that does not read its stdin makes no error of it', async () => {
+    await create(client, 'i', 'exec <&-; sleep 0; exit 3');
+    await start(client, 'i');
+    await write(client, 'i', Buffer.alloc(1 << 20), Buffer.alloc(1 << 20));
+    expect(await wait(client, 'i')).toMatchObject({ exitStatus: 3 });
+    await remove(client, 'i');
+  });
+
+  it('can open /dev/stdout again, because it is a pipe', async () => {
+    await create(client, 'j', 'echo again > /dev/stdout; echo more > /dev/stderr');
+    await start(client, 'j');
+    expect((await read(client, 'j')).toString()).toBe('again\n');
+    expect((await read(client, 'j', 'stderr')).toString()).toBe('more\n');
+    await remove(client, 'j');
+  });
+
+  it('writes 64 MiB that arrive byte for byte, while another is read slowly', async () => {
+    await create(client, 'slow', 'yes slow');
+    await start(client, 'slow');
+    const stalled = client.readOutput({ id: 'slow', stream: 1 });
+    await once(stalled, 'readable');
+    await create(
+      client,
+      'k',
+      'i=0; while [ $i -lt 64 ]; do head -c 1048576 /dev/zero | tr x y; i=$((i+1)); done; echo end',
+    );
+    await start(client, 'k');
+    const output = await read(client, 'k');
+    expect(output.length).toBe((64 << 20) + 4);
+    expect(output.subarray(64 << 20).toString()).toBe('end\n');
+    expect(output.subarray(0, 64 << 20).every((byte) => byte === 0)).toBe(true);
+    await remove(client, 'k');
+    stalled.cancel();
+    stalled.on('error', () => {});
+    await remove(client, 'slow', true);
+  }, 60_000);
+
+  it('ends the stdin of its program when the writer is cancelled', async () => {
+    await create(client, 'l', 'cat; exit 9');
+    await start(client, 'l');
+    const call = client.writeStdin(() => {});
+    call.write({ id: 'l', data: Buffer.from('before') });
+    const output = client.readOutput({ id: 'l', stream: 1 });
+    const [message] = await once(output, 'data');
+    expect(message.data.toString()).toBe('before');
+    call.cancel();
+    expect(await wait(client, 'l')).toMatchObject({ exitStatus: 9 });
+    await remove(client, 'l');
+  });
+
+  it('keeps its own exit status among many that end at once, orphans included', async () => {
+    const ids = Array.from({ length: 8 }, (_, i) => `many-${i}`);
+    await Promise.all(ids.map((id) => create(client, id, `(sleep 0 &) ; (exit 1 &) ; exit ${id.at(-1)}`)));
+    await Promise.all(ids.map((id) => start(client, id)));
+    const exits = await Promise.all(ids.map((id) => wait(client, id)));
+    expect(exits.map((exit) => exit.exitStatus)).toEqual([0, 1, 2, 3, 4, 5, 6, 7]);
+    await Promise.all(ids.map((id) => remove(client, id)));
+    expect(agent.leftovers()).toEqual([]);
+  }, 20_000);
+});

@@ -1,0 +1,107 @@
+import { mkdtempSync, readFileSync, renameSync, rmSync, symlinkSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { KilnError } from '../../../src/errors.ts';
+import { LogFile } from '../../../src/observe/log-file.ts';
+import { createLogger, loggerTo } from '../../../src/observe/logger.ts';
+
+let folder: string;
+
+beforeEach(() => {
+  folder = mkdtempSync(join(tmpdir(), 'kiln-log-'));
+});
+
+afterEach(() => {
+  rmSync(folder, { recursive: true });
+});
+
+const linesOf = (path: string): Record<string, unknown>[] =>
+  readFileSync(path, 'utf8')
+    .trimEnd()
+    .split('\n')
+    .map((line) => JSON.parse(line) as Record<string, unknown>);
+
+describe('the daemon log', () => {
+  test('has one JSON object a line, on disk as soon as it is logged', () => {
+    using log = createLogger({ stateDir: folder, level: 'info' });
+    log.logger.debug('not this');
+    log.logger.info({ container: 'c1' }, 'started');
+    expect(log.path).toBe(join(folder, 'kilnd.log'));
+    expect(linesOf(log.path)).toEqual([
+      { level: 'info', time: expect.stringMatching(/^\d{4}-.*Z$/), pid: process.pid, container: 'c1', msg: 'started' },
+    ]);
+  });
+
+  test('tells an error with its code and its cause', () => {
+    using log = createLogger({ stateDir: folder, level: 'info' });
+    log.logger.error(new KilnError('not-found', 'no kernel', { cause: new Error('ENOENT') }));
+    expect(linesOf(log.path)[0]).toMatchObject({
+      err: { code: 'not-found', message: expect.stringContaining('ENOENT') },
+      msg: 'no kernel',
+    });
+  });
+
+  test('never has an environment in it', () => {
+    const lines: string[] = [];
+    const logger = loggerTo({ write: (line) => lines.push(line) }, 'info');
+    logger.info({ env: ['A=secret'] }, 'one');
+    logger.info({ process: { env: ['A=secret'], args: ['sh'] } }, 'two');
+    logger.info({ request: { spec: { process: { env: ['A=secret'] } } } }, 'three');
+    expect(lines).toHaveLength(3);
+    expect(lines.join('')).not.toContain('secret');
+    expect(lines[1]).toContain('"args":["sh"]');
+  });
+
+  test('goes on in a new file after a rotation', () => {
+    using log = createLogger({ stateDir: folder, level: 'info' });
+    log.logger.info('before');
+    renameSync(log.path, `${log.path}.1`);
+    log.logger.info('between');
+    log.reopen();
+    log.logger.info('after');
+    expect(linesOf(`${log.path}.1`).map(({ msg }) => msg)).toEqual(['before', 'between']);
+    expect(linesOf(log.path).map(({ msg }) => msg)).toEqual(['after']);
+  });
+
+  test('survives a full disk', () => {
+    symlinkSync('/dev/full', join(folder, 'kilnd.log'));
+    using log = createLogger({ stateDir: folder, level: 'info' });
+    expect(() => log.logger.info('lost')).not.toThrow();
+  });
+});
+
+describe('LogFile', () => {
+  test('tells how many lines were lost once there is room again', () => {
+    const path = join(folder, 'log');
+    symlinkSync('/dev/full', path);
+    using file = new LogFile(path, (dropped) => `lost ${dropped}`);
+    file.write('one\n');
+    file.write('two\n');
+    expect(file.dropped).toBe(2);
+    rmSync(path);
+    file.reopen();
+    file.write('three\n');
+    expect(file.dropped).toBe(0);
+    expect(readFileSync(path, 'utf8')).toBe('lost 2\nthree\n');
+  });
+
+  test('keeps the open file when it cannot be opened anew', () => {
+    const path = join(folder, 'log');
+    using file = new LogFile(path, String);
+    const moved = `${path}.1`;
+    renameSync(path, moved);
+    symlinkSync(join(folder, 'none', 'log'), path);
+    expect(() => file.reopen()).toThrow('ENOENT');
+    file.write('kept\n');
+    expect(readFileSync(moved, 'utf8')).toBe('kept\n');
+  });
+
+  test('drops what is written after it was closed', () => {
+    const file = new LogFile(join(folder, 'log'), String);
+    file.close();
+    file.close();
+    file.write('late\n');
+    expect(file.dropped).toBe(1);
+  });
+});

@@ -7,9 +7,9 @@
  */
 import { closeSync } from 'node:fs';
 import type { Socket } from 'node:net';
+import { countRelayed } from '../src/sys/garbage.ts';
 import { type Pipe, pipe2, socketFromFd } from '../src/sys/pipe.ts';
 import { AgentError } from './errors.ts';
-import { countRelayed } from './garbage.ts';
 
 /** How much is read at once, in bytes: what a pipe holds (pipe(7)). */
 export const chunkSize = 64 * 1024;
@@ -71,7 +71,7 @@ export class ContainerStdio implements Disposable {
 export class Output implements Disposable {
   readonly #fd: number;
   readonly #name: string;
-  readonly #chunk = Buffer.allocUnsafeSlow(chunkSize);
+  #chunk = Buffer.alloc(0);
   #pipe: Socket | undefined;
   #sink: OutputSink | undefined;
   /** Bytes of the chunk that wait for a reader: its predecessor went away before they were sent. */
@@ -121,6 +121,7 @@ export class Output implements Disposable {
       this.#send(length);
       return false;
     };
+    this.#chunk = Buffer.allocUnsafeSlow(chunkSize);
     const pipe = socketFromFd(this.#fd, 'read', { buffer: this.#chunk, callback });
     // 'close' follows the end of the pipe, and an error: reading from a pipe has none that a reader could use.
     return pipe.on('error', () => {});

@@ -96,7 +96,9 @@ class SocketChannel implements Channel {
       // Destroying a session does not destroy a socket that has not connected its HTTP/2 yet.
       this.#session.on('close', () => socket.destroy());
     });
-    this.#session.once('connect', () => this.#session.setLocalWindowSize(connectionWindow));
+    this.#session.once('connect', () => {
+      if (!this.#session.destroyed) this.#session.setLocalWindowSize(connectionWindow);
+    });
   }
 
   /** Why no call can succeed any more; undefined while the connection lives. */

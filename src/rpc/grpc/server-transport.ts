@@ -42,7 +42,9 @@ export function serveOverSocket(
   const closed = new Promise<void>((resolve) => {
     for (const http2Server of internals.http2Servers.keys()) {
       http2Server.on('session', (session: ServerHttp2Session) => {
-        session.setLocalWindowSize(connectionWindow);
+        session.once('connect', () => {
+          if (!session.destroyed) session.setLocalWindowSize(connectionWindow);
+        });
         session.on('error', () => {});
         session.on('close', () => socket.destroy());
       });

@@ -1,9 +1,9 @@
 /**
- * Keeps the agent small while it relays much.
+ * Keeps a process small that relays many bytes.
  *
- * A chunk that is relayed is garbage right after. Its bytes lie outside of V8's heap, whose collector starts only when
- * some 64 MiB of such bytes have come together: half of a small guest's memory. A minor collection frees them, takes
- * well under a millisecond (there is hardly anything else), and is due every few MiB.
+ * A chunk that has been relayed is garbage right after. Its bytes lie outside of V8's heap, whose collector starts only
+ * when some 64 MiB of such bytes have come together: half of a small guest's memory. A minor collection frees them and
+ * takes well under a millisecond when the chunks are short-lived, so it is due every few MiB.
  */
 import { setFlagsFromString } from 'node:v8';
 import { runInNewContext } from 'node:vm';

@@ -11,7 +11,7 @@ import type { Crun } from './crun.ts';
 import { AgentError } from './errors.ts';
 import { mountOne } from './mounts.ts';
 import type { Reaper } from './reaper.ts';
-import { type ContainerExit, ContainerState } from './state.ts';
+import { type ContainerExit, ContainerState, type State } from './state.ts';
 import { ContainerStdio } from './stdio.ts';
 
 const SIGKILL = 9;
@@ -28,6 +28,8 @@ interface Container {
   /** Set while it is being removed. */
   removal?: Promise<void>;
 }
+
+type AliveOrStopped = Extract<State, { pid: number }>;
 
 interface Made {
   readonly bundle: string;
@@ -151,15 +153,19 @@ export class Containers {
   /** Removes a container; a running one only with `force`, which kills it first. Its disks are complete afterwards. */
   async remove(id: string, force: boolean): Promise<void> {
     const container = this.#get(id);
-    if (!force) container.state.expect('remove', 'created', 'stopped', 'removing');
-    container.removal ??= this.#remove(container);
+    if (container.removal === undefined) {
+      const { state, made } = container;
+      const current = force
+        ? state.expect('remove', 'created', 'running', 'stopped')
+        : state.expect('remove', 'created', 'stopped');
+      if (made === undefined) throw state.refusal('remove');
+      container.removal = this.#remove(container, current, made);
+    }
     return container.removal;
   }
 
-  async #remove(container: Container): Promise<void> {
-    const { state, made, ended } = container;
-    const current = state.expect('remove', 'created', 'running', 'stopped');
-    if (made === undefined) throw state.refusal('remove');
+  async #remove(container: Container, current: AliveOrStopped, made: Made): Promise<void> {
+    const { state, ended } = container;
     // Also of a stopped one: without a PID namespace of its own, processes can outlive the init.
     if (made.cgroup !== undefined) killAll(made.cgroup);
     if (current.kind !== 'stopped') kill(current.pid, SIGKILL);
@@ -179,7 +185,7 @@ export class Containers {
   }
 }
 
-function processesOf(state: { kind: string; pid: number }, made: Made | undefined): number[] {
+function processesOf(state: AliveOrStopped, made: Made | undefined): number[] {
   if (made?.cgroup !== undefined) return processesIn(made.cgroup);
   return state.kind === 'stopped' ? [] : [state.pid];
 }

@@ -110,7 +110,7 @@ function lastError(log: string): string | undefined {
 /** The program that a bundle's config.json names. */
 function programOf(bundle: string): string {
   try {
-    return JSON.parse(readFileSync(join(bundle, 'config.json'), 'utf8')).process.args[0];
+    return String(JSON.parse(readFileSync(join(bundle, 'config.json'), 'utf8')).process.args[0] ?? '');
   } catch {
     return '';
   }
@@ -127,5 +127,6 @@ export function explain(message: string, program: string): string {
   if (missing !== undefined) return `exec: "${missing}": executable file not found in $PATH`;
   const unusable = /^open executable: (.*)$/.exec(message)?.[1];
   if (unusable !== undefined) return `exec: "${program}": ${unusable.toLowerCase()}`;
+  if (message === 'error loading config.json') return 'the OCI spec is malformed: crun cannot load it as config.json';
   return message;
 }

@@ -10,9 +10,9 @@
  * hostname are left alone); KILN_AGENT_DIR, for bundles and crun's state, /run/kiln; KILN_CRUN, crun.
  */
 import { once } from 'node:events';
+import { readFileSync } from 'node:fs';
 import { connect, type Socket } from 'node:net';
 import { join } from 'node:path';
-import { setTimeout as delay } from 'node:timers/promises';
 import { serveOverSocket } from '../src/rpc/grpc/server-transport.ts';
 import { becomeChildSubreaper } from '../src/sys/process.ts';
 import { connectVsock, VMADDR_CID_HOST } from '../src/sys/vsock.ts';
@@ -22,7 +22,7 @@ import { describe } from './errors.ts';
 import { Reaper } from './reaper.ts';
 import { agentService, createService } from './service.ts';
 
-/** Where the host listens for its guests. */
+/** Where the host listens for its guests, unless it says otherwise: `kiln.agent_port=N` on the kernel's command line. */
 const HOST_PORT = 1024;
 
 /**
@@ -33,7 +33,10 @@ const FIRST_RETRY = 10;
 const LAST_RETRY = 500;
 
 async function dial(socketPath: string | undefined): Promise<Socket> {
-  if (socketPath === undefined) return connectVsock(VMADDR_CID_HOST, HOST_PORT);
+  if (socketPath === undefined) {
+    const port = /(?:^|\s)kiln\.agent_port=(\d+)/.exec(readFileSync('/proc/cmdline', 'utf8'))?.[1];
+    return connectVsock(VMADDR_CID_HOST, port === undefined ? HOST_PORT : Number(port));
+  }
   const socket = connect(socketPath);
   await once(socket, 'connect');
   return socket;
@@ -61,7 +64,7 @@ async function main(): Promise<never> {
     } catch (error) {
       if (retry === FIRST_RETRY) log(`cannot reach the host, trying again: ${describe(error)}`);
     }
-    if (retry > FIRST_RETRY) await delay(retry);
+    if (retry > FIRST_RETRY) await new Promise((resolve) => setTimeout(resolve, retry));
     retry = Math.min(retry * 2, LAST_RETRY);
   }
 }

@@ -135,19 +135,24 @@ function makeDirectories(path: string, undo: AsyncDisposableStack): void {
  * the kernel still holds the filesystem: a container's mount namespace is taken apart a little after its last process.
  */
 async function unmount(target: string, writableDisk: boolean): Promise<void> {
-  if (writableDisk) {
-    await flush(target);
-    // A remount to read-only acts on the filesystem itself, in every mount namespace. It is refused while a file is open
-    // for writing, which flush has made harmless.
-    await ignoring('EBUSY', () => sys.mountAsync(null, target, null, sys.MS_REMOUNT | sys.MS_RDONLY, null));
-  }
   try {
-    await sys.umount2Async(target, sys.UMOUNT_NOFOLLOW);
-  } catch (error) {
-    if (!(error instanceof SysError) || error.code !== 'EBUSY') throw error;
-    // Its content is safe (above); detached it goes as soon as the last user does.
-    sys.umount2(target, sys.MNT_DETACH | sys.UMOUNT_NOFOLLOW);
+    if (writableDisk) await settle(target);
+  } finally {
+    await detach(target);
   }
+}
+
+async function settle(target: string): Promise<void> {
+  await flush(target);
+  // A remount to read-only acts on the filesystem itself, in every mount namespace. It is refused while a file is open
+  // for writing, which flush has made harmless.
+  await unless('EBUSY', () => sys.mountAsync(null, target, null, sys.MS_REMOUNT | sys.MS_RDONLY, null));
+}
+
+async function detach(target: string): Promise<void> {
+  const busy = await unless('EBUSY', () => sys.umount2Async(target, sys.UMOUNT_NOFOLLOW));
+  // Its content is safe; detached, it goes as soon as its last user does.
+  if (busy) sys.umount2(target, sys.MNT_DETACH | sys.UMOUNT_NOFOLLOW);
 }
 
 async function flush(target: string): Promise<void> {
@@ -159,11 +164,14 @@ async function flush(target: string): Promise<void> {
   }
 }
 
-async function ignoring(code: string, action: () => Promise<void>): Promise<void> {
+/** Does `action`. @returns true when it failed with the error `code` */
+async function unless(code: string, action: () => Promise<void>): Promise<boolean> {
   try {
     await action();
+    return false;
   } catch (error) {
-    if (!(error instanceof SysError) || error.code !== code) throw error;
+    if (error instanceof SysError && error.code === code) return true;
+    throw error;
   }
 }
 

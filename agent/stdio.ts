@@ -85,8 +85,8 @@ export class Output implements Disposable {
 
   /**
    * Sends everything to `sink` and ends it when the last writer has closed its end. One chunk at a time: the next is
-   * read when the stream has taken this one, into the same memory. When the sink's reader goes away, what is still in
-   * the pipe stays there, and another may read on.
+   * read when the stream has taken this one, into the same memory. When the sink's reader goes away, what the stream
+   * has not taken stays here, and another may read on.
    *
    * @throws AgentError failed-precondition when it is being read, or has been read to its end
    */

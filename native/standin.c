@@ -5,13 +5,13 @@
  *
  * People and tools do things to a container's pid: enter /proc/PID/ns/net, look through /proc/PID/root, send it
  * signal 0, read its cgroup and oom_score. The VMM's pid would hand them the host's file system; this process has
- * nothing to hand out. It joins the network namespace ("-": makes one, with lo up), shuts itself in the empty ROOT_DIR,
- * drops every capability and every descriptor, says "ready\n" on fd 3 (or "error: text", and exits 1), and sleeps
- * until it is killed by SIGTERM or SIGKILL. It outlives kilnd on purpose: kilnd finds it again after a restart.
- * ID is not used: it is there to be seen in ps.
+ * nothing to hand out. It joins the network namespace ("-": makes one, with lo up), makes an empty read-only filesystem
+ * its root, drops every capability and every descriptor, says "ready\n" on fd 3 (or "error: text", and exits 1), and
+ * sleeps until it is killed by SIGTERM or SIGKILL. It outlives kilnd on purpose: kilnd finds it again after a restart.
+ * ROOT_DIR is any directory: the root is mounted there, in a mount namespace that nobody else sees, so nothing on the
+ * host changes. ID is not used: it is there to be seen in ps.
  */
 #define _GNU_SOURCE
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/capability.h>
@@ -22,6 +22,7 @@
 #include <stdbool.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -69,29 +70,22 @@ static void join_netns(const char *path)
 		fail("cannot join the network namespace", path);
 }
 
-/* Checked, not trusted: whatever lies in ROOT_DIR is what `/proc/PID/root` shows to everybody. */
+/*
+ * Read-only, so that a copy into /proc/PID/root fails instead of going nowhere. All other mounts are left behind: kept,
+ * they would hold the host's filesystems in use after the host has unmounted them.
+ */
 static void enter_empty_root(const char *path)
 {
-	static char entries[512];
-	int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (fd < 0)
-		fail("cannot open the root folder", path);
-	for (;;) {
-		long length = syscall(SYS_getdents64, fd, entries, sizeof entries);
-		if (length < 0)
-			fail("cannot list the root folder", path);
-		if (length == 0)
-			break;
-		for (long at = 0; at < length;) {
-			const struct dirent64 *entry = (const struct dirent64 *)(entries + at);
-			if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0) {
-				errno = ENOTEMPTY;
-				fail("refused the root folder", path);
-			}
-			at += entry->d_reclen;
-		}
-	}
-	if (fchdir(fd) < 0 || chroot(".") < 0)
+	const unsigned long flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC;
+	if (unshare(CLONE_NEWNS) < 0)
+		fail("cannot make a", "mount namespace");
+	/* Before the mount, or the host would see it. */
+	if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
+		fail("cannot make private the mounts below", "/");
+	if (mount("kiln-standin", path, "tmpfs", flags, "mode=0555,nr_inodes=1") < 0)
+		fail("cannot mount the empty root on", path);
+	/* "." twice: the old root is stacked on the new one, and is what umount2 then finds (pivot_root(2)). */
+	if (chdir(path) < 0 || syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0 || chdir("/") < 0)
 		fail("cannot change the root to", path);
 }
 

@@ -5,6 +5,7 @@
  * koffi looks for its native half in many places by its own package's layout. In a bundle there is one place: the file
  * `koffi.node` beside it.
  */
+import { resolve } from 'node:path';
 import { build, type Plugin } from 'esbuild';
 
 const koffiBesideBundle: Plugin = {
@@ -20,8 +21,17 @@ const koffiBesideBundle: Plugin = {
   },
 };
 
+/** The agent is a server only; without grpc-js's client it starts sooner. */
+const grpcServerOnly: Plugin = {
+  name: 'grpc-server-only',
+  setup(pluginBuild) {
+    pluginBuild.onResolve({ filter: /^@grpc\/grpc-js$/ }, () => ({ path: resolve('agent/grpc-server-only.ts') }));
+  },
+};
+
 const [entry, out] = process.argv.slice(2);
 if (entry === undefined || out === undefined) throw new Error('usage: bundle.ts ENTRY OUT.mjs|OUT.cjs');
+const isAgent = entry.startsWith('agent/');
 const format = out.endsWith('.cjs') ? 'cjs' : 'esm';
 await build({
   entryPoints: [entry],
@@ -34,7 +44,9 @@ await build({
   minifySyntax: true,
   minifyWhitespace: true,
   legalComments: 'none',
-  plugins: [koffiBesideBundle],
+  minifyIdentifiers: isAgent,
+  external: isAgent ? ['@grpc/proto-loader'] : [],
+  plugins: [koffiBesideBundle, ...(isAgent ? [grpcServerOnly] : [])],
   ...(format === 'esm'
     ? // Packages that are CommonJS inside require Node's own modules.
       { banner: { js: "import{createRequire}from'node:module';const require=createRequire(import.meta.url);" } }

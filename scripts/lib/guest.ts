@@ -238,9 +238,11 @@ function addEtc(tree: StagingTree): void {
 function buildErofs(staging: string): void {
   const image = join(GUEST, 'guest.erofs');
   // Not compressed: under emulation the guest's CPU is the scarce thing, and the host shares the file's pages.
-  const options = ['-T', process.env.SOURCE_DATE_EPOCH ?? '0', '-U', IMAGE_UUID, '--all-root', '-x-1'];
+  const options = ['-T', String(process.env.SOURCE_DATE_EPOCH ?? 0), '-U', IMAGE_UUID, '--all-root', '-x-1'];
+  // With that variable set, mkfs.erofs would only lower later times to it, and keep earlier ones.
+  const { SOURCE_DATE_EPOCH: _, ...env } = process.env;
   rmSync(`${image}.new`, { force: true });
-  execFileSync('mkfs.erofs', [...options, `${image}.new`, staging], { stdio: ['ignore', 'ignore', 'inherit'] });
+  execFileSync('mkfs.erofs', [...options, `${image}.new`, staging], { stdio: ['ignore', 'ignore', 'inherit'], env });
   renameSync(`${image}.new`, image);
 }
 

@@ -8,7 +8,7 @@ import { killProcessesOf } from '../host/stale.ts';
 import type { DaemonLog, Logger } from '../observe/logger.ts';
 import { TaskLog } from '../observe/task-log.ts';
 import { Timeline } from '../observe/timeline.ts';
-import type { HostServices } from '../sandbox/container.ts';
+import type { HostServices } from '../sandbox/resources.ts';
 import type { ControlReply, ControlRequest, StartRequest } from '../shim/control/request.ts';
 import { ControlServer } from '../shim/control/server.ts';
 import { Endpoint } from '../shim/endpoint.ts';

@@ -14,5 +14,10 @@ export function selectVmm(config: KilnConfig, logger: Logger): Vmm {
     warnedOfEmulation = true;
     logger.warn({ reason }, 'no hardware virtualisation: VMs run under software emulation, 15 to 20 times slower');
   }
-  return createQemu({ qemu: config.vm.qemu, vsockBackend: vsockBackendProgram, accelerator });
+  return createQemu({
+    qemu: config.vm.qemu,
+    vsockBackend: vsockBackendProgram,
+    accelerator,
+    channel: config.vm.channel,
+  });
 }

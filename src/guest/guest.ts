@@ -5,6 +5,7 @@ import { type ServiceError, status } from '@grpc/grpc-js';
 import { AgentClient, AgentService, type Mount, OutputStream, Protocol } from '../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../errors.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
+import { countRelayed } from '../sys/garbage.ts';
 import { kilnVersion } from '../version.ts';
 
 /** What the guest says of itself when it connects. */
@@ -38,14 +39,36 @@ export interface GuestContainer {
   readonly stderr: boolean;
 }
 
+export interface GuestOptions {
+  /** The guest's hostname until a container sets its own. */
+  readonly hostname: string;
+  /** Milliseconds for the agent's answer to one call, before the call fails with `deadline-exceeded`. */
+  readonly answerLimitMs: number;
+}
+
+/**
+ * Milliseconds that RemoveContainer may take, at least: it writes all that the guest still holds in memory to the disk,
+ * and a shorter limit would lose data where a longer one only costs patience.
+ */
+const removalLimitMs = 120_000;
+
 /** The most bytes of stdin in one message: big enough to amortise a message, small against HTTP/2's window. */
 const stdinChunkBytes = 128 * 1024;
+
+const rebuildHint = 'build the guest image again with `npm run setup`';
 
 /** One unary method of the generated service table. */
 interface UnaryMethod<Req, Res> {
   readonly path: string;
   readonly requestSerialize: (request: Req) => Buffer;
   readonly responseDeserialize: (bytes: Buffer) => Res;
+}
+
+interface CallOptions {
+  /** Milliseconds; no limit when absent. */
+  readonly limitMs?: number;
+  /** Gives the call up: it rejects with the signal's reason, and the agent is told. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 function toKilnError(error: unknown): KilnError {
@@ -61,10 +84,12 @@ function toKilnError(error: unknown): KilnError {
 export class Guest implements Disposable {
   readonly facts: GuestFacts;
   readonly #connection: SocketClient<AgentClient>;
+  readonly #answerLimitMs: number;
 
-  private constructor(connection: SocketClient<AgentClient>, facts: GuestFacts) {
+  private constructor(connection: SocketClient<AgentClient>, facts: GuestFacts, answerLimitMs: number) {
     this.#connection = connection;
     this.facts = facts;
+    this.#answerLimitMs = answerLimitMs;
   }
 
   get #client(): AgentClient {
@@ -73,42 +98,51 @@ export class Guest implements Disposable {
 
   /**
    * Speaks Hello on a connection that the agent dialled; the guest's clock is right afterwards.
-   * Throws `failed-precondition` when host and guest speak different protocols.
+   * Takes the socket over, also when it throws: `failed-precondition` when host and guest speak different protocols.
    */
-  static async connect(socket: net.Socket, hostname: string): Promise<Guest> {
+  static async connect(socket: net.Socket, { hostname, answerLimitMs }: GuestOptions): Promise<Guest> {
     const connection = clientOverSocket(AgentClient, socket, { peer: 'the guest' });
     try {
-      const answer = await unary(connection.client, AgentService.hello, {
+      const hello = {
         protocol: Protocol.PROTOCOL_CURRENT,
         kilnVersion,
         features: [],
         realtimeNs: BigInt(Date.now()) * 1_000_000n,
         hostname,
-      });
+      };
+      const answer = await unary(connection.client, AgentService.hello, hello, { limitMs: answerLimitMs });
       const answeredAt = Date.now();
       if (answer.protocol !== Protocol.PROTOCOL_CURRENT) {
         throw new KilnError(
           'failed-precondition',
           `the guest image speaks agent protocol ${answer.protocol} (Kiln ${answer.kilnVersion}), ` +
             `this kilnd speaks ${Protocol.PROTOCOL_CURRENT} (Kiln ${kilnVersion})`,
-          { hint: 'build the guest image again with `npm run setup`' },
+          { hint: rebuildHint },
         );
       }
-      return new Guest(connection, {
+      const facts = {
         kernelRelease: answer.kernelRelease,
         bootId: answer.bootId,
         memoryBytes: Number(answer.memoryBytes),
         vcpus: answer.vcpus,
         agentStartedAtMs: answeredAt - Number(answer.answeredNs - answer.agentStartedNs) / 1e6,
-      });
+      };
+      return new Guest(connection, facts, answerLimitMs);
     } catch (error) {
       connection.close();
+      // The agent found the mismatch: its message names both versions, and the remedy is the same.
+      if (error instanceof KilnError && error.code === 'failed-precondition' && error.hint === undefined) {
+        throw new KilnError(error.code, error.message, { hint: rebuildHint, cause: error });
+      }
       throw error;
     }
   }
 
-  /** Everything short of the user's program; returns the init process's pid in the guest. */
-  async createContainer(container: GuestContainer): Promise<number> {
+  /**
+   * Everything short of the user's program; returns the init process's pid in the guest. An aborted signal rejects with
+   * its reason; what the guest has made by then ends with the VM.
+   */
+  async createContainer(container: GuestContainer, signal?: AbortSignal): Promise<number> {
     const mounts: Mount[] = container.mounts.map((mount) => ({
       source:
         'disk' in mount.source
@@ -122,15 +156,15 @@ export class Guest implements Disposable {
     const { id, stdin, stdout, stderr } = container;
     const spec = Buffer.from(container.spec);
     const request = { id, spec, mounts, stdin, stdout, stderr };
-    return (await unary(this.#client, AgentService.createContainer, request)).pid;
+    return (await this.#call(AgentService.createContainer, request, { signal })).pid;
   }
 
   async startContainer(id: string): Promise<void> {
-    await unary(this.#client, AgentService.startContainer, { id });
+    await this.#call(AgentService.startContainer, { id });
   }
 
   async signal(id: string, signal: number, all: boolean): Promise<void> {
-    await unary(this.#client, AgentService.signalContainer, { id, signal, all });
+    await this.#call(AgentService.signalContainer, { id, signal, all });
   }
 
   /** Resolves with the init process's exit status (128 + n for signal n) when it has ended. */
@@ -140,22 +174,29 @@ export class Guest implements Disposable {
 
   /** The guest's process ids of a container, its init's apart. */
   async processes(id: string): Promise<{ pids: readonly number[]; initPid: number }> {
-    return unary(this.#client, AgentService.listProcesses, { id });
+    return this.#call(AgentService.listProcesses, { id });
   }
 
   /** Removes a container and unmounts its filesystems, so that what it wrote is on the disk when this resolves. */
   async removeContainer(id: string, force: boolean): Promise<void> {
-    await unary(this.#client, AgentService.removeContainer, { id, force });
+    const limitMs = Math.max(this.#answerLimitMs, removalLimitMs);
+    await this.#call(AgentService.removeContainer, { id, force }, { limitMs });
   }
 
-  /** Copies one output stream to `sink` until its last writer has closed it. The sink's back-pressure reaches the program. */
+  /**
+   * Copies one output stream to `sink` until its last writer has closed it, or the sink is destroyed. The sink's
+   * back-pressure reaches the program.
+   */
   async pipeOutput(id: string, stream: 'stdout' | 'stderr', sink: Writable): Promise<void> {
     const number = stream === 'stdout' ? OutputStream.OUTPUT_STREAM_STDOUT : OutputStream.OUTPUT_STREAM_STDERR;
     const call = this.#client.readOutput({ id, stream: number });
+    // The loop below reports errors; one that comes after it (the cancellation is one) has nobody else to go to.
+    call.on('error', () => {});
     try {
       for await (const { data } of call) {
         if (sink.destroyed) return;
         if (!sink.write(data)) await drainedOrClosed(sink);
+        countRelayed(data.length);
       }
     } catch (error) {
       throw toKilnError(error);
@@ -164,24 +205,36 @@ export class Guest implements Disposable {
     }
   }
 
-  /** Copies `source` to the program's stdin and closes it at the source's end. Ends early when the program is gone. */
+  /**
+   * Copies `source` to the program's stdin and closes it at the source's end, also when that is destroyed. Destroys the
+   * source when nobody takes its bytes any more.
+   */
   async pipeStdin(id: string, source: Readable): Promise<void> {
-    const { promise, resolve, reject } = Promise.withResolvers<void>();
+    const { promise: answered, resolve, reject } = Promise.withResolvers<void>();
     const call = this.#client.writeStdin((error) => (error === null ? resolve() : reject(toKilnError(error))));
     call.on('error', () => {});
-    promise.catch(() => source.destroy());
+    const stop = () => source.destroy();
+    answered.then(stop, stop);
     try {
       call.write({ id, data: Buffer.alloc(0) });
       for await (const chunk of source as AsyncIterable<Buffer>) {
         for (let at = 0; at < chunk.length; at += stdinChunkBytes) {
           const data = chunk.subarray(at, at + stdinChunkBytes);
-          if (!call.write({ id: '', data })) await Promise.race([once(call, 'drain'), promise]);
+          if (!call.write({ id: '', data })) await Promise.race([once(call, 'drain'), answered]);
         }
+        countRelayed(chunk.length);
       }
+    } catch (error) {
+      // Destroyed: by the owner because the program has ended, or above because of the answer, which tells why.
+      if (!source.destroyed) throw error;
     } finally {
       call.end();
     }
-    await promise;
+    await answered;
+  }
+
+  #call<Req, Res>(method: UnaryMethod<Req, Res>, request: Req, options: CallOptions = {}): Promise<Res> {
+    return unary(this.#client, method, request, { limitMs: this.#answerLimitMs, ...options });
   }
 
   [Symbol.dispose](): void {
@@ -201,12 +254,36 @@ function drainedOrClosed(sink: Writable): Promise<void> {
   });
 }
 
-function unary<Req, Res>(client: AgentClient, method: UnaryMethod<Req, Res>, request: Req): Promise<Res> {
+function unary<Req, Res>(
+  client: AgentClient,
+  method: UnaryMethod<Req, Res>,
+  request: Req,
+  { limitMs, signal }: CallOptions = {},
+): Promise<Res> {
   const { path, requestSerialize, responseDeserialize } = method;
+  if (signal?.aborted) return Promise.reject(signal.reason);
   return new Promise((resolve, reject) => {
-    client.makeUnaryRequest(path, requestSerialize, responseDeserialize, request, (error, response) => {
-      if (error !== null || response === undefined) reject(toKilnError(error));
-      else resolve(response);
-    });
+    const deadline = limitMs === undefined ? Number.POSITIVE_INFINITY : Date.now() + limitMs;
+    const done = (error: ServiceError | null, response?: Res) => {
+      signal?.removeEventListener('abort', cancel);
+      if (error === null && response !== undefined) resolve(response);
+      else if (signal?.aborted) reject(signal.reason);
+      else if (error?.code === status.DEADLINE_EXCEEDED) reject(silent(path, limitMs ?? 0, error));
+      else reject(toKilnError(error));
+    };
+    const call = client.makeUnaryRequest(path, requestSerialize, responseDeserialize, request, { deadline }, done);
+    const cancel = () => call.cancel();
+    signal?.addEventListener('abort', cancel, { once: true });
   });
+}
+
+function silent(path: string, limitMs: number, cause: unknown): KilnError {
+  const name = path.slice(path.lastIndexOf('/') + 1);
+  return new KilnError(
+    'deadline-exceeded',
+    `the agent in the guest did not answer ${name} within ${limitMs / 1000} s`,
+    {
+      cause,
+    },
+  );
 }

@@ -1,5 +1,6 @@
-import { type ChildProcess, spawn } from 'node:child_process';
-import { closeSync, openSync, readFileSync, writeFileSync } from 'node:fs';
+import { type ChildProcess, type SpawnOptions, spawn } from 'node:child_process';
+import { closeSync, constants, fstatSync, openSync, readSync, writeFileSync } from 'node:fs';
+import path from 'node:path';
 import { Readable } from 'node:stream';
 import { KilnError } from '../errors.ts';
 
@@ -7,6 +8,11 @@ import { KilnError } from '../errors.ts';
 export interface ProcessExit {
   readonly code: number | null;
   readonly signal: NodeJS.Signals | null;
+}
+
+/** "(SIGKILL)" or "(exit code 1)". */
+export function describeExit({ code, signal }: ProcessExit): string {
+  return `(${signal ?? `exit code ${code}`})`;
 }
 
 /** A long-running program of the host that belongs to one sandbox: a VMM, its vsock backend, the stand-in. */
@@ -25,8 +31,10 @@ export interface HelperProcess extends AsyncDisposable {
 export interface HelperOptions {
   readonly program: string;
   readonly args: readonly string[];
-  /** Where the program's output goes. */
-  readonly logFile: string;
+  /** The sandbox's private directory. A later kilnd knows by it that the process is ours; see stale.ts. */
+  readonly directory: string;
+  /** The file in `directory` that the program's output goes to; emptied first. */
+  readonly logName: string;
   /** What the program is, for errors: "QEMU (vm.qemu)". */
   readonly title: string;
   readonly hint: string;
@@ -34,39 +42,38 @@ export interface HelperOptions {
   readonly statusPipe?: boolean;
 }
 
+/** The variable in a helper's environment that says which sandbox's directory it works for. */
+export const sandboxVariable = 'KILN_SANDBOX_DIR';
+
+/** What of a program's output goes into an error message. */
+const lastWordsBytes = 2048;
+const lastWordsLines = 5;
+
 /**
  * Starts a program in a session of its own, so that it outlives kilnd and no terminal signal reaches it.
  * Throws `failed-precondition` naming the program when it cannot be executed.
  */
 export async function startHelper(options: HelperOptions): Promise<HelperProcess> {
-  const { program, args, logFile, title, hint } = options;
-  const log = openSync(logFile, 'a', 0o600);
-  let child: ChildProcess;
+  const logFile = path.join(options.directory, options.logName);
+  // Appending, so that the program's own processes do not overwrite each other's lines.
+  const { O_WRONLY, O_CREAT, O_TRUNC, O_APPEND } = constants;
+  const log = openSync(logFile, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND, 0o600);
+  let started: { child: ChildProcess; exited: Promise<ProcessExit> };
   try {
     const status: 'pipe'[] = options.statusPipe ? ['pipe'] : [];
-    child = spawn(program, args, {
+    started = await spawned(options, {
       detached: true,
       cwd: '/',
-      env: { PATH: process.env.PATH ?? '/usr/sbin:/usr/bin:/sbin:/bin' },
+      env: {
+        PATH: process.env.PATH ?? '/usr/sbin:/usr/bin:/sbin:/bin',
+        [sandboxVariable]: options.directory,
+      },
       stdio: ['ignore', log, log, ...status],
     });
   } finally {
     closeSync(log);
   }
-  const exited = new Promise<ProcessExit>((resolve) => {
-    child.once('exit', (code, signal) => resolve({ code, signal }));
-  });
-  await new Promise<void>((resolve, reject) => {
-    child.once('spawn', resolve);
-    child.once('error', (error: NodeJS.ErrnoException) => {
-      reject(
-        new KilnError('failed-precondition', `cannot run ${title} "${program}": ${error.code ?? error.message}`, {
-          hint,
-          cause: error,
-        }),
-      );
-    });
-  });
+  const { child, exited } = started;
   const pid = child.pid as number;
   resetOomScore(pid);
   const statusStream = child.stdio[3];
@@ -75,14 +82,27 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
     if (child.exitCode === null && child.signalCode === null) child.kill('SIGKILL');
     await exited;
   };
-  const lastWords = () => {
-    try {
-      return readFileSync(logFile, 'utf8').trim().split('\n').slice(-5).join('; ');
-    } catch {
-      return '';
-    }
-  };
-  return { pid, exited, status, lastWords, kill, [Symbol.asyncDispose]: kill };
+  return { pid, exited, status, lastWords: () => lastLines(logFile), kill, [Symbol.asyncDispose]: kill };
+}
+
+/** The process once it runs: a program that ends at once can be told from one that was not found. */
+async function spawned(options: HelperOptions, how: SpawnOptions) {
+  const { promise, resolve, reject } = Promise.withResolvers<void>();
+  try {
+    // Some errors (the path is a directory, no memory) are thrown, the others are events.
+    const child = spawn(options.program, options.args, how);
+    child.once('spawn', resolve);
+    child.once('error', reject);
+    const exited = new Promise<ProcessExit>((end) => {
+      child.once('exit', (code, signal) => end({ code, signal }));
+    });
+    await promise;
+    return { child, exited };
+  } catch (cause) {
+    const { code, message } = cause as NodeJS.ErrnoException;
+    const { title, program, hint } = options;
+    throw new KilnError('failed-precondition', `cannot run ${title} "${program}": ${code ?? message}`, { hint, cause });
+  }
 }
 
 /**
@@ -94,6 +114,22 @@ function resetOomScore(pid: number): void {
     writeFileSync(`/proc/${pid}/oom_score_adj`, '0');
   } catch {
     // It has ended already; whoever waits for it will see why.
+  }
+}
+
+/** The end of a log, which can be long: a guest can make its VMM complain. */
+function lastLines(logFile: string): string {
+  let fd: number | undefined;
+  try {
+    fd = openSync(logFile, 'r');
+    const size = fstatSync(fd).size;
+    const bytes = Buffer.alloc(Math.min(size, lastWordsBytes));
+    const length = readSync(fd, bytes, 0, bytes.length, size - bytes.length);
+    return bytes.toString('utf8', 0, length).trim().split('\n').slice(-lastWordsLines).join('; ');
+  } catch {
+    return ''; // The sandbox's directory is gone.
+  } finally {
+    if (fd !== undefined) closeSync(fd);
   }
 }
 

@@ -1,5 +1,3 @@
-import { mkdir } from 'node:fs/promises';
-import path from 'node:path';
 import { KilnError } from '../errors.ts';
 import { type HelperProcess, startHelper } from './helper-process.ts';
 
@@ -14,17 +12,16 @@ export interface StandInOptions {
 
 /**
  * Starts the process whose pid containerd gets for a container. It sits in a network namespace of its own with an
- * empty directory as its root, so that whatever a client does with the pid (`/proc/<pid>/root`, `/proc/<pid>/ns/net`,
+ * empty read-only root, so that whatever a client does with the pid (`/proc/<pid>/root`, `/proc/<pid>/ns/net`,
  * `kill -0`) meets the right and harmless thing. It lives until it is killed.
  */
 export async function startStandIn(options: StandInOptions): Promise<HelperProcess> {
-  const root = path.join(options.directory, 'empty-root');
-  await mkdir(root, { recursive: true, mode: 0o755 });
   const standIn = await startHelper({
     program: options.program,
-    // "-": a new network namespace.
-    args: ['-', root, options.id],
-    logFile: path.join(options.directory, 'standin.log'),
+    // "-": a new network namespace. The directory is where the root is mounted, for the stand-in alone to see.
+    args: ['-', options.directory, options.id],
+    directory: options.directory,
+    logName: 'standin.log',
     title: 'the stand-in',
     hint: 'run `npm run build`',
     statusPipe: true,

@@ -10,13 +10,16 @@ export interface Exit {
 /**
  * The life of a container:
  *
- *   created ──start──▶ running ──exit──▶ stopped ──delete──▶ deleted
- *      └──────────────exit (killed)────────▲
+ *   created ──start──▶ starting ──▶ running ──exit──▶ stopped ──delete──▶ deleted
+ *     │ ▲───failed───────┘                                ▲
+ *     └──────────────────exit (killed)────────────────────┘
  *
- * An action that a state forbids is refused here and nowhere else; the message names both.
+ * `starting` is a state of its own so that a second Start is refused while the first is under way; the exit of a program
+ * that ends at once waits for the end of its start. An action that a state forbids is refused here and nowhere else; the message names both.
  */
 export type ContainerState =
   | { readonly kind: 'created' }
+  | { readonly kind: 'starting' }
   | { readonly kind: 'running' }
   | { readonly kind: 'stopped'; readonly exit: Exit }
   | { readonly kind: 'deleted'; readonly exit: Exit };
@@ -31,13 +34,15 @@ export function requireStartable(id: string, state: ContainerState): void {
 
 /** containerd's contract: a signal to a process that has ended is NotFound, not FailedPrecondition. */
 export function requireSignalable(id: string, state: ContainerState): void {
-  if (state.kind === 'stopped' || state.kind === 'deleted') {
-    throw new KilnError('not-found', `container ${id}: process already finished`);
-  }
+  if (state.kind === 'stopped' || state.kind === 'deleted') throw alreadyFinished(id);
+}
+
+export function alreadyFinished(id: string): KilnError {
+  return new KilnError('not-found', `container ${id}: process already finished`);
 }
 
 export function requireDeletable(id: string, state: ContainerState): void {
-  if (state.kind === 'running' || state.kind === 'deleted') throw refuse(id, 'delete', state);
+  if (state.kind !== 'created' && state.kind !== 'stopped') throw refuse(id, 'delete', state);
 }
 
 /** The state after the init process ended; an exit that is already known stays. */

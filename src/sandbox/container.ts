@@ -1,14 +1,12 @@
 import { mkdir, rm } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
-import type { KilnConfig } from '../config/config.ts';
-import type { HelperProcess } from '../host/helper-process.ts';
-import { startStandIn } from '../host/stand-in.ts';
+import { KilnError } from '../errors.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
-import { guestMounts, type PreparedRootfs, type RootfsPlan, type RootfsStore } from '../rootfs/index.ts';
-import type { VmConfig, Vmm } from '../vmm/vmm.ts';
+import { guestMounts } from '../rootfs/index.ts';
 import {
   afterExit,
+  alreadyFinished,
   type ContainerState,
   type Exit,
   requireDeletable,
@@ -17,8 +15,7 @@ import {
 } from './container-state.ts';
 import { faultPoint } from './faults.ts';
 import { assertNoInterfaces } from './network-check.ts';
-import { Sandbox } from './sandbox.ts';
-import type { ContainerStdio } from './stdio.ts';
+import { acquire, type ContainerRequest, type HostServices, type Resources } from './resources.ts';
 import { WaitableCell } from './waitable-cell.ts';
 
 /** Output that a reader takes its time to fetch holds an exit back for so long and no longer. */
@@ -27,42 +24,18 @@ const outputGraceMs = 1000;
 /** The time that Delete gives a slow reader before what is left of the output is dropped; runc's shim has the same. */
 const deleteDrainMs = 10_000;
 
+/**
+ * The time in which a container that is ended at once may still be killed from inside, so that what it wrote gets to its
+ * disk, before its VM is. containerd gives its `delete` 5 s.
+ */
+const destroyGraceMs = 3000;
+
 /** Signal numbers, as in signal(7). */
 const sigkill = 9;
 
 /** Exit status of a container whose VM was killed from outside, and of one whose VM failed. */
 const vmKilledStatus = 128 + sigkill;
 const unknownStatus = 255;
-
-/** What the host provides to every container. */
-export interface HostServices {
-  readonly rootfs: RootfsStore;
-  readonly standInProgram: string;
-}
-
-export interface ContainerRequest {
-  readonly id: string;
-  /** A directory of our own for sockets and logs, not yet existing; it is removed with the container. */
-  readonly directory: string;
-  readonly vmm: Vmm;
-  readonly config: KilnConfig;
-  /** The guest's runtime-spec, JSON; its root filesystem is at `guestRootDirectory(id)`. */
-  readonly spec: string;
-  readonly rootfs: RootfsPlan;
-  readonly files: Pick<VmConfig, 'kernel' | 'initrd' | 'guestImage'>;
-  readonly memoryMib: number;
-  readonly vcpus: number;
-  readonly openStdio: () => Promise<ContainerStdio>;
-  readonly timeline: Timeline;
-  readonly logger: Logger;
-}
-
-interface Resources {
-  readonly sandbox: Sandbox;
-  readonly standIn: HelperProcess;
-  readonly rootfs: PreparedRootfs;
-  readonly stdio: ContainerStdio;
-}
 
 /**
  * A container in a VM of its own.
@@ -83,7 +56,12 @@ export class Container {
   readonly #logger: Logger;
   readonly #outputs: Promise<unknown>;
   #starting: Promise<void> = Promise.resolve();
-  #torndown: Promise<void> | undefined;
+  /** The init process has ended; its output may still be on its way. */
+  #exited = false;
+  /** Set when we end the container ourselves, so that its VM's end is nothing to report. */
+  #destruction: Promise<void> | undefined;
+  /** Settled when output, guest and VM are done with; set before `exit`. Never rejects. */
+  #woundUp: Promise<void> | undefined;
 
   private constructor(id: string, resources: Resources, disposal: AsyncDisposableStack, request: ContainerRequest) {
     this.id = id;
@@ -94,6 +72,7 @@ export class Container {
     this.#logger = request.logger;
     this.#outputs = this.#relayStdio();
     void this.#supervise();
+    void this.#followStandIn();
   }
 
   get state(): ContainerState {
@@ -108,43 +87,60 @@ export class Container {
     faultPoint('sandbox-directory');
     const resources = await acquire(host, request, signal, stack);
     const { sandbox, rootfs, stdio } = resources;
-    const lower = await sandbox.attachDisk(rootfs.lower);
-    const writable = rootfs.writable === null ? undefined : await sandbox.attachDisk(rootfs.writable);
+    const lower = await sandbox.attachDisk(rootfs.lower, signal);
+    const writable = rootfs.writable === null ? undefined : await sandbox.attachDisk(rootfs.writable, signal);
     timeline.mark('rootfs-attached');
     faultPoint('attach-disk');
-    await sandbox.createContainer({
+    const container = {
       id,
       spec: request.spec,
       mounts: guestMounts(rootfs, id, { lower, writable }),
       stdin: stdio.stdin !== null,
       stdout: stdio.stdout !== null,
       stderr: stdio.stderr !== null,
-    });
+    };
+    await sandbox.createContainer(container, signal);
     timeline.mark('created');
     faultPoint('container-create');
     return new Container(id, resources, stack.move(), request);
   }
 
-  /** Runs the user's program. */
+  /** Runs the user's program. When it fails, the program has not run, as far as the guest has told. */
   async start(): Promise<void> {
     requireStartable(this.id, this.#state);
-    assertNoInterfaces(this.id, this.pid);
+    const { sandbox, stdio } = this.#resources;
     const started = Promise.withResolvers<void>();
     this.#starting = started.promise;
+    this.#state = { kind: 'starting' };
     try {
-      await this.#resources.sandbox.guest.startContainer(this.id);
+      assertNoInterfaces(this.id, this.pid);
+      // First, because it can fail; until the program reads it, stdin waits in the guest's pipe.
+      stdio.startStdin();
+      await sandbox.guest.startContainer(this.id);
       faultPoint('container-start');
-      if (this.#state.kind === 'created') this.#state = { kind: 'running' };
-      this.#resources.stdio.startStdin();
       this.timeline.mark('started');
+      this.#state = { kind: 'running' };
+    } catch (error) {
+      this.#state = { kind: 'created' };
+      throw error;
     } finally {
       started.resolve();
     }
   }
 
+  /** Sends a signal; `not-found` when there is no process any more. */
   async kill(signal: number, all: boolean): Promise<void> {
     requireSignalable(this.id, this.#state);
-    await this.#resources.sandbox.guest.signal(this.id, signal, all);
+    try {
+      await this.#resources.sandbox.guest.signal(this.id, signal, all);
+    } catch (error) {
+      const code = error instanceof KilnError ? error.code : undefined;
+      // The VM has ended, or will have in a moment.
+      if (code === 'unavailable') await this.exit.wait();
+      // The guest knows of the end already, while we still deliver the output.
+      else if (code !== 'failed-precondition' && code !== 'not-found') throw error;
+      throw alreadyFinished(this.id);
+    }
   }
 
   /** The processes of the container by their pids in the guest; the init process by its pid on the host. */
@@ -161,31 +157,68 @@ export class Container {
   /** Removes a container that is not running, with everything that belongs to it, and returns its exit. */
   async delete(): Promise<Exit> {
     requireDeletable(this.id, this.#state);
-    if (this.#state.kind === 'created') await this.kill(sigkill, true);
+    if (this.#state.kind === 'created') await this.#discard();
     const exit = await this.exit.wait();
+    await Promise.race([this.#woundUp, delay(deleteDrainMs, undefined, { ref: false })]);
+    await this.#windUp();
     await this.destroy();
     this.#state = { kind: 'deleted', exit };
     return exit;
   }
 
-  /** Releases everything at once, whatever the state: for containerd's `delete` and for kilnd's end. */
-  async destroy(): Promise<void> {
-    if (this.exit.peek() === undefined) {
-      await this.#resources.sandbox.vm.kill();
-      await this.exit.wait();
-    }
-    await Promise.race([this.#torndown, delay(deleteDrainMs, undefined, { ref: false })]);
+  /**
+   * Releases everything, whatever the state: for containerd's `delete` and for kilnd's end. What the container wrote is
+   * on its disk if the guest still answers in time. Safe to call twice; after a failure, the next call does the rest.
+   */
+  destroy(): Promise<void> {
+    this.#destruction ??= this.#destroy().catch((error: unknown) => {
+      this.#destruction = undefined;
+      throw error;
+    });
+    return this.#destruction;
+  }
+
+  async #destroy(): Promise<void> {
+    const ended = this.#endInGuest().catch((error: unknown) => this.#report(error, 'cannot end the container'));
+    await Promise.race([ended, delay(destroyGraceMs, undefined, { ref: false })]);
+    await this.#endVm();
+    await this.exit.wait();
+    await this.#windUp();
     await this.#disposal.disposeAsync();
     this.timeline.mark('deleted');
     const marks = this.timeline.toJSON().marks.map(({ name, atMs }) => ({ name, at_ms: atMs }));
     this.#logger.info({ marks }, 'timeline');
   }
 
+  async #endInGuest(): Promise<void> {
+    if (!this.#exited) await this.#resources.sandbox.guest.signal(this.id, sigkill, true);
+    await this.exit.wait();
+    await this.#windUp();
+  }
+
+  /** Ends a container whose program has not run. */
+  async #discard(): Promise<void> {
+    try {
+      await this.kill(sigkill, true);
+    } catch (error) {
+      if (error instanceof KilnError && error.code === 'not-found') return;
+      // There is nothing in it yet that would be lost.
+      this.#report(error, 'cannot kill the container, so its VM is ended');
+      await this.#endVm();
+    }
+  }
+
+  /** After the exit: what is left of the output is dropped; resolves when its filesystems are flushed and its VM gone. */
+  async #windUp(): Promise<void> {
+    await this.#resources.stdio.dispose();
+    await this.#woundUp;
+  }
+
   /** stdin flows until its writer closes it; the promise is of the two outputs, and never rejects. */
   #relayStdio(): Promise<unknown> {
     const { stdio, sandbox } = this.#resources;
     const { stdin, stdout, stderr } = stdio;
-    const report = (error: unknown) => this.#logger.debug({ err: error }, 'a stdio stream ended early');
+    const report = (error: unknown) => this.#report(error, 'a stdio stream ended early');
     if (stdin !== null) sandbox.guest.pipeStdin(this.id, stdin).catch(report);
     const outputs: Promise<void>[] = [];
     if (stdout !== null) outputs.push(sandbox.guest.pipeOutput(this.id, 'stdout', stdout));
@@ -193,20 +226,31 @@ export class Container {
     return Promise.all(outputs.map((output) => output.catch(report)));
   }
 
-  /** Follows the init process to its end. */
+  /** Follows the init process to its end. Never rejects. */
   async #supervise(): Promise<void> {
+    const { standIn, stdio } = this.#resources;
     const status = await this.#awaitStatus();
+    this.#exited = true;
     this.timeline.mark('exited');
     const exit: Exit = { status, at: new Date() };
     // The stand-in lives exactly as long as the task: `kill -0` on its pid must fail once the exit is known.
-    await this.#resources.standIn.kill();
-    const drained = this.#outputs.then(() => this.#resources.stdio.finish());
-    drained.catch((error: unknown) => this.#logger.warn({ err: error }, 'cannot finish the output'));
+    await standIn.kill();
+    const drained = this.#outputs
+      .then(() => stdio.finish())
+      .catch((error: unknown) => this.#report(error, 'cannot finish the output'));
     await Promise.race([drained, delay(outputGraceMs, undefined, { ref: false })]);
     await this.#starting;
     this.#state = afterExit(this.#state, exit);
-    this.#torndown = drained.catch(() => {}).then(() => this.#endVm());
+    this.#woundUp = drained.then(() => this.#removeFromGuest()).then(() => this.#endVm());
     this.exit.set(exit);
+  }
+
+  /** Who ends the stand-in, which is all that the host sees of the container, means the container. */
+  async #followStandIn(): Promise<void> {
+    await this.#resources.standIn.exited;
+    if (this.#exited || this.#destruction !== undefined) return;
+    this.#logger.warn({ pid: this.pid }, 'the process that stands for the container was ended: killing the container');
+    await this.kill(sigkill, true).catch((error: unknown) => this.#report(error, 'cannot kill the container'));
   }
 
   async #awaitStatus(): Promise<number> {
@@ -215,86 +259,33 @@ export class Container {
       return await sandbox.guest.waitExit(this.id);
     } catch (error) {
       const end = await sandbox.end();
-      this.#logger.error({ err: error, ...end }, 'the VM ended while the container was alive');
-      return end.signal === 'SIGKILL' && !end.guestStopped ? vmKilledStatus : unknownStatus;
+      const level = this.#destruction === undefined ? 'error' : 'debug';
+      this.#logger[level]({ err: error, ...end }, 'the VM ended while the container was alive');
+      return end.signal === 'SIGKILL' && !end.guestStopped && !end.agentLost ? vmKilledStatus : unknownStatus;
     }
   }
 
-  /** Gives the VM's memory back as soon as the container has ended, with its filesystems flushed. */
+  /** Flushes the container's filesystems. */
+  async #removeFromGuest(): Promise<void> {
+    try {
+      await this.#resources.sandbox.guest.removeContainer(this.id, true);
+    } catch (error) {
+      this.#report(error, 'the guest did not remove the container: its last writes may be lost');
+    }
+  }
+
+  /** Gives the VM's memory back. Never rejects: what could not be released is tried again with the rest. */
   async #endVm(): Promise<void> {
-    const { sandbox } = this.#resources;
     try {
-      await sandbox.guest.removeContainer(this.id, true);
+      await this.#resources.sandbox[Symbol.asyncDispose]();
     } catch (error) {
-      this.#logger.debug({ err: error }, 'the guest did not remove the container');
+      this.#report(error, 'cannot end the VM');
     }
-    await sandbox[Symbol.asyncDispose]();
   }
-}
 
-/** Acquires the container's resources side by side; puts them on the stack in the reverse order of their release. */
-async function acquire(
-  host: HostServices,
-  request: ContainerRequest,
-  signal: AbortSignal,
-  stack: AsyncDisposableStack,
-): Promise<Resources> {
-  const failed = new AbortController();
-  const either = AbortSignal.any([signal, failed.signal]);
-  const guard = async <T>(step: Promise<T>): Promise<T> => {
-    try {
-      return await step;
-    } catch (error) {
-      failed.abort(error);
-      throw error;
-    }
-  };
-  const [stdio, standIn, rootfs, sandbox] = await Promise.allSettled([
-    guard(request.openStdio()),
-    guard(startStandIn({ program: host.standInProgram, id: request.id, directory: request.directory })),
-    guard(prepareRootfs(host, request, either)),
-    guard(bootSandbox(request, either)),
-  ]);
-  if (stdio.status === 'fulfilled') stack.defer(() => stdio.value.dispose());
-  if (standIn.status === 'fulfilled') stack.use(standIn.value);
-  if (rootfs.status === 'fulfilled') stack.defer(() => rootfs.value.release());
-  if (sandbox.status === 'fulfilled') stack.use(sandbox.value);
-  // The first failure is the cause; the other steps were aborted by it.
-  either.throwIfAborted();
-  const resources = {
-    stdio: fulfilled(stdio),
-    standIn: fulfilled(standIn),
-    rootfs: fulfilled(rootfs),
-    sandbox: fulfilled(sandbox),
-  };
-  for (const point of ['stdio', 'stand-in', 'rootfs'] as const) faultPoint(point);
-  return resources;
-}
-
-function fulfilled<T>(result: PromiseSettledResult<T>): T {
-  if (result.status === 'rejected') throw result.reason;
-  return result.value;
-}
-
-async function prepareRootfs(host: HostServices, request: ContainerRequest, signal: AbortSignal) {
-  const prepared = await host.rootfs.prepare(request.rootfs, {
-    signal,
-    writableSizeBytes: request.config.storage.writableSizeGib * 2 ** 30,
-  });
-  request.timeline.mark('rootfs-ready');
-  return prepared;
-}
-
-function bootSandbox(request: ContainerRequest, signal: AbortSignal): Promise<Sandbox> {
-  const { id, directory, memoryMib, vcpus, files, vmm, timeline, logger, config } = request;
-  return Sandbox.boot(
-    {
-      vmm,
-      vm: { id, directory, memoryMib, vcpus, ...files },
-      bootTimeoutMs: config.vm.bootTimeoutS * 1000,
-      logger,
-      mark: (name, atMs) => timeline.mark(name, atMs),
-    },
-    signal,
-  );
+  /** For what nobody awaits. That the connection is gone says nothing new: the VM has ended. */
+  #report(error: unknown, message: string): void {
+    const gone = error instanceof KilnError && (error.code === 'unavailable' || error.code === 'not-found');
+    this.#logger[gone ? 'debug' : 'warn']({ err: error }, message);
+  }
 }

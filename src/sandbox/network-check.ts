@@ -7,7 +7,7 @@ import { KilnError } from '../errors.ts';
  * Source of the format: proc(5), /proc/pid/net/dev.
  */
 export function assertNoInterfaces(id: string, pid: number): void {
-  const lines = readFileSync(`/proc/${pid}/net/dev`, 'utf8').split('\n').slice(2);
+  const lines = devices(id, pid).split('\n').slice(2);
   const names = lines.map((line) => line.split(':')[0]?.trim() ?? '').filter((name) => name !== '' && name !== 'lo');
   // Kernels with sit, ip6tnl or gre built in give every new namespace these fallback devices.
   const added = names.filter(
@@ -19,4 +19,15 @@ export function assertNoInterfaces(id: string, pid: number): void {
     `container ${id}: network interface ${added.join(', ')} cannot be connected to the VM: networks are not supported yet`,
     { hint: 'start the container without --cni' },
   );
+}
+
+function devices(id: string, pid: number): string {
+  try {
+    return readFileSync(`/proc/${pid}/net/dev`, 'utf8');
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    // EINVAL is what a zombie gives.
+    if (code !== 'ENOENT' && code !== 'EINVAL' && code !== 'ESRCH') throw error;
+    throw new KilnError('failed-precondition', `cannot start container ${id}: it has ended`, { cause: error });
+  }
 }

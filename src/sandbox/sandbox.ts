@@ -1,7 +1,8 @@
+import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
 import { Guest, type GuestContainer } from '../guest/guest.ts';
 import type { Logger } from '../observe/logger.ts';
-import { abortable } from '../vmm/hybrid-vsock.ts';
+import { abortable } from '../vmm/abortable.ts';
 import {
   readOnlySlots,
   type SlotName,
@@ -16,16 +17,26 @@ import { faultPoint } from './faults.ts';
 /** Bytes of guest console that go into an error message. */
 const consoleTailBytes = 2000;
 
+/** How long a VMM may take to tell its guest's console: one that hangs must not take the error with it. */
+const consoleLimitMs = 2000;
+
 /** How long a VM may take to end by itself after its agent is gone, before it is killed. */
 const guestStopGraceMs = 5000;
 
 export interface SandboxOptions {
   readonly vmm: Vmm;
   readonly vm: VmConfig;
+  /** Time for the boot, from starting the VMM to the agent's call; then for each answer of VMM and agent. */
   readonly bootTimeoutMs: number;
   readonly logger: Logger;
   /** Called with the moments of the start as they pass. */
   readonly mark: (name: 'vmm-spawned' | 'kernel-up' | 'agent-connected', atMs?: number) => void;
+}
+
+/** How a sandbox's VM ended. */
+export interface SandboxEnd extends VmExit {
+  /** The VM lived on without its agent, and so was killed. */
+  readonly agentLost: boolean;
 }
 
 /** One VM with its agent connected. Containers attach their disks to it and run in it. */
@@ -33,55 +44,78 @@ export class Sandbox implements AsyncDisposable {
   readonly vm: Vm;
   readonly guest: Guest;
   readonly #freeSlots = { ro: [...readOnlySlots], rw: [...writableSlots] };
+  readonly #answerLimitMs: number;
 
-  private constructor(vm: Vm, guest: Guest) {
+  private constructor(vm: Vm, guest: Guest, answerLimitMs: number) {
     this.vm = vm;
     this.guest = guest;
+    this.#answerLimitMs = answerLimitMs;
   }
 
   /** Boots the VM and waits for its agent. A failure carries the guest's last console lines and leaves nothing. */
   static async boot(options: SandboxOptions, signal: AbortSignal): Promise<Sandbox> {
-    const { vmm, mark } = options;
+    const { vmm, mark, bootTimeoutMs } = options;
     await using stack = new AsyncDisposableStack();
-    const vm = stack.use(await vmm.boot(options.vm, signal));
-    mark('vmm-spawned');
-    faultPoint('vm-boot');
-    const timeout = AbortSignal.timeout(options.bootTimeoutMs);
+    const timeout = AbortSignal.timeout(bootTimeoutMs);
+    const either = AbortSignal.any([signal, timeout]);
+    let vm: Vm | undefined;
     let guest: Guest;
     try {
-      const either = AbortSignal.any([signal, timeout]);
+      vm = stack.use(await vmm.boot(options.vm, either));
+      mark('vmm-spawned');
+      faultPoint('vm-boot');
       const socket = await vm.acceptAgent(either);
       mark('agent-connected');
-      guest = stack.use(await abortable(Guest.connect(socket, 'kiln'), either));
+      guest = stack.use(
+        await abortable(Guest.connect(socket, { hostname: 'kiln', answerLimitMs: bootTimeoutMs }), either),
+      );
     } catch (error) {
-      throw timeout.aborted && !signal.aborted ? await agentSilent(vm, options.bootTimeoutMs) : error;
+      if (signal.aborted || error !== timeout.reason) throw error;
+      if (vm === undefined) throw vmmSilent(vmm, 'start', bootTimeoutMs);
+      throw await agentSilent(vm, bootTimeoutMs);
     }
     mark('kernel-up', guest.facts.agentStartedAtMs);
     faultPoint('agent-connect');
     options.logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is up');
     stack.move();
-    return new Sandbox(vm, guest);
+    return new Sandbox(vm, guest, bootTimeoutMs);
   }
 
   /** Puts a file behind a free drive slot and returns the slot, which is the disk's serial in the guest. */
-  async attachDisk(disk: { readonly file: string; readonly readOnly: boolean }): Promise<SlotName> {
+  async attachDisk(
+    disk: { readonly file: string; readonly readOnly: boolean },
+    signal: AbortSignal,
+  ): Promise<SlotName> {
     const slot = (disk.readOnly ? this.#freeSlots.ro : this.#freeSlots.rw).shift();
     if (slot === undefined) {
       const kind = disk.readOnly ? 'read-only' : 'writable';
       throw new KilnError('resource-exhausted', `the VM has no free ${kind} drive slot for ${disk.file}`);
     }
-    await this.vm.attachDisk(slot, disk.file);
+    const timeout = AbortSignal.timeout(this.#answerLimitMs);
+    try {
+      await abortable(this.vm.attachDisk(slot, disk.file), AbortSignal.any([signal, timeout]));
+    } catch (error) {
+      if (signal.aborted || error !== timeout.reason) throw error;
+      throw vmmSilent({ name: 'VMM' }, `attach ${disk.file}`, this.#answerLimitMs);
+    }
     return slot;
   }
 
-  /** As `Guest.createContainer`; when the VM ends meanwhile, the error says how and shows its console. */
-  async createContainer(container: GuestContainer): Promise<void> {
+  /** As `Guest.createContainer`; when the VM ends meanwhile or the agent is silent, the error shows the console. */
+  async createContainer(container: GuestContainer, signal: AbortSignal): Promise<void> {
     try {
-      await this.guest.createContainer(container);
+      await this.guest.createContainer(container, signal);
     } catch (error) {
-      if (!(error instanceof KilnError && error.code === 'unavailable')) throw error;
-      const { code, signal, guestStopped, consoleTail } = await this.end();
-      const how = guestStopped ? 'the guest stopped' : `the VM ended (${signal ?? `exit code ${code}`})`;
+      if (!(error instanceof KilnError)) throw error;
+      if (error.code === 'deadline-exceeded') {
+        throw new KilnError(error.code, `${error.message}; the guest console's last lines:\n${await tailOf(this.vm)}`, {
+          cause: error,
+        });
+      }
+      if (error.code !== 'unavailable') throw error;
+      const { code, signal: by, guestStopped, agentLost, consoleTail } = await this.end();
+      const ended = guestStopped ? 'the guest stopped' : `the VM ended (${by ?? `exit code ${code}`})`;
+      const how = agentLost ? 'the connection to the guest was lost' : ended;
       throw new KilnError('unavailable', `${how} while container ${container.id} was created\n${consoleTail}`.trim(), {
         cause: error,
       });
@@ -89,10 +123,16 @@ export class Sandbox implements AsyncDisposable {
   }
 
   /** After the agent was lost: how the VM ended. A VM that lives on without its agent is killed. */
-  async end(): Promise<VmExit> {
-    const timer = setTimeout(() => void this.vm.kill(), guestStopGraceMs);
+  async end(): Promise<SandboxEnd> {
+    let agentLost = false;
+    const timer = setTimeout(() => {
+      agentLost = true;
+      // What cannot be released is told by whoever disposes of the sandbox.
+      this.vm.kill().catch(() => {});
+    }, guestStopGraceMs);
     try {
-      return await this.vm.wait();
+      const exit = await this.vm.wait();
+      return { ...exit, agentLost };
     } finally {
       clearTimeout(timer);
     }
@@ -105,10 +145,20 @@ export class Sandbox implements AsyncDisposable {
 }
 
 async function agentSilent(vm: Vm, timeoutMs: number): Promise<KilnError> {
-  const tail = await vm.consoleTail(consoleTailBytes);
   return new KilnError(
     'deadline-exceeded',
-    `the agent in the guest did not call within ${timeoutMs / 1000} s; the guest console's last lines:\n${tail || '(nothing)'}`,
+    `the agent in the guest did not call within ${timeoutMs / 1000} s; the guest console's last lines:\n${await tailOf(vm)}`,
     { hint: 'see docs/guest.md; vm.boot_timeout_s in the config file sets the limit' },
   );
+}
+
+function vmmSilent(vmm: { readonly name: string }, action: string, timeoutMs: number): KilnError {
+  return new KilnError('deadline-exceeded', `${vmm.name} did not ${action} within ${timeoutMs / 1000} s`, {
+    hint: 'vm.boot_timeout_s in the config file sets the limit',
+  });
+}
+
+async function tailOf(vm: Vm): Promise<string> {
+  const given = await Promise.race([vm.consoleTail(consoleTailBytes), delay(consoleLimitMs, '', { ref: false })]);
+  return given || '(nothing)';
 }

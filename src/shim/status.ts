@@ -19,6 +19,7 @@ export function toTimestamp(date: Date): Timestamp {
 export function toTaskStatus(state: ContainerState): Status {
   switch (state.kind) {
     case 'created':
+    case 'starting':
       return Status.CREATED;
     case 'running':
       return Status.RUNNING;

@@ -5,9 +5,6 @@
  * when some 64 MiB of such bytes have come together: half of a small guest's memory. A minor collection frees them and
  * takes well under a millisecond when the chunks are short-lived, so it is due every few MiB.
  */
-import { setFlagsFromString } from 'node:v8';
-import { runInNewContext } from 'node:vm';
-
 /** Bytes between two collections. */
 const interval = 8 << 20;
 
@@ -21,8 +18,8 @@ export function countRelayed(bytes: number): void {
   relayed = 0;
   if (collect === undefined) {
     // V8 gives its `gc` function to contexts that are made after this flag.
-    setFlagsFromString('--expose-gc');
-    collect = runInNewContext('gc') as NonNullable<typeof collect>;
+    process.getBuiltinModule('node:v8').setFlagsFromString('--expose-gc');
+    collect = process.getBuiltinModule('node:vm').runInNewContext('gc') as NonNullable<typeof collect>;
   }
   collect({ type: 'minor' });
 }

@@ -10,12 +10,14 @@
 import { closeSync } from 'node:fs';
 import { createServer, type Server, Socket } from 'node:net';
 import { SysError } from './error.ts';
-import { check, declare } from './libc.ts';
+import { type CFunction, check, declare } from './libc.ts';
 
 /** The host, seen from a guest (linux/vm_sockets.h). */
 export const VMADDR_CID_HOST = 2;
 /** Any address of this machine, to listen on (linux/vm_sockets.h). */
 export const VMADDR_CID_ANY = 0xffffffff;
+/** A free port above 1023 of the kernel's choice, to listen on (linux/vm_sockets.h). */
+export const VMADDR_PORT_ANY = 0xffffffff;
 
 /** bits/socket.h of Linux. */
 const AF_VSOCK = 40;
@@ -34,6 +36,14 @@ type AddressArguments = [fd: number, address: Uint8Array, length: number];
 const cConnect = declare<AddressArguments>('int connect(int sockfd, const uint8_t *addr, unsigned int addrlen)');
 const cBind = declare<AddressArguments>('int bind(int sockfd, const uint8_t *addr, unsigned int addrlen)');
 const cListen = declare<[fd: number, backlog: number]>('int listen(int sockfd, int backlog)');
+type NameArguments = [fd: number, address: Uint8Array, length: Uint32Array];
+const cGetsockname = declare<NameArguments>('int getsockname(int sockfd, uint8_t *addr, uint32_t *addrlen)');
+const cGetpeername = declare<NameArguments>('int getpeername(int sockfd, uint8_t *addr, uint32_t *addrlen)');
+
+export interface VsockAddress {
+  readonly cid: number;
+  readonly port: number;
+}
 
 /** The bytes of a struct sockaddr_vm (little-endian on every architecture that Kiln knows). */
 export function sockaddrVm(cid: number, port: number): Uint8Array {
@@ -44,7 +54,20 @@ export function sockaddrVm(cid: number, port: number): Uint8Array {
   return new Uint8Array(bytes.buffer);
 }
 
+/** The address in the bytes of a struct sockaddr_vm. */
+export function parseSockaddrVm(bytes: Uint8Array): VsockAddress {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  return { port: view.getUint32(4, true), cid: view.getUint32(8, true) };
+}
+
+function readName(read: CFunction<NameArguments>, syscall: string, fd: number): VsockAddress {
+  const bytes = new Uint8Array(SOCKADDR_VM_SIZE);
+  check(read(fd, bytes, new Uint32Array([SOCKADDR_VM_SIZE])), syscall, `fd ${fd}`);
+  return parseSockaddrVm(bytes);
+}
+
 interface TcpHandle {
+  readonly fd: number;
   open(fd: number): number;
 }
 interface TcpWrap {
@@ -85,17 +108,38 @@ export function connectVsock(cid: number, port: number): Socket {
   });
 }
 
+/** A listening vsock socket. */
+export interface VsockServer {
+  /** Its `connection` events bring the accepted sockets. */
+  readonly server: Server;
+  /** The port it listens on: the one asked for, or the kernel's choice. */
+  readonly port: number;
+}
+
 /**
- * socket(2), bind(2) and listen(2): a server whose `connection` events bring the accepted sockets.
+ * socket(2), bind(2), getsockname(2) and listen(2).
  *
  * @param cid the address to listen on, VMADDR_CID_ANY for all
- * @throws SysError EADDRINUSE
+ * @param port VMADDR_PORT_ANY for a free one
+ * @throws SysError EADDRINUSE, EAFNOSUPPORT without vsock
  */
-export function listenVsock(cid: number, port: number): Server {
+export function listenVsock(cid: number, port: number): VsockServer {
   return withSocket((fd) => {
     const address = `vsock:${cid}:${port}`;
     check(cBind(fd, sockaddrVm(cid, port), SOCKADDR_VM_SIZE), 'bind', address);
+    const bound = readName(cGetsockname, 'getsockname', fd);
     check(cListen(fd, BACKLOG), 'listen', address);
-    return createServer().listen(wrap(fd, 'SERVER'));
+    return { server: createServer().listen(wrap(fd, 'SERVER')), port: bound.port };
   });
+}
+
+/**
+ * getpeername(2) of a connection that a VsockServer accepted: who called.
+ *
+ * @throws SysError ENOTCONN when the caller is gone, EBADF when the socket is closed
+ */
+export function peerOfVsock(socket: Socket): VsockAddress {
+  // The handle that Node's stream reads from; its types leave it out.
+  const handle = (socket as unknown as { readonly _handle: TcpHandle | null })._handle;
+  return readName(cGetpeername, 'getpeername', handle?.fd ?? -1);
 }

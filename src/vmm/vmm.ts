@@ -12,7 +12,7 @@ export type SlotName = `ro${number}` | `rw${number}`;
 export const readOnlySlots: readonly SlotName[] = ['ro0', 'ro1', 'ro2', 'ro3', 'ro4', 'ro5', 'ro6', 'ro7'];
 export const writableSlots: readonly SlotName[] = ['rw0', 'rw1'];
 
-/** The vsock port on which the host awaits the agent's call. */
+/** The vsock port on which the host awaits the agent's call, unless the kernel's command line says `kiln.agent_port=`. */
 export const agentPort = 1024;
 
 export interface VmConfig {

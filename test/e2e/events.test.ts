@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { busyboxImage, imageArchive } from '../support/images.ts';
 import { containerdVersions, underKiln } from '../support/paths.ts';
-import { useScene } from '../support/scene.ts';
+import { useScene } from '../support/use-scene.ts';
 
 const lifeOfATask = ['/tasks/create', '/tasks/start', '/tasks/exit', '/tasks/delete'];
 const ofTasks = (topic: string): boolean => topic.startsWith('/tasks/');

@@ -2,8 +2,8 @@ import { readFileSync } from 'node:fs';
 import { release } from 'node:os';
 import { describe, expect, it } from 'vitest';
 import { containerdVersions, underKiln } from '../support/paths.ts';
-import { useScene } from '../support/scene.ts';
 import { Lines } from '../support/spawn.ts';
+import { useScene } from '../support/use-scene.ts';
 
 const bootIdFile = '/proc/sys/kernel/random/boot_id';
 

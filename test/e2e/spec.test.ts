@@ -1,7 +1,7 @@
 import { beforeAll, describe, expect, it } from 'vitest';
 import { busyboxLayer } from '../support/images.ts';
 import { underKiln } from '../support/paths.ts';
-import { useScene } from '../support/scene.ts';
+import { useScene } from '../support/use-scene.ts';
 
 const kateImage = {
   name: 'docker.io/kiln/kate:test',

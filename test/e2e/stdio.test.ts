@@ -2,8 +2,8 @@ import { createHash, randomBytes } from 'node:crypto';
 import { Readable } from 'node:stream';
 import { describe, expect, it } from 'vitest';
 import { underKiln } from '../support/paths.ts';
-import { useScene } from '../support/scene.ts';
 import { bytes, digest, Lines } from '../support/spawn.ts';
+import { useScene } from '../support/use-scene.ts';
 
 const mebibyte = 1024 * 1024;
 

@@ -210,7 +210,7 @@ describe('the search for leftovers', () => {
     await expectLeftover('file', half);
   });
 
-  it("finds a bundle and a FIFO in containerd's folders", async () => {
+  it("finds a bundle in containerd's folder", async () => {
     const bundle = join(dir, 'cd', 'state', 'io.containerd.runtime.v2.task', 'default', 'x');
     mkdirSync(bundle, { recursive: true });
     cleanups.push(() => rmdirSync(bundle));

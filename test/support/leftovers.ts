@@ -228,7 +228,6 @@ function fileLeftovers(scope: HostScope): Leftover[] {
         found.push(join(bundles, namespace.name, bundle.name));
       }
     }
-    for (const path of walk(join(scope.containerdDir, 'fifo'))) found.push(path);
   }
   return found.map((what) => ({ kind: 'file', what }));
 }
@@ -237,7 +236,7 @@ function fileLeftovers(scope: HostScope): Leftover[] {
 function allowedInState(path: string, scope: HostScope): boolean {
   const name = relative(scope.stateDir, path);
   if (name.includes('/')) return false;
-  return /\.(log|lock)$/.test(name) || (scope.daemonMayRun === true && name.startsWith('kilnd.'));
+  return /\.(log|lock|stderr)$/.test(name) || (scope.daemonMayRun === true && name.startsWith('kilnd.'));
 }
 
 // --- kernel objects ---

@@ -1,14 +1,9 @@
-/**
- * One end-to-end stage: a private containerd, a Kiln with its own state, cache and config, and a busybox image. It is
- * set up before a group's first test and taken down after its last; after every test the machine is searched for
- * leftovers, and what a failed test left is removed so that the next one starts clean.
- */
+/** One stage for end-to-end tests, demo and benchmarks: a private containerd, a Kiln of its own, a busybox image. */
 import { mkdirSync, mkdtempSync, writeFileSync } from 'node:fs';
 import { readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { afterAll, afterEach, beforeAll, beforeEach } from 'vitest';
 import { type Containerd, startContainerd } from './containerd.ts';
 import { busyboxImage, type Image, importImage } from './images.ts';
 import { assertNothingLeft, findLeft, type HostSnapshot, kilndPids, snapshotHost } from './leftovers.ts';
@@ -349,7 +344,7 @@ export class Scene {
     // containerd's own mounts live as long as it does.
     for (const point of mine) await run('umount', ['--lazy', point]);
     for (const name of await readdir(this.stateDir).catch(() => [])) {
-      if (!/\.(log|lock)$/.test(name)) await rm(join(this.stateDir, name), { recursive: true, force: true });
+      if (!/\.(log|lock|stderr)$/.test(name)) await rm(join(this.stateDir, name), { recursive: true, force: true });
     }
   }
 }
@@ -393,20 +388,6 @@ export class EventLog implements AsyncDisposable {
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#program[Symbol.asyncDispose]();
   }
-}
-
-/** Sets a scene up around the tests of the enclosing `describe`. */
-export function useScene(options: SceneOptions): Scene {
-  const scene = new Scene(options);
-  beforeAll(() => scene.setUp());
-  afterAll(() => scene.tearDown());
-  beforeEach(({ onTestFailed }) => {
-    onTestFailed(async () => {
-      process.stderr.write(`\n${await scene.logs()}\n`);
-    });
-  });
-  afterEach(() => scene.checkClean());
-  return scene;
 }
 
 /** Waits until a process that is not our child is gone: there is no event for that short of ptrace or pidfd_open. */

@@ -25,7 +25,7 @@ import {
   status as Status,
 } from '@grpc/grpc-js';
 import { Http2SubchannelCall } from '@grpc/grpc-js/build/src/subchannel-call.js';
-import { connectionWindow, maxFrameSize, maxMessageBytes, streamWindow } from './limits.ts';
+import { connectionWindow, maxMessageBytes, streamWindow } from './limits.ts';
 
 type Channel = NonNullable<ClientOptions['channelOverride']>;
 type Call = ReturnType<Channel['createCall']>;
@@ -78,7 +78,7 @@ class SocketChannel implements Channel {
     this.#peer = peer;
     this.#session = connect('http://localhost', {
       createConnection: () => socket,
-      settings: { enablePush: false, initialWindowSize: streamWindow, maxFrameSize },
+      settings: { enablePush: false, initialWindowSize: streamWindow },
       // The peer's windows bound what we keep in memory; Node's own limit only makes it refuse streams.
       maxSessionMemory: Number.MAX_SAFE_INTEGER,
     });

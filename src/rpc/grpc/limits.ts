@@ -12,8 +12,5 @@ export const streamWindow = 1 << 20;
 /** Bytes of all streams together that may be on their way. */
 export const connectionWindow = 4 << 20;
 
-/** Largest frame that we accept, in bytes: one chunk of 64 KiB in one frame rather than four (RFC 9113: 16 KiB at first). */
-export const maxFrameSize = 1 << 18;
-
 /** Largest message in bytes; more is RESOURCE_EXHAUSTED. An OCI spec can have a megabyte. */
 export const maxMessageBytes = 16 << 20;

@@ -5,7 +5,7 @@
 import type { Http2Server, ServerHttp2Session } from 'node:http2';
 import type { Duplex } from 'node:stream';
 import { Server, ServerCredentials, type ServiceDefinition, type UntypedServiceImplementation } from '@grpc/grpc-js';
-import { connectionWindow, maxFrameSize, maxMessageBytes, streamWindow } from './limits.ts';
+import { connectionWindow, maxMessageBytes, streamWindow } from './limits.ts';
 
 /** What grpc-js does not offer as options: its HTTP/2 servers and what it makes them with. The version is pinned. */
 interface ServerInternals {
@@ -36,7 +36,7 @@ export function serveOverSocket(
     'grpc.max_send_message_length': maxMessageBytes,
   });
   const internals = server as unknown as ServerInternals;
-  internals.commonServerOptions.settings = { initialWindowSize: streamWindow, maxFrameSize };
+  internals.commonServerOptions.settings = { initialWindowSize: streamWindow };
   server.addService(definition, implementation);
   const injector = server.createConnectionInjector(ServerCredentials.createInsecure());
   const closed = new Promise<void>((resolve) => {

@@ -1,20 +1,23 @@
 import { accessSync, constants, existsSync, readFileSync } from 'node:fs';
+import path from 'node:path';
 import { KilnError } from '../../errors.ts';
+import { type HostDevices, hostDevices } from '../host-devices.ts';
 
 export type Accelerator = 'kvm' | 'tcg';
 
 /** KVM modules with hardware behind them. `kvm_pvm` is not one: stock guest kernels do not reach init under it. */
 const hardwareKvmModules = ['kvm_intel', 'kvm_amd'];
 
-function kvmProblem(): string | undefined {
+function kvmProblem(devices: HostDevices): string | undefined {
   // On arm64 KVM is part of the kernel and has no module directory of a vendor.
-  const hardware = process.arch === 'arm64' || hardwareKvmModules.some((name) => existsSync(`/sys/module/${name}`));
+  const isLoaded = (name: string) => existsSync(path.join(devices.modules, name));
+  const hardware = devices.arch === 'arm64' || hardwareKvmModules.some(isLoaded);
   if (!hardware) return `none of the kernel modules ${hardwareKvmModules.join(', ')} is loaded`;
   try {
-    accessSync('/dev/kvm', constants.R_OK | constants.W_OK);
+    accessSync(devices.kvm, constants.R_OK | constants.W_OK);
     return undefined;
   } catch (error) {
-    return `/dev/kvm cannot be opened: ${(error as NodeJS.ErrnoException).code ?? String(error)}`;
+    return `${devices.kvm} cannot be opened: ${(error as NodeJS.ErrnoException).code ?? String(error)}`;
   }
 }
 
@@ -22,9 +25,12 @@ function kvmProblem(): string | undefined {
  * Chooses hardware virtualisation where it works, else software emulation, with the reason.
  * Throws `failed-precondition` when KVM is demanded and missing.
  */
-export function chooseAccelerator(wanted: 'auto' | Accelerator): { accelerator: Accelerator; reason: string } {
+export function chooseAccelerator(
+  wanted: 'auto' | Accelerator,
+  devices: HostDevices = hostDevices,
+): { accelerator: Accelerator; reason: string } {
   if (wanted === 'tcg') return { accelerator: 'tcg', reason: 'vm.accelerator = "tcg"' };
-  const problem = kvmProblem();
+  const problem = kvmProblem(devices);
   if (problem === undefined) return { accelerator: 'kvm', reason: 'hardware KVM is available' };
   if (wanted === 'kvm') {
     throw new KilnError('failed-precondition', `vm.accelerator is "kvm", but ${problem}`, {
@@ -38,7 +44,7 @@ export function chooseAccelerator(wanted: 'auto' | Accelerator): { accelerator: 
  * The host CPU's clock in kHz, for `tsc_early_khz`. Under TCG the guest's TSC calibration loops for ever in about half
  * of all boots on microvm unless it is told the frequency. Undefined where /proc/cpuinfo does not say (arm64).
  */
-export function hostTscKhz(): number | undefined {
-  const mhz = /^cpu MHz\s*:\s*([\d.]+)/m.exec(readFileSync('/proc/cpuinfo', 'utf8'))?.[1];
+export function hostTscKhz(devices: HostDevices = hostDevices): number | undefined {
+  const mhz = /^cpu MHz\s*:\s*([\d.]+)/m.exec(readFileSync(devices.cpuinfo, 'utf8'))?.[1];
   return mhz === undefined ? undefined : Math.round(Number(mhz) * 1000);
 }

@@ -1,4 +1,4 @@
-import { readOnlySlots, type SlotName, type VmConfig, writableSlots } from '../vmm.ts';
+import { agentPort, readOnlySlots, type SlotName, type VmConfig, writableSlots } from '../vmm.ts';
 import type { Accelerator } from './accelerator.ts';
 
 /** Size that the guest sees on an empty slot; the real file's size counts once one is attached. */
@@ -23,25 +23,44 @@ export interface CommandLineOptions {
   readonly tscKhz: number | undefined;
   readonly qmpSocket: string;
   readonly vsock: VsockDevice;
+  /** The vsock port on which the host awaits the agent's call. */
+  readonly agentPort: number;
 }
 
 /** The kernel's command line. `panic=-1` reboots at once on a panic, and `-no-reboot` turns that into a stop. */
 export function kernelCommandLine(options: CommandLineOptions): string {
   const words = ['console=ttyS0', 'quiet', 'panic=-1', 'reboot=k', 'random.trust_cpu=on'];
   if (options.accelerator === 'tcg' && options.tscKhz !== undefined) words.push(`tsc_early_khz=${options.tscKhz}`);
+  // The agent knows the usual one; any other is told to it here.
+  if (options.agentPort !== agentPort) words.push(`kiln.agent_port=${options.agentPort}`);
   // Without an initrd the kernel mounts the guest image itself: it is the first disk that it finds.
   if (options.config.initrd === undefined)
     words.push('root=/dev/vda', 'rootfstype=erofs', 'ro', 'init=/sbin/kiln-init');
   return words.join(' ');
 }
 
+/** A value inside one of QEMU's comma-separated options: a comma in it is written twice (qemu(1), "-drive"). */
+function optionValue(value: string): string {
+  return value.replaceAll(',', ',,');
+}
+
+/**
+ * The raw node that a drive slot's device sees; reopened with the same options when another file is put below it.
+ * `discard`: blocks that the guest frees are given back to the host; the node above has to pass that on, too.
+ */
+export function slotNode(node: string, readOnly: boolean, file: string | Record<string, unknown>) {
+  return { driver: 'raw', 'node-name': node, 'read-only': readOnly, ...(readOnly ? {} : { discard: 'unmap' }), file };
+}
+
 function drive(node: string, readOnly: boolean, file: Record<string, unknown>, serial: string, transport: number) {
+  // The transport is given so that the guest image is the first disk whatever QEMU's default is.
+  const place = `serial=${serial},bus=virtio-mmio-bus.${transport}`;
   return [
     '-blockdev',
-    JSON.stringify({ driver: 'raw', 'node-name': node, 'read-only': readOnly, file }),
+    JSON.stringify(slotNode(node, readOnly, file)),
     '-device',
-    // The transport is given so that the guest image is the first disk whatever QEMU's default is.
-    `virtio-blk-device,drive=${node},serial=${serial},bus=virtio-mmio-bus.${transport}`,
+    // The guest gets every error of the host's disk. QEMU's default for a full one is to stop the VM without a word.
+    `virtio-blk-device,drive=${node},${place},rerror=report,werror=report`,
   ];
 }
 
@@ -69,13 +88,20 @@ export function qemuArguments(options: CommandLineOptions): string[] {
     vsock.kind === 'vhost-user'
       ? [
           '-chardev',
-          `socket,id=vsock,path=${vsock.socket}`,
+          `socket,id=vsock,path=${optionValue(vsock.socket)}`,
           '-device',
           `vhost-user-vsock-device,chardev=vsock,bus=virtio-mmio-bus.${transport--}`,
         ]
       : ['-device', `vhost-vsock-device,guest-cid=${vsock.cid},bus=virtio-mmio-bus.${transport--}`];
   return [
-    ...['-name', `kiln-${config.id},debug-threads=on`, '-nodefaults', '-no-user-config', '-display', 'none'],
+    ...[
+      '-name',
+      `kiln-${optionValue(config.id)},debug-threads=on`,
+      '-nodefaults',
+      '-no-user-config',
+      '-display',
+      'none',
+    ],
     // A stopped guest is kept until we have read its console; then we end QEMU ourselves.
     ...['-no-reboot', '-action', 'shutdown=pause,panic=pause'],
     ...['-sandbox', 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'],
@@ -86,7 +112,12 @@ export function qemuArguments(options: CommandLineOptions): string[] {
     ...['-kernel', config.kernel, ...(config.initrd === undefined ? [] : ['-initrd', config.initrd])],
     ...['-append', kernelCommandLine(options)],
     ...['-chardev', `ringbuf,id=console,size=${consoleBufferBytes}`, '-serial', 'chardev:console'],
-    ...['-chardev', `socket,id=qmp,path=${options.qmpSocket},reconnect=1`, '-mon', 'chardev=qmp,mode=control'],
+    ...[
+      '-chardev',
+      `socket,id=qmp,path=${optionValue(options.qmpSocket)},reconnect=1`,
+      '-mon',
+      'chardev=qmp,mode=control',
+    ],
     ...disks,
     ...vsockDevice,
   ];

@@ -1,6 +1,5 @@
 import { EventEmitter } from 'node:events';
 import type net from 'node:net';
-import { createInterface } from 'node:readline';
 import { KilnError } from '../../errors.ts';
 
 /*
@@ -10,42 +9,50 @@ import { KilnError } from '../../errors.ts';
  *   command:          {"execute": "blockdev-add", "arguments": {…}, "id": 7}
  *   answer:           {"return": {…}, "id": 7}  or  {"error": {"class": "GenericError", "desc": "…"}, "id": 7}
  *   event, any time:  {"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-panic"}, "timestamp": …}
+ * Events from before the negotiation are never sent: what happened until then has to be asked for (query-status).
  * QEMU is the one that dials: kilnd listens, so that the connection itself says that QEMU is ready, and a kilnd that
  * was started again is found again.
+ *
+ * A guest that has broken into its QEMU can send anything here, so nothing that comes is trusted to have its right form:
+ * whatever is not QMP closes the connection.
  */
 
-interface QmpReply {
-  readonly id?: number;
-  readonly return?: unknown;
-  readonly error?: { readonly class: string; readonly desc: string };
-  readonly event?: string;
-  readonly data?: Record<string, unknown>;
-  readonly QMP?: unknown;
-}
+/** The longest line taken. The longest one that QEMU sends is the console, 64 KiB of which each byte may be escaped. */
+const maxLineBytes = 1 << 20;
+
+const newline = 0x0a;
 
 interface QmpEvents {
   event: [name: string, data: Record<string, unknown>];
   close: [];
 }
 
-/** One QMP conversation. Every command fails with `unavailable` once QEMU has closed it. */
+interface Pending {
+  readonly command: string;
+  resolve(value: unknown): void;
+  reject(error: Error): void;
+}
+
+/** One QMP conversation. Every command fails with `unavailable` once the connection is closed, by whomever. */
 export class QmpClient extends EventEmitter<QmpEvents> {
-  #socket: net.Socket;
-  #pending = new Map<number, { resolve(value: unknown): void; reject(error: Error): void; command: string }>();
+  readonly #socket: net.Socket;
+  readonly #pending = new Map<number, Pending>();
+  readonly #greeted = Promise.withResolvers<void>();
+  #line: Buffer[] = [];
+  #lineBytes = 0;
   #nextId = 1;
-  #greeted = Promise.withResolvers<void>();
   #closed = false;
+  /** Why we closed the connection; undefined as long as only QEMU could have. */
+  #reason: string | undefined;
 
   constructor(socket: net.Socket) {
     super();
     this.#socket = socket;
     this.#greeted.promise.catch(() => {});
-    const lines = createInterface({ input: socket, crlfDelay: Number.POSITIVE_INFINITY });
-    lines.on('line', (line) => this.#onLine(line));
-    // readline repeats the socket's error on itself; it is handled below.
-    lines.on('error', () => {});
+    socket.on('data', (chunk: Buffer) => this.#onData(chunk));
     socket.on('error', () => socket.destroy());
     socket.on('close', () => this.#onClose());
+    if (socket.closed) this.#onClose();
   }
 
   /** Waits for the greeting and leaves negotiation mode. */
@@ -64,32 +71,59 @@ export class QmpClient extends EventEmitter<QmpEvents> {
     return promise;
   }
 
+  /** True once QEMU has ended the conversation, and not we, for something it said. */
+  get closedByPeer(): boolean {
+    return this.#closed && this.#reason === undefined;
+  }
+
   close(): void {
-    this.#socket.destroy();
+    this.#fail('Kiln has closed the control connection');
+  }
+
+  #onData(chunk: Buffer): void {
+    let start = 0;
+    for (let end = chunk.indexOf(newline); end !== -1; end = chunk.indexOf(newline, start)) {
+      this.#line.push(chunk.subarray(start, end));
+      const line = Buffer.concat(this.#line).toString();
+      this.#line = [];
+      this.#lineBytes = 0;
+      start = end + 1;
+      this.#onLine(line);
+      if (this.#socket.destroyed) return;
+    }
+    const rest = chunk.subarray(start);
+    this.#line.push(rest);
+    this.#lineBytes += rest.length;
+    if (this.#lineBytes > maxLineBytes) this.#fail(`QEMU sent a line of more than ${maxLineBytes} bytes`);
   }
 
   #onLine(line: string): void {
-    let reply: QmpReply;
-    try {
-      reply = JSON.parse(line) as QmpReply;
-    } catch {
-      this.#socket.destroy(new Error(`QMP sent a line that is not JSON: ${line.slice(0, 200)}`));
-      return;
-    }
-    if (reply.QMP !== undefined) this.#greeted.resolve();
-    else if (reply.event !== undefined) this.emit('event', reply.event, reply.data ?? {});
-    else if (reply.id !== undefined) this.#settle(reply.id, reply);
+    if (line.trim() === '') return;
+    const message = parseObject(line);
+    if (message === undefined) this.#fail(`QEMU sent a line that is not QMP: ${line.slice(0, 200)}`);
+    else if ('QMP' in message) this.#greeted.resolve();
+    else if (typeof message.event === 'string') this.emit('event', message.event, asObject(message.data) ?? {});
+    else if (typeof message.id === 'number') this.#settle(message.id, message);
+    // What is left is an error without id: QEMU could not read a command. Then its answer never comes.
+    else this.#fail(`QEMU could not read a command: ${line.slice(0, 200)}`);
   }
 
-  #settle(id: number, reply: QmpReply): void {
+  #settle(id: number, message: Record<string, unknown>): void {
     const pending = this.#pending.get(id);
     if (pending === undefined) return;
     this.#pending.delete(id);
-    if (reply.error === undefined) pending.resolve(reply.return);
-    else pending.reject(new KilnError('internal', `QEMU refused ${pending.command}: ${reply.error.desc}`));
+    const error = asObject(message.error);
+    if (error === undefined) pending.resolve(message.return);
+    else pending.reject(new KilnError('internal', `QEMU refused ${pending.command}: ${String(error.desc)}`));
+  }
+
+  #fail(reason: string): void {
+    this.#reason ??= reason;
+    this.#socket.destroy();
   }
 
   #onClose(): void {
+    if (this.#closed) return;
     this.#closed = true;
     this.#greeted.reject(this.#gone('the greeting'));
     for (const pending of this.#pending.values()) pending.reject(this.#gone(pending.command));
@@ -98,6 +132,20 @@ export class QmpClient extends EventEmitter<QmpEvents> {
   }
 
   #gone(command: string): KilnError {
-    return new KilnError('unavailable', `QEMU closed its control connection (at ${command})`);
+    return new KilnError('unavailable', `${this.#reason ?? 'QEMU has closed its control connection'} (at ${command})`);
   }
+}
+
+function parseObject(line: string): Record<string, unknown> | undefined {
+  try {
+    return asObject(JSON.parse(line));
+  } catch {
+    return undefined;
+  }
+}
+
+function asObject(value: unknown): Record<string, unknown> | undefined {
+  return typeof value === 'object' && value !== null && !Array.isArray(value)
+    ? (value as Record<string, unknown>)
+    : undefined;
 }

@@ -3,7 +3,7 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { status } from '@grpc/grpc-js';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import type { AgentClient, Mount } from '../../../gen/kiln/agent/v1/agent.ts';
+import { type AgentClient, type Mount, OutputStream } from '../../../gen/kiln/agent/v1/agent.ts';
 import { kilnVersion } from '../../../src/version.ts';
 import { create, hello, read, remove, signal, start, TestAgent, unary, wait, write } from './agent.ts';
 
@@ -183,6 +183,21 @@ describe('a container', () => {
       details: 'stdout has been read',
     });
     await remove(client, 'h');
+  });
+
+  it('lets another reader go on where the first has left', async () => {
+    await create(client, 'm', 'echo first; read -r line; echo $line');
+    await start(client, 'm');
+    const first = client.readOutput({ id: 'm', stream: OutputStream.OUTPUT_STREAM_STDOUT });
+    await expect(read(client, 'm')).rejects.toMatchObject({ details: 'stdout is being read already' });
+    expect((await once(first, 'data'))[0].data.toString()).toBe('first\n');
+    first.on('error', () => {}).cancel();
+    await unary((done) => client.listProcesses({ id: 'm' }, done));
+    const second = read(client, 'm');
+    await write(client, 'm', 'second\n');
+    expect((await second).toString()).toBe('second\n');
+    await wait(client, 'm');
+    await remove(client, 'm');
   });
 
   it('that does not read its stdin makes no error of it', async () => {

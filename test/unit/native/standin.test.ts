@@ -1,7 +1,7 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import {
+  chmodSync,
   closeSync,
-  existsSync,
   mkdirSync,
   openSync,
   readdirSync,
@@ -76,11 +76,33 @@ describe.skipIf(!hasGcc || !isRoot)('the stand-in (needs gcc and root)', () => {
     expect(readlinkSync(proc(second, 'ns/net'))).toBe(readlinkSync(proc(first, 'ns/net')));
   });
 
-  test('shows an empty root and has no descriptors, capabilities or ways to new ones', async () => {
+  test('shows an empty root, and the host a mount less to unmount', async () => {
+    writeFileSync(path.join(root, 'on-the-host'), '');
+    const mountsBefore = readFileSync('/proc/self/mountinfo', 'utf8');
     const standIn = await start('-');
-    expect(readlinkSync(proc(standIn, 'root'))).toBe(root);
-    expect(readlinkSync(proc(standIn, 'cwd'))).toBe(root);
+    expect(standIn.status).toBe('ready\n');
     expect(readdirSync(proc(standIn, 'root'))).toEqual([]);
+    expect(readlinkSync(proc(standIn, 'root'))).toBe('/');
+    expect(readlinkSync(proc(standIn, 'cwd'))).toBe('/');
+    expect(readFileSync('/proc/self/mountinfo', 'utf8')).toBe(mountsBefore);
+    expect(procText(standIn, 'mountinfo').trim().split('\n')).toEqual([
+      expect.stringMatching(/ \/ \/ ro,nosuid,nodev,noexec,relatime - tmpfs kiln-standin ro,/),
+    ]);
+    expect(readdirSync(root)).toEqual(['on-the-host']);
+  });
+
+  test('refuses whatever somebody wants to put into its root', async () => {
+    const standIn = await start('-');
+    const inRoot = (name: string) => path.join(proc(standIn, 'root'), name);
+    expect(() => writeFileSync(inRoot('file'), 'lost')).toThrow(/EROFS/);
+    expect(() => mkdirSync(inRoot('directory'))).toThrow(/EROFS/);
+    expect(() => chmodSync(inRoot('.'), 0o777)).toThrow(/EROFS/);
+    const copy = await run('cp', ['/etc/passwd', inRoot('etc/passwd')]);
+    expect(copy.code).toBe(1);
+  });
+
+  test('has no descriptors, capabilities or ways to new ones', async () => {
+    const standIn = await start('-');
     expect(readdirSync(proc(standIn, 'fd'))).toEqual([]);
     for (const set of ['CapInh', 'CapPrm', 'CapEff', 'CapBnd', 'CapAmb']) {
       expect([set, statusField(standIn, set)]).toEqual([set, '0000000000000000']);
@@ -154,15 +176,13 @@ describe.skipIf(!hasGcc || !isRoot)('the stand-in (needs gcc and root)', () => {
     expect(wrong.status).toBe('error: cannot join the network namespace /etc/passwd: Invalid argument');
   });
 
-  test('refuses a root folder that is missing or not empty', async () => {
-    expect((await start('-', path.join(folder, 'missing'))).status).toMatch(/root folder .*missing: No such file/);
-    const full = path.join(folder, 'full');
-    mkdirSync(full);
-    writeFileSync(path.join(full, 'secret'), '');
-    const standIn = await start('-', full);
-    expect(standIn.status).toBe(`error: refused the root folder ${full}: Directory not empty`);
-    expect(await standIn.exited).toEqual({ code: 1, signal: null });
-    expect(existsSync(path.join(full, 'secret'))).toBe(true);
+  test('names the root folder it cannot use', async () => {
+    const missing = await start('-', path.join(folder, 'missing'));
+    expect(missing.status).toBe(
+      `error: cannot mount the empty root on ${path.join(folder, 'missing')}: No such file or directory`,
+    );
+    expect(await missing.exited).toEqual({ code: 1, signal: null });
+    expect((await start('-', '/etc/passwd')).status).toMatch(/empty root on \/etc\/passwd: Not a directory$/);
   });
 
   test('says how it is used when arguments or the status descriptor are missing', async () => {

@@ -1,0 +1,144 @@
+import type net from 'node:net';
+import { KilnError } from '../../errors.ts';
+import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
+import type { AgentListener } from '../channel.ts';
+import type { SlotName, Vm, VmExit } from '../vmm.ts';
+import { slotNode } from './command-line.ts';
+import { GuestConsole } from './console.ts';
+import type { QmpClient } from './qmp.ts';
+
+/** Characters of console kept for an exit report: what fits an error message. */
+const consoleTailChars = 4096;
+
+/** The states of a VM that will not run again (qapi/run-state.json, RunState). */
+const finalStates = ['shutdown', 'guest-panicked', 'internal-error', 'io-error'];
+
+/** What a running VM is made of. */
+export interface QemuParts {
+  readonly qemu: HelperProcess;
+  readonly qmp: QmpClient;
+  readonly agent: AgentListener;
+  /** The program that carries the channel, where there is one. */
+  readonly backend: HelperProcess | undefined;
+  /** Releases all of the above. */
+  readonly resources: AsyncDisposableStack;
+}
+
+export class QemuVm implements Vm {
+  readonly pid: number;
+  readonly #parts: QemuParts;
+  readonly #console: GuestConsole;
+  readonly #exit: Promise<VmExit>;
+  readonly #usedSlots = new Set<SlotName>();
+  #killed: Promise<void> | undefined;
+
+  constructor(parts: QemuParts) {
+    this.pid = parts.qemu.pid;
+    this.#parts = parts;
+    this.#console = new GuestConsole(parts.qmp);
+    this.#exit = this.#awaitExit();
+  }
+
+  /** The VM's end is QEMU's end, or the guest's: QEMU then keeps the paused guest until we have read its console. */
+  async #awaitExit(): Promise<VmExit> {
+    const { qemu } = this.#parts;
+    const first = await Promise.race([this.#guestStop(), qemu.exited]);
+    if (first !== 'guest') return this.#report(first, false);
+    await this.consoleTail(consoleTailChars);
+    await qemu.kill();
+    return this.#report({ code: 0, signal: null }, true);
+  }
+
+  /** Resolves when the guest has stopped, and never when QEMU ends before. */
+  #guestStop(): Promise<'guest'> {
+    const { qmp } = this.#parts;
+    return new Promise((resolve) => {
+      const look = async () => {
+        const answer = (await qmp.execute('query-status')) as { status?: string };
+        if (finalStates.includes(answer.status ?? '')) resolve('guest');
+      };
+      qmp.on('event', (name) => {
+        if (name === 'SHUTDOWN' || name === 'GUEST_PANICKED') resolve('guest');
+        // Also a pause that was asked for, and an error of KVM's, which has no event of its own.
+        else if (name === 'STOP') look().catch(() => {});
+      });
+      // The guest may have stopped before there was anybody to tell.
+      look().catch(() => {});
+    });
+  }
+
+  async #report({ code, signal }: ProcessExit, guestStopped: boolean): Promise<VmExit> {
+    return { code, signal, guestStopped, consoleTail: await this.consoleTail(consoleTailChars) };
+  }
+
+  async acceptAgent(signal: AbortSignal): Promise<net.Socket> {
+    const failed = Promise.race([this.#endedBeforeCall(), this.#backendLost()]);
+    failed.catch(() => {});
+    return Promise.race([this.#parts.agent.accept(signal), failed]);
+  }
+
+  async #endedBeforeCall(): Promise<never> {
+    const exit = await this.#exit;
+    const how = exit.guestStopped ? 'the guest stopped' : `QEMU ended ${describeExit(exit)}`;
+    const words = exit.consoleTail || this.#parts.qemu.lastWords() || '(nothing)';
+    throw new KilnError('unavailable', `${how} before the agent called; last output:\n${words}`);
+  }
+
+  /** Rejects when the channel's program has ended although QEMU runs on: then nobody will ever call. */
+  async #backendLost(): Promise<never> {
+    const { backend, qmp } = this.#parts;
+    const exit = await (backend?.exited ?? new Promise<never>(() => {}));
+    // It also ends when QEMU does, and then QEMU's end is what has to be told: QEMU does not answer any more.
+    await qmp.execute('query-status').catch(() => this.#exit.then(() => new Promise<never>(() => {})));
+    throw new KilnError(
+      'unavailable',
+      `the vsock backend ended ${describeExit(exit)} before the agent called: ${backend?.lastWords()}`,
+    );
+  }
+
+  async attachDisk(slot: SlotName, file: string): Promise<void> {
+    if (this.#usedSlots.has(slot)) {
+      throw new KilnError('failed-precondition', `drive slot ${slot} already has a file`);
+    }
+    this.#usedSlots.add(slot);
+    try {
+      await this.#putBehind(slot, file);
+    } catch (error) {
+      this.#usedSlots.delete(slot);
+      const { code, message } = KilnError.from(error);
+      throw new KilnError(code, `cannot put ${file} behind drive slot ${slot}: ${message}`, { cause: error });
+    }
+  }
+
+  async #putBehind(slot: SlotName, file: string): Promise<void> {
+    const { qmp } = this.#parts;
+    const readOnly = slot.startsWith('ro');
+    const node = `${slot}-file`;
+    const fileNode = { driver: 'file', 'node-name': node, filename: file, 'read-only': readOnly };
+    await qmp.execute('blockdev-add', readOnly ? fileNode : { ...fileNode, discard: 'unmap' });
+    try {
+      await qmp.execute('blockdev-reopen', { options: [slotNode(slot, readOnly, node)] });
+    } catch (error) {
+      // The slot is as it was; a node that is left would keep its name and its lock on the file.
+      await qmp.execute('blockdev-del', { 'node-name': node }).catch(() => {});
+      throw error;
+    }
+  }
+
+  wait(): Promise<VmExit> {
+    return this.#exit;
+  }
+
+  consoleTail(maxBytes: number): Promise<string> {
+    return this.#console.tail(maxBytes);
+  }
+
+  kill(): Promise<void> {
+    this.#killed ??= this.#parts.resources.disposeAsync();
+    return this.#killed;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.kill();
+  }
+}

@@ -1,0 +1,42 @@
+/** What processes cost: memory by smaps_rollup, CPU time by stat. Sources: proc_pid_smaps(5), proc_pid_stat(5). */
+import { readdirSync, readFileSync } from 'node:fs';
+
+export interface Memory {
+  readonly rssMib: number;
+  /** Proportional: a page that n processes share counts 1/n. */
+  readonly pssMib: number;
+}
+
+export function memoryOf(pid: number): Memory {
+  const text = readFileSync(`/proc/${pid}/smaps_rollup`, 'utf8');
+  const mebibytes = (name: string): number => Number(new RegExp(`^${name}: +(\\d+) kB`, 'm').exec(text)?.[1]) / 1024;
+  return { rssMib: mebibytes('Rss'), pssMib: mebibytes('Pss') };
+}
+
+/** CPU milliseconds so far: of the process, and of its children that have ended and were waited for. */
+export function cpuOf(pid: number): { ownMs: number; childrenMs: number } {
+  const stat = readFileSync(`/proc/${pid}/stat`, 'utf8');
+  // The name may hold spaces and brackets; state, the third field, follows the last bracket.
+  const fields = stat
+    .slice(stat.lastIndexOf(')') + 2)
+    .split(' ')
+    .map(Number);
+  // USER_HZ is 100 on every architecture that Kiln runs on.
+  const ticks = (first: number): number => ((fields[first - 3] ?? 0) + (fields[first - 2] ?? 0)) * 10;
+  return { ownMs: ticks(14), childrenMs: ticks(16) };
+}
+
+/** Processes whose command line holds all of these texts. */
+export function findProcesses(...texts: readonly string[]): number[] {
+  return readdirSync('/proc')
+    .filter((name) => /^\d+$/.test(name))
+    .filter((name) => {
+      try {
+        const commandLine = readFileSync(`/proc/${name}/cmdline`, 'utf8').replaceAll('\0', ' ');
+        return texts.every((text) => commandLine.includes(text));
+      } catch {
+        return false;
+      }
+    })
+    .map(Number);
+}

@@ -49,9 +49,20 @@ export class KilnError extends Error {
     return this.hint === undefined ? this.message : `${this.message} (${this.hint})`;
   }
 
-  /** Any thrown value as a KilnError; what is not one already becomes `internal`. */
+  /**
+   * Any thrown value as a KilnError; what is not one already becomes `internal`. Where a clean-up failed as well, the
+   * code is that of what went wrong first, and the message tells both.
+   */
   static from(error: unknown): KilnError {
     if (error instanceof KilnError) return error;
+    if (error instanceof SuppressedError) {
+      const first = KilnError.from(error.suppressed);
+      const message = `${first.message}; and then: ${KilnError.from(error.error).message}`;
+      return new KilnError(first.code, message, {
+        ...(first.hint === undefined ? {} : { hint: first.hint }),
+        cause: first,
+      });
+    }
     const message = error instanceof Error ? error.message : String(error);
     return new KilnError('internal', message, { cause: error });
   }

@@ -1,8 +1,6 @@
 import path from 'node:path';
 import { applyAnnotations } from '../config/annotations.ts';
 import type { LoadedConfig } from '../config/config.ts';
-import type { Logger } from '../observe/logger.ts';
-import type { Timeline } from '../observe/timeline.ts';
 import { readBundle } from '../oci/bundle.ts';
 import { toGuestSpec } from '../oci/guest-spec.ts';
 import { stringifyJson } from '../oci/json.ts';
@@ -12,17 +10,15 @@ import { Container } from '../sandbox/container.ts';
 import type { HostServices } from '../sandbox/resources.ts';
 import { openStdio } from '../shim/stdio.ts';
 import type { TaskRequest } from '../shim/task-service.ts';
+import type { ContainerContext } from './daemon.ts';
 import { guestFiles } from './installation.ts';
 import { selectVmm } from './vmm.ts';
 
-export interface CreateContext {
+/** What belongs to kilnd, not to one container. */
+export interface Installation {
   readonly host: HostServices;
-  /** Read afresh for each container, so that a change needs no restart. */
-  readonly loaded: LoadedConfig;
-  /** A directory for the container alone; not yet existing. */
-  readonly directory: string;
-  readonly timeline: Timeline;
-  readonly logger: Logger;
+  /** Called for each container, so that a change of the configuration needs no restart. */
+  readonly load: () => LoadedConfig;
 }
 
 /**
@@ -30,13 +26,15 @@ export interface CreateContext {
  * anything is acquired.
  */
 export async function createContainer(
+  { host, load }: Installation,
   request: TaskRequest,
-  context: CreateContext,
+  context: ContainerContext,
   signal: AbortSignal,
 ): Promise<Container> {
-  const { loaded, timeline, logger } = context;
+  const { timeline, logger } = context;
   const { id, stdin, stdout, stderr, terminal } = request;
   timeline.mark('request');
+  const loaded = load();
   const bundle = await readBundle(request.bundle);
   const config = applyAnnotations(loaded.config, bundle.spec.annotations);
   const guest = toGuestSpec(bundle.spec, { id, rootfsPath: guestRootDirectory(id) });
@@ -44,7 +42,7 @@ export async function createContainer(
   const { memoryMib, vcpus } = vmSize(config, bundle.spec);
   const rootfs = planRootfs(request.rootfs, { path: bundle.rootPath, workDirectory: path.join(bundle.dir, 'work') });
   return Container.create(
-    context.host,
+    host,
     {
       id,
       directory: context.directory,
@@ -55,7 +53,11 @@ export async function createContainer(
       files: guestFiles(config, loaded.paths),
       memoryMib,
       vcpus,
-      openStdio: () => openStdio({ stdin, stdout, stderr, terminal }),
+      openStdio: () =>
+        openStdio(
+          { stdin, stdout, stderr, terminal },
+          { onError: (name, error) => logger.error({ err: error }, `output to ${name} is being lost`) },
+        ),
       timeline,
       logger,
     },

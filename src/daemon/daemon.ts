@@ -1,30 +1,50 @@
 import { createHash } from 'node:crypto';
 import { mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
-import { loadConfig } from '../config/config.ts';
 import type { KilnPaths } from '../config/paths.ts';
 import { KilnError } from '../errors.ts';
 import { killProcessesOf } from '../host/stale.ts';
 import type { DaemonLog, Logger } from '../observe/logger.ts';
 import { TaskLog } from '../observe/task-log.ts';
 import { Timeline } from '../observe/timeline.ts';
-import type { HostServices } from '../sandbox/resources.ts';
 import type { ControlReply, ControlRequest, StartRequest } from '../shim/control/request.ts';
 import { ControlServer } from '../shim/control/server.ts';
 import { Endpoint } from '../shim/endpoint.ts';
 import { EventPublisher } from '../shim/publisher.ts';
-import { unknownTaskDeleted } from '../shim/task-service.ts';
+import { type TaskContainer, type TaskRequest, unknownTaskDeleted } from '../shim/task-service.ts';
 import { kilnVersion } from '../version.ts';
-import { createContainer } from './containers.ts';
-import { defaultGuestDir } from './installation.ts';
+import { Turns } from './turns.ts';
+
+/** How long events may still take to reach containerd when kilnd stops, in ms. */
+const lastEventsMs = 2000;
+
+/** What a container gets from kilnd. */
+export interface ContainerContext {
+  /** A directory for the container alone; not yet existing. */
+  readonly directory: string;
+  readonly timeline: Timeline;
+  readonly logger: Logger;
+}
 
 export interface DaemonOptions {
   readonly paths: KilnPaths;
   readonly idleTimeoutMs: number;
-  readonly host: HostServices;
+  readonly createContainer: (
+    request: TaskRequest,
+    context: ContainerContext,
+    signal: AbortSignal,
+  ) => Promise<TaskContainer>;
+  /** Removes what no snapshot needs any more; called after each container. */
+  readonly collectGarbage: () => Promise<unknown>;
   readonly log: DaemonLog;
   /** Called once, when everything is closed and the process may end. */
   readonly onStopped: () => void;
+}
+
+interface Served {
+  readonly endpoint: Endpoint;
+  /** When the latest launcher was started for it, in ms since the Unix epoch. */
+  launchedAtMs: number;
 }
 
 /**
@@ -36,7 +56,9 @@ export interface DaemonOptions {
 export class Daemon {
   readonly #options: DaemonOptions;
   readonly #logger: Logger;
-  readonly #endpoints = new Map<string, Endpoint>();
+  readonly #served = new Map<string, Served>();
+  /** A `start` waits for a `delete` of the same container, which would take the new endpoint's socket away. */
+  readonly #turns = new Turns();
   readonly #publishers = new Map<string, EventPublisher>();
   #control: ControlServer | undefined;
   #idleTimer: NodeJS.Timeout | undefined;
@@ -76,19 +98,28 @@ export class Daemon {
     const containers = path.join(stateDir, 'c');
     const killed = await killProcessesOf(containers);
     const left = listDirectory(containers);
-    for (const name of left) rmSync(path.join(containers, name), { recursive: true, force: true });
+    for (const name of left) this.#removeDirectory(path.join(containers, name));
     rmSync(path.join(stateDir, 's'), { recursive: true, force: true });
     if (killed.length + left.length > 0) {
       this.#logger.warn({ killed, directories: left }, 'cleared what an earlier kilnd left behind');
     }
   }
 
-  async #handle(request: ControlRequest): Promise<ControlReply> {
+  /** One that cannot be removed is in the way of one container, and no reason to serve none. */
+  #removeDirectory(directory: string): void {
+    try {
+      rmSync(directory, { recursive: true, force: true });
+    } catch (error) {
+      this.#logger.error({ err: error, directory }, 'cannot remove what an earlier kilnd left behind');
+    }
+  }
+
+  async #handle(request: ControlRequest): Promise<ControlReply | null> {
     switch (request.kind) {
       case 'start':
-        return text(0, await this.#startEndpoint(request));
+        return this.#turns.take(keyOf(request), () => this.#startEndpoint(request));
       case 'delete':
-        return { exitCode: 0, stdout: await this.#deleteEndpoint(keyOf(request)) };
+        return this.#turns.take(keyOf(request), () => this.#deleteEndpoint(keyOf(request)));
       case 'status':
         return text(0, `${JSON.stringify(this.#status())}\n`);
       case 'stop':
@@ -99,29 +130,46 @@ export class Daemon {
   }
 
   #status() {
-    const containers = [...this.#endpoints.values()].map(({ namespace, id, hasTask }) => ({ namespace, id, hasTask }));
+    const containers = this.#endpoints().map(({ namespace, id, hasTask }) => ({ namespace, id, hasTask }));
     return { version: kilnVersion, pid: process.pid, draining: this.#draining, containers };
   }
 
-  /** Makes the container's endpoint, or finds it when containerd asks again, and leaves its address in the bundle. */
-  async #startEndpoint(request: StartRequest): Promise<string> {
-    if (this.#draining) throw new KilnError('unavailable', 'kilnd is stopping and takes no new container');
-    clearTimeout(this.#idleTimer);
-    const key = keyOf(request);
-    const endpoint = this.#endpoints.get(key) ?? (await this.#makeEndpoint(key, request));
-    // containerd 1.6 and 1.7 find the endpoint again by this file after their own restart.
-    writeFileSync(path.join(request.bundle, 'address'), endpoint.address, { mode: 0o600 });
-    return endpoint.address;
+  #endpoints(): Endpoint[] {
+    return Array.from(this.#served.values(), ({ endpoint }) => endpoint);
   }
 
-  async #makeEndpoint(key: string, request: StartRequest): Promise<Endpoint> {
-    const { paths, host, log } = this.#options;
+  /** Makes the container's endpoint, or finds it when containerd asks again, and leaves its address in the bundle. */
+  async #startEndpoint(request: StartRequest): Promise<ControlReply | null> {
+    const key = keyOf(request);
+    let made: Endpoint | undefined;
+    try {
+      // Without an answer the launcher asks the next kilnd; while we drain there is none, and nobody should wait.
+      if (this.#stopping !== undefined) return null;
+      if (this.#draining) throw new KilnError('unavailable', 'kilnd is stopping and takes no new container');
+      const launchedAtMs = Number(request.launcherStartedNs / 1000n) / 1000;
+      const known = this.#served.get(key);
+      if (known === undefined) made = await this.#makeEndpoint(key, request, launchedAtMs);
+      else known.launchedAtMs = launchedAtMs;
+      const { address } = made ?? (known as Served).endpoint;
+      // containerd 1.6 and 1.7 find the endpoint again by this file after their own restart.
+      writeFileSync(path.join(request.bundle, 'address'), address, { mode: 0o600 });
+      // Stopping removes this endpoint, too: the address would be good for nothing.
+      return this.#stopping === undefined ? text(0, address) : null;
+    } catch (error) {
+      // containerd never learns of it, so it would not ask for its removal either.
+      if (made !== undefined) await this.#deleteEndpoint(key);
+      throw error;
+    } finally {
+      this.#onQuiet();
+    }
+  }
+
+  async #makeEndpoint(key: string, request: StartRequest, launchedAtMs: number): Promise<Endpoint> {
+    const { paths, log, createContainer } = this.#options;
     const { namespace, id, bundle } = request;
     const publisher = this.#publisherFor(request.ttrpcAddress);
     const taskLog = new TaskLog(bundle, id);
     const logger = log.forTask(taskLog).child({ namespace, id });
-    const timeline = new Timeline();
-    timeline.mark('launcher', Number(request.launcherStartedNs / 1000n) / 1000);
     const endpoint = await Endpoint.listen({
       socketPath: path.join(paths.stateDir, 's', key),
       namespace,
@@ -130,29 +178,30 @@ export class Daemon {
       publish: (event) => publisher.publish(namespace, event),
       onQuiet: () => this.#onQuiet(),
       onDeleted: () => taskLog.close(),
-      createContainer: async (create, signal) => {
-        const loaded = loadConfig({ env: process.env, guestDir: defaultGuestDir });
-        const directory = path.join(paths.stateDir, 'c', key);
-        return createContainer(create, { host, loaded, directory, timeline, logger }, signal);
+      createContainer: (create, signal) => {
+        const timeline = new Timeline();
+        timeline.mark('launcher', served.launchedAtMs);
+        return createContainer(create, { directory: path.join(paths.stateDir, 'c', key), timeline, logger }, signal);
       },
     });
-    this.#endpoints.set(key, endpoint);
+    const served = { endpoint, launchedAtMs };
+    this.#served.set(key, served);
     return endpoint;
   }
 
-  async #deleteEndpoint(key: string): Promise<Uint8Array> {
-    const endpoint = this.#endpoints.get(key);
-    if (endpoint === undefined) return unknownTaskDeleted();
-    const response = await endpoint.delete();
-    this.#endpoints.delete(key);
+  async #deleteEndpoint(key: string): Promise<ControlReply> {
+    const served = this.#served.get(key);
+    if (served === undefined) return { exitCode: 0, stdout: unknownTaskDeleted() };
+    const stdout = await served.endpoint.delete();
+    this.#served.delete(key);
     this.#collectGarbage();
     this.#onQuiet();
-    return response;
+    return { exitCode: 0, stdout };
   }
 
   /** Disks of snapshots that are gone; beside everything else, since nobody waits for the space. */
   #collectGarbage(): void {
-    this.#options.host.rootfs.collectGarbage().catch((error: unknown) => {
+    this.#options.collectGarbage().catch((error: unknown) => {
       this.#logger.warn({ err: error }, 'cannot remove disks of snapshots that are gone');
     });
   }
@@ -167,37 +216,45 @@ export class Daemon {
   }
 
   #taskCount(): number {
-    return [...this.#endpoints.values()].filter((endpoint) => endpoint.hasTask).length;
+    return this.#endpoints().filter((endpoint) => endpoint.hasTask).length;
   }
 
+  /** After anything that may have been the last: goes on with a stop that waited for it, or begins to wait idly. */
   #onQuiet(): void {
     clearTimeout(this.#idleTimer);
+    if (this.#stopping !== undefined) return;
     if (this.#draining && this.#taskCount() === 0) {
       void this.stop();
       return;
     }
     const { idleTimeoutMs } = this.#options;
-    if (idleTimeoutMs === 0 || this.#busy()) return;
+    // Whatever keeps an endpoint busy calls this again at its end.
+    if (idleTimeoutMs === 0 || this.#endpoints().some((endpoint) => endpoint.busy)) return;
     this.#idleTimer = setTimeout(() => {
-      if (this.#busy()) return;
+      if ((this.#control?.inFlight ?? 0) > 0 || this.#endpoints().some((endpoint) => endpoint.busy)) {
+        this.#onQuiet();
+        return;
+      }
       this.#logger.info({ idleTimeoutMs }, 'idle; stopping');
       void this.stop();
     }, idleTimeoutMs);
   }
 
-  #busy(): boolean {
-    return (this.#control?.inFlight ?? 0) > 0 || [...this.#endpoints.values()].some((endpoint) => endpoint.busy);
-  }
-
+  /** Never rejects: `onStopped` comes whatever cannot be closed. */
   async #shutDown(): Promise<void> {
-    const { onStopped } = this.#options;
     clearTimeout(this.#idleTimer);
     this.#logger.info('stopping');
-    await this.#control?.close();
-    await Promise.allSettled([...this.#endpoints.values()].map((endpoint) => endpoint.delete()));
-    await Promise.allSettled([...this.#publishers.values()].map((publisher) => publisher.close()));
-    this.#logger.info('stopped');
-    onStopped();
+    try {
+      await this.#control?.close();
+      await Promise.all(this.#endpoints().map((endpoint) => endpoint.delete()));
+      const publishers = [...this.#publishers.values()];
+      await Promise.all(publishers.map((publisher) => publisher.flush(lastEventsMs)));
+      await Promise.all(publishers.map((publisher) => publisher.close()));
+      this.#logger.info('stopped');
+    } catch (error) {
+      this.#logger.error({ err: error }, 'stopped, with something left behind');
+    }
+    this.#options.onStopped();
   }
 }
 

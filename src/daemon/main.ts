@@ -3,17 +3,21 @@ import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { loadConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
-import { createLogger } from '../observe/logger.ts';
+import { createLogger, type DaemonLog } from '../observe/logger.ts';
 import { RootfsStore } from '../rootfs/index.ts';
-import { controlCall } from '../shim/control/client.ts';
 import { Readiness } from '../shim/control/readiness.ts';
+import { controlSocketIsServed } from '../shim/control/server.ts';
 import { flock } from '../sys/lock.ts';
 import { kilnVersion } from '../version.ts';
+import { createContainer } from './containers.ts';
 import { Daemon } from './daemon.ts';
 import { defaultGuestDir, standInProgram } from './installation.ts';
 
-/** How long a new kilnd waits for one that is just ending. */
-const lockPatienceMs = 10_000;
+/**
+ * How long a new kilnd waits for one that is just ending: containers that are told to end at once, and a client that does
+ * not read its output, may take some ten seconds. The launcher waits for a minute.
+ */
+const lockPatienceMs = 30_000;
 
 const readiness = Readiness.take(process.env);
 
@@ -23,49 +27,66 @@ async function main(): Promise<void> {
       hint: 'it starts VMs and mounts filesystems',
     });
   }
-  const { config, paths } = loadConfig({ env: process.env, guestDir: defaultGuestDir });
+  const load = () => loadConfig({ env: process.env, guestDir: defaultGuestDir });
+  const { config, paths } = load();
   mkdirSync(paths.stateDir, { recursive: true, mode: 0o711 });
   await takeLock(paths.stateDir);
   const log = createLogger({ stateDir: paths.stateDir, level: config.daemon.logLevel });
   const { logger } = log;
   logger.info({ version: kilnVersion, pid: process.pid, paths }, 'kilnd starts');
-  const rootfs = new RootfsStore({ cacheDir: paths.cacheDir, logger });
-  const daemon = new Daemon({
-    paths,
-    idleTimeoutMs: config.daemon.idleTimeoutS * 1000,
-    host: { rootfs, standInProgram },
-    log,
-    onStopped: () => process.exit(0),
-  });
-  for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, () => void daemon.stop());
   process.on('uncaughtException', (error) => {
     logger.fatal({ err: error }, 'uncaught exception');
     process.exit(70);
   });
-  await daemon.start();
+  process.on('SIGHUP', () => reopen(log));
+  const rootfs = new RootfsStore({ cacheDir: paths.cacheDir, logger });
+  const installation = { host: { rootfs, standInProgram }, load };
+  const daemon = new Daemon({
+    paths,
+    idleTimeoutMs: config.daemon.idleTimeoutS * 1000,
+    createContainer: (request, context, signal) => createContainer(installation, request, context, signal),
+    collectGarbage: () => rootfs.collectGarbage(),
+    log,
+    onStopped: () => {
+      // Only where the stop came before the end of the start.
+      readiness.failed(new KilnError('unavailable', 'kilnd was told to stop'));
+      process.exit(0);
+    },
+  });
+  for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, () => void daemon.stop());
+  try {
+    await daemon.start();
+  } catch (error) {
+    logger.fatal({ err: error }, 'kilnd cannot start');
+    throw error;
+  }
   readiness.ready();
 }
 
-/** One kilnd per state folder. The lock lasts as long as the process; its descriptor is never closed. */
+/** After a rotation of the log. Keeps the open file where there is no new one. */
+function reopen(log: DaemonLog): void {
+  try {
+    log.reopen();
+  } catch (error) {
+    log.logger.error({ err: error }, 'cannot open the log anew');
+  }
+}
+
+/**
+ * One kilnd per state folder. The lock lasts as long as the process; its descriptor is never closed. Whoever holds it
+ * and serves is refused at once; one that no longer serves is ending, and one that does not serve yet soon will.
+ */
 async function takeLock(stateDir: string): Promise<void> {
   const fd = openSync(path.join(stateDir, 'kilnd.lock'), 'a', 0o600);
   const deadline = Date.now() + lockPatienceMs;
   while (!flock(fd)) {
-    if (Date.now() > deadline || (await isServed(stateDir))) {
+    if (Date.now() > deadline || (await controlSocketIsServed(stateDir))) {
       throw new KilnError('already-exists', `another kilnd runs with the state folder ${stateDir}`, {
         hint: 'give this one a state folder of its own with KILN_STATE_DIR',
       });
     }
+    // flock(2) has no event, and a thread that blocks in it could not be called off.
     await delay(50);
-  }
-}
-
-async function isServed(stateDir: string): Promise<boolean> {
-  try {
-    await controlCall(stateDir, { kind: 'status' });
-    return true;
-  } catch {
-    return false;
   }
 }
 

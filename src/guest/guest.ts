@@ -226,7 +226,7 @@ export class Guest implements Disposable {
       }
     } catch (error) {
       // Destroyed: by the owner because the program has ended, or above because of the answer, which tells why.
-      if (!source.destroyed) throw error;
+      if (!source.destroyed || source.errored !== null) throw error;
     } finally {
       call.end();
     }

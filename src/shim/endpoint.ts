@@ -14,6 +14,12 @@ export interface EndpointOptions extends TaskServiceOptions {
 }
 
 /**
+ * Requests in progress on one connection. A client that gives up a Wait cannot say so (ttrpc has no cancel), so over a
+ * container's life there is one more for everybody who ever waited for it through the same containerd.
+ */
+const maxConcurrentRequests = 16_384;
+
+/**
  * What containerd takes for one shim: a Unix socket with the task service of one container. It exists from the
  * launcher's `start` to its `delete`; connections may come and go meanwhile (containerd restarts).
  */
@@ -25,6 +31,7 @@ export class Endpoint {
   readonly #service: TaskService;
   readonly #ttrpc: TtrpcServer;
   readonly #server: net.Server;
+  #deletion: Promise<Uint8Array> | undefined;
 
   private constructor(options: EndpointOptions) {
     this.#options = options;
@@ -32,21 +39,29 @@ export class Endpoint {
     this.namespace = options.namespace;
     this.id = options.id;
     this.#service = new TaskService(options);
-    this.#ttrpc = new TtrpcServer(this.#service.table(), { toStatus: toTtrpcStatus, onClose: options.onQuiet });
+    this.#ttrpc = new TtrpcServer(this.#service.table(), {
+      toStatus: toTtrpcStatus,
+      onClose: options.onQuiet,
+      maxConcurrentRequests,
+    });
     this.#server = net.createServer((socket) => this.#ttrpc.serve(socket));
   }
 
   /** Resolves once containerd can connect. */
   static async listen(options: EndpointOptions): Promise<Endpoint> {
+    const { socketPath, logger } = options;
     const endpoint = new Endpoint(options);
+    const server = endpoint.#server;
     // No endpoint has this path now, so a socket that lies there is a dead kilnd's.
-    await rm(options.socketPath, { force: true });
+    await rm(socketPath, { force: true });
     await new Promise<void>((resolve, reject) => {
-      endpoint.#server.once('error', (error) =>
-        reject(new KilnError('internal', `cannot listen on ${options.socketPath}: ${error.message}`, { cause: error })),
+      server.once('error', (error) =>
+        reject(new KilnError('internal', `cannot listen on ${socketPath}: ${error.message}`, { cause: error })),
       );
-      endpoint.#server.listen(options.socketPath, resolve);
+      server.listen(socketPath, resolve);
     });
+    // accept(2) can fail later (no free descriptor). Unheard, that would end kilnd, and every container with it.
+    server.on('error', (error) => logger.error({ err: error }, 'cannot accept a connection'));
     return endpoint;
   }
 
@@ -64,11 +79,16 @@ export class Endpoint {
   }
 
   /** Ends the task, if it still lives, and the endpoint; returns what the launcher's `delete` prints. */
-  async delete(): Promise<Uint8Array> {
-    const response = await this.#service.forceDelete();
+  delete(): Promise<Uint8Array> {
+    this.#deletion ??= this.#delete();
+    return this.#deletion;
+  }
+
+  async #delete(): Promise<Uint8Array> {
+    // Unlinks the socket at once.
     this.#server.close();
+    const response = await this.#service.forceDelete();
     await this.#ttrpc.close();
-    await rm(this.socketPath, { force: true });
     this.#options.onDeleted();
     return response;
   }

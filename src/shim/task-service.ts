@@ -1,9 +1,9 @@
 import * as api from '../../gen/containerd/task.ts';
-import { KilnError } from '../errors.ts';
+import { type ErrorCode, KilnError } from '../errors.ts';
 import type { Logger } from '../observe/logger.ts';
-import { type ServiceTable, unary } from '../rpc/ttrpc/index.ts';
-import type { Container } from '../sandbox/container.ts';
-import type { Exit } from '../sandbox/container-state.ts';
+import { type CallContext, type ServiceTable, TtrpcError, unary } from '../rpc/ttrpc/index.ts';
+import type { ContainerState, Exit } from '../sandbox/container-state.ts';
+import type { WaitableCell } from '../sandbox/waitable-cell.ts';
 import { toTaskStatus, toTimestamp } from './status.ts';
 import type { TaskEvent } from './topics.ts';
 
@@ -30,28 +30,47 @@ function deleteReply({ pid, exit }: { pid: number; exit: Exit }): Uint8Array {
   return api.DeleteResponse.encode({ pid, exitStatus: exit.status, exitedAt: toTimestamp(exit.at) }).finish();
 }
 
+/** Answers that belong to the conversation, such as a Kill that comes after the exit. */
+const ordinary: ReadonlySet<ErrorCode> = new Set(['not-found', 'failed-precondition', 'already-exists', 'canceled']);
+
 /** google.protobuf.Empty. */
 const Empty = { encode: () => ({ finish: () => new Uint8Array(0) }), decode: () => ({}) };
 type Empty = Record<string, never>;
+
+/** What the task service needs of a container; sandbox/container.ts has it. */
+export interface TaskContainer {
+  readonly id: string;
+  readonly pid: number;
+  readonly state: ContainerState;
+  readonly exit: Pick<WaitableCell<Exit>, 'peek' | 'wait'>;
+  start(): Promise<void>;
+  kill(signal: number, all: boolean): Promise<void>;
+  processes(): Promise<readonly number[]>;
+  closeStdin(): void;
+  delete(): Promise<Exit>;
+  /** Ends it if need be, and releases everything; safe to call twice. */
+  destroy(): Promise<void>;
+}
 
 export interface TaskServiceOptions {
   readonly namespace: string;
   /** The only container id this service answers for. */
   readonly id: string;
-  readonly createContainer: (request: TaskRequest, signal: AbortSignal) => Promise<Container>;
+  readonly createContainer: (request: TaskRequest, signal: AbortSignal) => Promise<TaskContainer>;
   readonly publish: (event: TaskEvent) => void;
   readonly logger: Logger;
 }
 
 interface Task {
-  readonly container: Container;
+  readonly container: TaskContainer;
   readonly request: api.CreateTaskRequest;
   /** Settled when no TaskStart can come any more, so that TaskExit never overtakes it. */
   startAnnounced: Promise<void>;
   exitAnnounced: Promise<void>;
   /** Set when containerd has declared the task dead: then containerd itself tells the world. */
   silenced: boolean;
-  deleting: boolean;
+  /** The Delete that is under way. */
+  deletion: Promise<api.DeleteResponse> | undefined;
 }
 
 export class TaskService {
@@ -59,6 +78,7 @@ export class TaskService {
   #task: Task | undefined;
   #creating: { abort: AbortController; done: Promise<unknown> } | undefined;
   #lastExit: { pid: number; exit: Exit } | undefined;
+  #closed = false;
 
   constructor(options: TaskServiceOptions) {
     this.#options = options;
@@ -72,23 +92,27 @@ export class TaskService {
   /** The whole service: method name to handler. A method that is not here is answered Unimplemented. */
   table(): ServiceTable {
     const methods = {
-      Create: unary(api.CreateTaskRequest, api.CreateTaskResponse, (r, { signal }) => this.#create(r, signal)),
-      Start: unary(api.StartRequest, api.StartResponse, (r) => this.#start(r)),
-      State: unary(api.StateRequest, api.StateResponse, (r) => this.#state(r)),
-      Wait: unary(api.WaitRequest, api.WaitResponse, (r) => this.#wait(r)),
-      Kill: unary(api.KillRequest, Empty, (r) => this.#kill(r)),
-      Delete: unary(api.DeleteRequest, api.DeleteResponse, (r) => this.#delete(r)),
-      Pids: unary(api.PidsRequest, api.PidsResponse, (r) => this.#pids(r)),
-      CloseIO: unary(api.CloseIORequest, Empty, (r) => this.#closeIo(r)),
-      Connect: unary(api.ConnectRequest, api.ConnectResponse, () => this.#connect()),
+      Create: unary(api.CreateTaskRequest, api.CreateTaskResponse, this.#told('Create', this.#create)),
+      Start: unary(api.StartRequest, api.StartResponse, this.#told('Start', this.#start)),
+      State: unary(api.StateRequest, api.StateResponse, this.#told('State', this.#state)),
+      Wait: unary(api.WaitRequest, api.WaitResponse, this.#told('Wait', this.#wait)),
+      Kill: unary(api.KillRequest, Empty, this.#told('Kill', this.#kill)),
+      Delete: unary(api.DeleteRequest, api.DeleteResponse, this.#told('Delete', this.#delete)),
+      Pids: unary(api.PidsRequest, api.PidsResponse, this.#told('Pids', this.#pids)),
+      CloseIO: unary(api.CloseIORequest, Empty, this.#told('CloseIO', this.#closeIo)),
+      Connect: unary(api.ConnectRequest, api.ConnectResponse, this.#told('Connect', this.#connect)),
       // One daemon serves the whole host, and an endpoint goes with the binary's `delete`: nothing to do here.
       Shutdown: unary(api.ShutdownRequest, Empty, async () => ({})),
     };
     return { 'containerd.task.v2.Task': methods, 'containerd.task.v3.Task': methods };
   }
 
-  /** For the binary's `delete`: ends whatever is left, says nothing to the world, and returns what the binary prints. */
+  /**
+   * For the binary's `delete`: ends whatever is left, says nothing to the world, and returns what the binary prints.
+   * There is no Create afterwards. Never rejects: what cannot be released is logged, since nobody would ask again.
+   */
   async forceDelete(): Promise<Uint8Array> {
+    this.#closed = true;
     if (this.#creating !== undefined) {
       this.#creating.abort.abort(new KilnError('canceled', `container ${this.#options.id} was deleted during Create`));
       await this.#creating.done.catch(() => {});
@@ -96,11 +120,34 @@ export class TaskService {
     const task = this.#task;
     if (task !== undefined) {
       task.silenced = true;
-      await task.container.destroy();
-      this.#lastExit = { pid: task.container.pid, exit: await task.container.exit.wait() };
+      const { container } = task;
+      try {
+        await container.destroy();
+      } catch (error) {
+        this.#options.logger.error({ err: KilnError.from(error) }, 'cannot release everything of the container');
+      }
+      const exit = container.exit.peek() ?? { status: killedStatus, at: new Date() };
+      this.#lastExit = { pid: container.pid, exit };
       this.#task = undefined;
     }
     return this.#lastExit === undefined ? unknownTaskDeleted() : deleteReply(this.#lastExit);
+  }
+
+  /** A method whose failures are in our log too: the client may be gone, and keeps only the message anyway. */
+  #told<Request, Response>(
+    name: string,
+    method: (request: Request, context: CallContext) => Promise<Response>,
+  ): (request: Request, context: CallContext) => Promise<Response> {
+    return async (request, context) => {
+      try {
+        return await method.call(this, request, context);
+      } catch (error) {
+        const expected = error instanceof TtrpcError || (error instanceof KilnError && ordinary.has(error.code));
+        const level = expected && name !== 'Create' ? 'debug' : 'error';
+        this.#options.logger[level]({ err: KilnError.from(error) }, `${name} failed`);
+        throw error;
+      }
+    };
   }
 
   #find(id: string, execId = ''): Task {
@@ -111,45 +158,53 @@ export class TaskService {
     return this.#task;
   }
 
-  async #create(request: api.CreateTaskRequest, signal: AbortSignal): Promise<api.CreateTaskResponse> {
+  async #create(request: TaskRequest, { signal }: CallContext): Promise<api.CreateTaskResponse> {
     const { id } = this.#options;
     if (request.id !== id) {
       throw new KilnError('invalid-argument', `this endpoint serves container ${id}, not ${request.id}`);
     }
+    if (this.#closed) throw new KilnError('unavailable', `container ${id} is being deleted`);
     if (this.busy) throw new KilnError('already-exists', `container ${id} already exists`);
     if (request.checkpoint !== '' || request.parentCheckpoint !== '') {
       throw new KilnError('unimplemented', `container ${id}: restoring from a checkpoint is not supported`);
     }
     const abort = new AbortController();
-    const done = this.#options.createContainer(request, AbortSignal.any([signal, abort.signal]));
+    const done = this.#make(request, AbortSignal.any([signal, abort.signal]));
     this.#creating = { abort, done };
-    let container: Container;
+    this.#lastExit = undefined;
     try {
-      container = await done;
-    } catch (error) {
-      this.#options.logger.error({ err: error }, 'create failed');
-      throw error;
+      const { container } = await done;
+      return { pid: container.pid };
     } finally {
       this.#creating = undefined;
     }
-    const { bundle, rootfs, stdin, stdout, stderr, terminal } = request;
+  }
+
+  /** Makes the container and tells of it. When nobody wants it any more once it is there, it is undone. */
+  async #make(request: TaskRequest, signal: AbortSignal): Promise<Task> {
+    const container = await this.#options.createContainer(request, signal);
+    if (signal.aborted) {
+      await container.destroy();
+      throw signal.reason;
+    }
+    const { id, bundle, rootfs, stdin, stdout, stderr, terminal } = request;
     const { pid } = container;
     const io = { stdin, stdout, stderr, terminal };
     this.#options.publish({
       type: 'TaskCreate',
       message: { containerId: id, bundle, rootfs, io, checkpoint: '', pid },
     });
-    const task = {
+    const task: Task = {
       container,
       request,
       startAnnounced: Promise.resolve(),
       exitAnnounced: Promise.resolve(),
       silenced: false,
-      deleting: false,
+      deletion: undefined,
     };
     task.exitAnnounced = this.#announceExit(task);
     this.#task = task;
-    return { pid };
+    return task;
   }
 
   async #announceExit(task: Task): Promise<void> {
@@ -167,11 +222,12 @@ export class TaskService {
   async #start({ id, execId }: api.StartRequest): Promise<api.StartResponse> {
     const task = this.#find(id, execId);
     const announced = Promise.withResolvers<void>();
-    task.startAnnounced = announced.promise;
+    // Behind an earlier Start that is still under way, if this is a second one.
+    task.startAnnounced = Promise.all([task.startAnnounced, announced.promise]).then(() => {});
     try {
       await task.container.start();
       const { pid } = task.container;
-      this.#options.publish({ type: 'TaskStart', message: { containerId: id, pid } });
+      if (!task.silenced) this.#options.publish({ type: 'TaskStart', message: { containerId: id, pid } });
       return { pid };
     } finally {
       announced.resolve();
@@ -190,8 +246,8 @@ export class TaskService {
     };
   }
 
-  async #wait({ id, execId }: api.WaitRequest): Promise<api.WaitResponse> {
-    const exit = await this.#find(id, execId).container.exit.wait();
+  async #wait({ id, execId }: api.WaitRequest, { signal }: CallContext): Promise<api.WaitResponse> {
+    const exit = await this.#find(id, execId).container.exit.wait(signal);
     return { exitStatus: exit.status, exitedAt: toTimestamp(exit.at) };
   }
 
@@ -201,21 +257,30 @@ export class TaskService {
   }
 
   async #delete({ id, execId }: api.DeleteRequest): Promise<api.DeleteResponse> {
-    const task = this.#find(id, execId);
-    if (task.deleting) throw new KilnError('failed-precondition', `container ${id} is being deleted already`);
-    task.deleting = true;
-    try {
-      const exit = await task.container.delete();
-      const { pid } = task.container;
-      await task.exitAnnounced;
-      this.#lastExit = { pid, exit };
-      this.#task = undefined;
-      const reply = { pid, exitStatus: exit.status, exitedAt: toTimestamp(exit.at) };
-      this.#options.publish({ type: 'TaskDelete', message: { containerId: id, id: '', ...reply } });
-      return reply;
-    } finally {
-      task.deleting = false;
+    for (;;) {
+      const task = this.#find(id, execId);
+      if (task.deletion === undefined) {
+        task.deletion = this.#remove(task).finally(() => {
+          task.deletion = undefined;
+        });
+        return task.deletion;
+      }
+      // The second of two at once finds what the first leaves: no task, or one that could not be deleted.
+      await task.deletion.catch(() => {});
     }
+  }
+
+  async #remove(task: Task): Promise<api.DeleteResponse> {
+    const { id, pid } = task.container;
+    const exit = await task.container.delete();
+    await task.exitAnnounced;
+    const reply = { pid, exitStatus: exit.status, exitedAt: toTimestamp(exit.at) };
+    if (this.#task === task) this.#task = undefined;
+    this.#lastExit = { pid, exit };
+    if (!task.silenced) {
+      this.#options.publish({ type: 'TaskDelete', message: { containerId: id, id: '', ...reply } });
+    }
+    return reply;
   }
 
   async #pids({ id }: api.PidsRequest): Promise<api.PidsResponse> {
@@ -229,7 +294,9 @@ export class TaskService {
     return {};
   }
 
-  async #connect(): Promise<api.ConnectResponse> {
-    return { shimPid: process.pid, taskPid: this.#task?.container.pid ?? 0, version: '' };
+  /** An id that is not ours has no pid, which is what runc's shim answers too. */
+  async #connect({ id }: api.ConnectRequest): Promise<api.ConnectResponse> {
+    const taskPid = id === this.#options.id ? (this.#task?.container.pid ?? 0) : 0;
+    return { shimPid: process.pid, taskPid, version: '' };
   }
 }

@@ -1,7 +1,8 @@
 import { watch } from 'node:fs';
-import { mkdir, readFile, stat } from 'node:fs/promises';
+import { mkdir, mkdtemp, readFile, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
+import { kilndPids } from '../support/leftovers.ts';
 import { containerdVersions, distBin, underKiln } from '../support/paths.ts';
 import { type Scene, signal, waitForEnd } from '../support/scene.ts';
 import { Lines, type RunningProgram, run, stream } from '../support/spawn.ts';
@@ -284,10 +285,19 @@ describe.runIf(underKiln)('the launcher', () => {
     ['no id', ['-namespace', 'default', 'start']],
     ['an id that is a path', ['-namespace', 'default', '-id', '../../x', 'start']],
   ] as const)('with %s fails, and says why on stdout alone', async (_what, args) => {
-    const env = { ...process.env, KILN_STATE_DIR: '/tmp/kt-launcher-must-not-make-this' };
-    const result = await run(shim, args, { env });
-    expect(result.code).not.toBe(0);
-    expect(result.stderr).toBe('');
-    expect(result.stdout.length).toBeGreaterThan(5);
+    const stateDir = await mkdtemp('/tmp/kt-');
+    try {
+      const result = await run(shim, args, { env: { ...process.env, KILN_STATE_DIR: stateDir } });
+      expect(result.code).not.toBe(0);
+      expect(result.stderr).toBe('');
+      expect(result.stdout.length).toBeGreaterThan(5);
+    } finally {
+      // kilnd checks the id, so it may have been started.
+      for (const pid of kilndPids(stateDir)) {
+        signal(pid, 'SIGTERM');
+        await waitForEnd(pid, 20_000);
+      }
+      await rm(stateDir, { recursive: true });
+    }
   });
 });

@@ -1,7 +1,6 @@
 /** One stage for end-to-end tests, demo and benchmarks: a private containerd, a Kiln of its own, a busybox image. */
-import { mkdirSync, mkdtempSync, writeFileSync } from 'node:fs';
-import { readdir, readFile, rm, writeFile } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
+import { randomBytes } from 'node:crypto';
+import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { type Containerd, startContainerd } from './containerd.ts';
@@ -88,24 +87,17 @@ export class Scene {
   readonly configFile: string;
   readonly #options: SceneOptions;
   #containerd: Containerd | undefined;
-  #snapshot: HostSnapshot;
+  #before: HostSnapshot | undefined;
   #counter = 0;
 
   constructor(options: SceneOptions) {
     this.#options = options;
     this.version = options.version;
-    this.dir = mkdtempSync(join(tmpdir().length > 20 ? '/tmp' : tmpdir(), 'kt-'));
+    // Only a name: a scene whose tests are all skipped is never set up.
+    this.dir = join('/tmp', `kt-${randomBytes(4).toString('hex')}`);
     this.stateDir = join(this.dir, 'k');
     this.cacheDir = join(this.dir, 'c');
     this.configFile = join(this.dir, 'kiln.toml');
-    for (const name of ['k', 'c', 'd', 'shims', 'specs']) mkdirSync(join(this.dir, name));
-    writeFileSync(join(this.dir, 'shims', shimBinary(editingRuntime)), editingShim, { mode: 0o755 });
-    this.#snapshot = snapshotHost({
-      stateDir: this.stateDir,
-      cacheDir: this.cacheDir,
-      containerdDir: join(this.dir, 'd'),
-      ownPids: () => (this.#containerd === undefined ? [] : [this.#containerd.pid]),
-    });
   }
 
   get containerd(): Containerd {
@@ -129,7 +121,21 @@ export class Scene {
     };
   }
 
+  get #snapshot(): HostSnapshot {
+    if (this.#before === undefined) throw new Error('the scene is not set up yet');
+    return this.#before;
+  }
+
   async setUp(): Promise<void> {
+    await mkdir(this.dir, { mode: 0o755 });
+    for (const name of ['k', 'c', 'd', 'shims', 'specs']) await mkdir(join(this.dir, name));
+    await writeFile(join(this.dir, 'shims', shimBinary(editingRuntime)), editingShim, { mode: 0o755 });
+    this.#before = snapshotHost({
+      stateDir: this.stateDir,
+      cacheDir: this.cacheDir,
+      containerdDir: join(this.dir, 'd'),
+      ownPids: () => (this.#containerd === undefined ? [] : [this.#containerd.pid]),
+    });
     await this.configure(this.#options.config ?? '');
     this.#containerd = await startContainerd({
       version: this.version,
@@ -142,6 +148,7 @@ export class Scene {
 
   /** Ends everything, removes every trace, and fails when there was one that should not have been. */
   async tearDown(): Promise<void> {
+    if (this.#before === undefined) return;
     try {
       await this.purge();
       await this.stopKilnd();

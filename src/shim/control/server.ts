@@ -14,10 +14,11 @@ import {
 import { controlSocketPath } from './socket-path.ts';
 
 /**
- * Answers one request. What it throws becomes exit code 1 with the error's user message on stdout.
+ * Answers one request. What it throws becomes exit code 1 with the error's user message on stdout. Null closes the
+ * connection without an answer, which says that this kilnd was stopping: the launcher turns to a fresh one.
  * It must not await {@link ControlServer.close}, which itself waits for the answer.
  */
-export type ControlHandler = (request: ControlRequest) => Promise<ControlReply>;
+export type ControlHandler = (request: ControlRequest) => Promise<ControlReply | null>;
 
 export interface ControlServerOptions {
   /** Told about every request that could not be read, handled or answered, for the log. */
@@ -47,6 +48,10 @@ export class ControlServer implements AsyncDisposable {
     this.#requestIdleMs = options.requestIdleMs ?? 60_000;
     // The client ends its half first: that is how it says that the request is whole.
     this.#server = createServer({ allowHalfOpen: true }, (socket) => this.#accept(socket));
+    // accept(2) can fail later (no free descriptor). Unheard, that would end kilnd, and every container with it.
+    this.#server.on('error', (error) => {
+      if (this.#server.listening) this.#report(this.#cannotListen(error), null);
+    });
   }
 
   /**
@@ -133,7 +138,9 @@ export class ControlServer implements AsyncDisposable {
         const bytes = await this.#readRequest(socket);
         if (bytes.length === 0) return; // somebody looked whether we are here
         request = parseControlRequest(bytes);
-        reply = encodeControlReply(await this.#handler(request));
+        const answer = await this.#handler(request);
+        if (answer === null) return;
+        reply = encodeControlReply(answer);
       } catch (thrown) {
         const error = KilnError.from(thrown);
         this.#report(error, request);

@@ -29,7 +29,7 @@ export interface CommandLineOptions {
 
 /** The kernel's command line. `panic=-1` reboots at once on a panic, and `-no-reboot` turns that into a stop. */
 export function kernelCommandLine(options: CommandLineOptions): string {
-  const words = ['console=ttyS0', 'quiet', 'panic=-1', 'reboot=k', 'random.trust_cpu=on'];
+  const words = ['console=ttyS0', 'quiet', 'panic=-1', 'reboot=t', 'random.trust_cpu=on', 'cryptomgr.notests'];
   if (options.accelerator === 'tcg' && options.tscKhz !== undefined) words.push(`tsc_early_khz=${options.tscKhz}`);
   // The agent knows the usual one; any other is told to it here.
   if (options.agentPort !== agentPort) words.push(`kiln.agent_port=${options.agentPort}`);

@@ -27,6 +27,8 @@ interface Container {
   made?: Made;
   /** Set while it is being removed. */
   removal?: Promise<void>;
+  /** The VM ends next: crun's own state of the container goes with it, without a process to remove it. */
+  guestEnds?: boolean;
 }
 
 type AliveOrStopped = Extract<State, { pid: number }>;
@@ -88,7 +90,9 @@ export class Containers {
     const stdio = undo.use(new ContainerStdio(request));
     // From here on an init can exist: it must be found when it ends, and killed when anything below fails.
     using _held = reaper.hold();
-    undo.defer(() => crun.delete(id, bundle));
+    undo.defer(async () => {
+      if (!container.guestEnds) await crun.delete(id, bundle);
+    });
     const pid = await crun.create(id, bundle, stdio.forProgram);
     stdio.release();
     const cgroup = cgroupOf(pid);
@@ -151,9 +155,10 @@ export class Containers {
   }
 
   /** Removes a container; a running one only with `force`, which kills it first. Its disks are complete afterwards. */
-  async remove(id: string, force: boolean): Promise<void> {
+  async remove(id: string, force: boolean, guestEnds = false): Promise<void> {
     const container = this.#get(id);
     if (container.removal === undefined) {
+      container.guestEnds = guestEnds;
       const { state, made } = container;
       const current = force
         ? state.expect('remove', 'created', 'running', 'stopped')

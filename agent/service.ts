@@ -94,8 +94,8 @@ export function createService({ containers, ownsGuest, onHello }: ServiceOptions
       return { exitStatus: exit.status, exitedAtNs: exit.atNs };
     }),
     listProcesses: unary(({ id }) => containers.processes(id)),
-    removeContainer: unary(async ({ id, force }) => {
-      await containers.remove(id, force);
+    removeContainer: unary(async ({ id, force, guestEnds }) => {
+      await containers.remove(id, force, guestEnds);
       return {};
     }),
     readOutput: (call) => {

@@ -72,3 +72,8 @@ export class KilnError extends Error {
     return codeByStatus.get(status) ?? 'unknown';
   }
 }
+
+/** An error as a log should have it: all of it where a clean-up has failed as well, which a SuppressedError hides. */
+export function forLog(error: unknown): Error {
+  return error instanceof Error && !(error instanceof SuppressedError) ? error : KilnError.from(error);
+}

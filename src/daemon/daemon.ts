@@ -2,7 +2,7 @@ import { createHash } from 'node:crypto';
 import { mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import type { KilnPaths } from '../config/paths.ts';
-import { KilnError } from '../errors.ts';
+import { forLog, KilnError } from '../errors.ts';
 import { killProcessesOf } from '../host/stale.ts';
 import type { DaemonLog, Logger } from '../observe/logger.ts';
 import { TaskLog } from '../observe/task-log.ts';
@@ -252,7 +252,7 @@ export class Daemon {
       await Promise.all(publishers.map((publisher) => publisher.close()));
       this.#logger.info('stopped');
     } catch (error) {
-      this.#logger.error({ err: error }, 'stopped, with something left behind');
+      this.#logger.error({ err: forLog(error) }, 'stopped, with something left behind');
     }
     this.#options.onStopped();
   }

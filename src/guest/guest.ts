@@ -178,9 +178,9 @@ export class Guest implements Disposable {
   }
 
   /** Removes a container and unmounts its filesystems, so that what it wrote is on the disk when this resolves. */
-  async removeContainer(id: string, force: boolean): Promise<void> {
+  async removeContainer(id: string, options: { readonly force: boolean; readonly guestEnds: boolean }): Promise<void> {
     const limitMs = Math.max(this.#answerLimitMs, removalLimitMs);
-    await this.#call(AgentService.removeContainer, { id, force }, { limitMs });
+    await this.#call(AgentService.removeContainer, { id, ...options }, { limitMs });
   }
 
   /**

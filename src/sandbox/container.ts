@@ -1,6 +1,6 @@
 import { mkdir, rm } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
-import { KilnError } from '../errors.ts';
+import { forLog, KilnError } from '../errors.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import { guestMounts } from '../rootfs/index.ts';
@@ -14,21 +14,10 @@ import {
   requireStartable,
 } from './container-state.ts';
 import { faultPoint } from './faults.ts';
+import { deleteDrainMs, destroyGraceMs, outputGraceMs } from './limits.ts';
 import { assertNoInterfaces } from './network-check.ts';
 import { acquire, type ContainerRequest, type HostServices, type Resources } from './resources.ts';
 import { WaitableCell } from './waitable-cell.ts';
-
-/** Output that a reader takes its time to fetch holds an exit back for so long and no longer. */
-const outputGraceMs = 1000;
-
-/** The time that Delete gives a slow reader before what is left of the output is dropped; runc's shim has the same. */
-const deleteDrainMs = 10_000;
-
-/**
- * The time in which a container that is ended at once may still be killed from inside, so that what it wrote gets to its
- * disk, before its VM is. containerd gives its `delete` 5 s.
- */
-const destroyGraceMs = 3000;
 
 /** Signal numbers, as in signal(7). */
 const sigkill = 9;
@@ -268,7 +257,7 @@ export class Container {
   /** Flushes the container's filesystems. */
   async #removeFromGuest(): Promise<void> {
     try {
-      await this.#resources.sandbox.guest.removeContainer(this.id, true);
+      await this.#resources.sandbox.guest.removeContainer(this.id, { force: true, guestEnds: true });
     } catch (error) {
       this.#report(error, 'the guest did not remove the container: its last writes may be lost');
     }
@@ -286,6 +275,6 @@ export class Container {
   /** For what nobody awaits. That the connection is gone says nothing new: the VM has ended. */
   #report(error: unknown, message: string): void {
     const gone = error instanceof KilnError && (error.code === 'unavailable' || error.code === 'not-found');
-    this.#logger[gone ? 'debug' : 'warn']({ err: error }, message);
+    this.#logger[gone ? 'debug' : 'warn']({ err: forLog(error) }, message);
   }
 }

@@ -13,15 +13,10 @@ import {
   writableSlots,
 } from '../vmm/vmm.ts';
 import { faultPoint } from './faults.ts';
+import { consoleLimitMs, guestStopGraceMs } from './limits.ts';
 
 /** Bytes of guest console that go into an error message. */
 const consoleTailBytes = 2000;
-
-/** How long a VMM may take to tell its guest's console: one that hangs must not take the error with it. */
-const consoleLimitMs = 2000;
-
-/** How long a VM may take to end by itself after its agent is gone, before it is killed. */
-const guestStopGraceMs = 5000;
 
 export interface SandboxOptions {
   readonly vmm: Vmm;

@@ -1,5 +1,5 @@
 import * as api from '../../gen/containerd/task.ts';
-import { type ErrorCode, KilnError } from '../errors.ts';
+import { type ErrorCode, forLog, KilnError } from '../errors.ts';
 import type { Logger } from '../observe/logger.ts';
 import { type CallContext, type ServiceTable, TtrpcError, unary } from '../rpc/ttrpc/index.ts';
 import type { ContainerState, Exit } from '../sandbox/container-state.ts';
@@ -124,7 +124,7 @@ export class TaskService {
       try {
         await container.destroy();
       } catch (error) {
-        this.#options.logger.error({ err: KilnError.from(error) }, 'cannot release everything of the container');
+        this.#options.logger.error({ err: forLog(error) }, 'cannot release everything of the container');
       }
       const exit = container.exit.peek() ?? { status: killedStatus, at: new Date() };
       this.#lastExit = { pid: container.pid, exit };
@@ -144,7 +144,7 @@ export class TaskService {
       } catch (error) {
         const expected = error instanceof TtrpcError || (error instanceof KilnError && ordinary.has(error.code));
         const level = expected && name !== 'Create' ? 'debug' : 'error';
-        this.#options.logger[level]({ err: KilnError.from(error) }, `${name} failed`);
+        this.#options.logger[level]({ err: forLog(error) }, `${name} failed`);
         throw error;
       }
     };

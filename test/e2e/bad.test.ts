@@ -252,8 +252,8 @@ function escapingImages(outside: string): Record<string, Image> {
   };
 }
 
-describe.each(containerdVersions)('a layer that tries to escape, under containerd %s', (version) => {
-  const scene = useScene({ version });
+describe('a layer that tries to escape', () => {
+  const scene = useScene({ version: '2.1' });
   const outside = join(scene.dir, 'outside');
 
   it.each(Object.keys(escapingImages('')))('by %s changes and reads nothing outside', async (how) => {

@@ -104,7 +104,7 @@ export const start = (client: AgentClient, id: string) => unary((done) => client
 export const wait = (client: AgentClient, id: string) =>
   unary<{ exitStatus: number; exitedAtNs: bigint }>((done) => client.waitContainer({ id }, done));
 export const remove = (client: AgentClient, id: string, force = false) =>
-  unary((done) => client.removeContainer({ id, force }, done));
+  unary((done) => client.removeContainer({ id, force, guestEnds: false }, done));
 export const signal = (client: AgentClient, id: string, number: number, all = false) =>
   unary((done) => client.signalContainer({ id, signal: number, all }, done));
 

@@ -1,5 +1,7 @@
+import { fork } from 'node:child_process';
 import { once } from 'node:events';
-import type { Socket } from 'node:net';
+import { connect as dial, type Socket } from 'node:net';
+import { join } from 'node:path';
 import { PassThrough, Readable, Writable } from 'node:stream';
 import { afterEach, describe, expect, it } from 'vitest';
 import { OutputStream, Protocol } from '../../../gen/kiln/agent/v1/agent.ts';
@@ -217,7 +219,7 @@ describe('a call', () => {
     signalContainer: (guest) => guest.signal('c1', 9, true),
     waitContainer: (guest) => guest.waitExit('c1'),
     listProcesses: (guest) => guest.processes('c1'),
-    removeContainer: (guest) => guest.removeContainer('c1', true),
+    removeContainer: (guest) => guest.removeContainer('c1', { force: true, guestEnds: false }),
     readOutput: (guest) => guest.pipeOutput('c1', 'stdout', new PassThrough()),
     writeStdin: (guest) => guest.pipeStdin('c1', new PassThrough()),
   };
@@ -270,28 +272,29 @@ describe('output', () => {
 
   it('of 64 MiB reaches a slow sink in order, with bounded memory', async () => {
     const total = 64 << 20;
-    const { progress, script } = flood(total);
-    const { guest } = await connect(script);
+    const name = `kiln-flood-${process.pid}`;
+    const agent = fork(join(import.meta.dirname, 'flooding-agent.ts'), [name, String(total)], {
+      execArgv: ['--no-warnings'],
+    });
+    cleanups.push(() => agent.disconnect());
+    await once(agent, 'message');
+    const guest = await Guest.connect(dial(`\0${name}`), { hostname: '', answerLimitMs: 30_000 });
+    cleanups.push(() => guest[Symbol.dispose]());
+    const before = process.memoryUsage().arrayBuffers;
     let received = 0;
-    let ahead = 0;
     let growth = 0;
-    const memory = () => process.memoryUsage().arrayBuffers;
-    const before = memory();
     const sink = new Writable({
       write(data: Buffer, _encoding, done) {
         expect(data[0]).toBe((received / chunk) % 256);
         received += data.length;
-        ahead = Math.max(ahead, progress.sent - received);
-        growth = Math.max(growth, memory() - before);
+        growth = Math.max(growth, process.memoryUsage().arrayBuffers - before);
         setImmediate(done);
       },
     });
     await guest.pipeOutput('c1', 'stdout', sink);
     expect(received).toBe(total);
-    // HTTP/2's window of 1 MiB, and gRPC's and Node's stream buffers at both ends.
-    expect(ahead).toBeLessThan(8 << 20);
-    // Both ends live in this process; without collecting relayed chunks this is some 50 MiB and more.
-    console.log('growth', growth/1e6);expect(growth).toBeLessThan(64 << 20);
+    // Measured: 25 to 30 MiB; without collecting what has been relayed, about all of it.
+    expect(growth).toBeLessThan(45 << 20);
   });
 
   it('waits while the sink does not take it', async () => {
@@ -413,7 +416,7 @@ describe('stdin', () => {
   });
 
   it('releases its source when the agent wants no more, with an error or without', async () => {
-    const answers: Script['writeStdin'][] = [
+    const answers: NonNullable<Script['writeStdin']>[] = [
       (_call, done) => done(null, {}),
       (_call, done) => done(failure('FAILED_PRECONDITION', 'stdin is closed')),
     ];

@@ -59,7 +59,7 @@ export class ScriptedAgent {
 
   serve(socket: Socket): void {
     this.#socket = socket;
-    const handlers: AgentServer = { ...this.#defaults(), ...this.#script };
+    const handlers = { ...this.#defaults(), ...this.#script };
     const noted = Object.fromEntries(
       Object.entries(handlers).map(([name, handler]) => [
         name,

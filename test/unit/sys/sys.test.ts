@@ -11,7 +11,7 @@ import { mount, umount2, umount2Async } from '../../../src/sys/mount.ts';
 import { pipe2, socketFromFd } from '../../../src/sys/pipe.ts';
 import { peekEndedChild, waitpid } from '../../../src/sys/process.ts';
 import { syncfs } from '../../../src/sys/sync.ts';
-import { sockaddrVm } from '../../../src/sys/vsock.ts';
+import { parseSockaddrVm, sockaddrVm } from '../../../src/sys/vsock.ts';
 
 it('names errno, call and path when a call fails', () => {
   try {
@@ -92,4 +92,5 @@ it('reads the clocks in nanoseconds', () => {
 
 it('lays a vsock address out as the kernel reads it', () => {
   expect(Buffer.from(sockaddrVm(2, 1024)).toString('hex')).toBe('28000000000400000200000000000000');
+  expect(parseSockaddrVm(sockaddrVm(0xfffffffe, 4_000_000_000))).toEqual({ cid: 0xfffffffe, port: 4_000_000_000 });
 });

@@ -1,0 +1,256 @@
+/**
+ * Everything around a container, without a VM: a scripted VMM whose "guest" is a scripted agent behind a real gRPC
+ * connection, a real process as stand-in (in a network namespace of its own), and stdio in memory.
+ */
+import { spawnSync } from 'node:child_process';
+import { chmodSync, existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import type net from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { PassThrough, type Readable, Writable } from 'node:stream';
+import { defaultConfig } from '../../../src/config/config.ts';
+import { loggerTo } from '../../../src/observe/logger.ts';
+import { Timeline } from '../../../src/observe/timeline.ts';
+import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
+import { Container } from '../../../src/sandbox/container.ts';
+import type { ContainerRequest } from '../../../src/sandbox/resources.ts';
+import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
+import type { SlotName, Vm, VmConfig, VmExit, Vmm } from '../../../src/vmm/vmm.ts';
+import { type Script, ScriptedAgent, socketPair } from '../guest/scripted-agent.ts';
+
+/** How a network namespace can be had here: as root, or in a user namespace; undefined: not at all. */
+const unshare = ['unshare -n', 'unshare -r -n'].find((command) => {
+  return spawnSync('/bin/sh', ['-c', `${command} true`]).status === 0;
+});
+export const canMakeNetns = unshare !== undefined;
+
+export class ScriptedVm implements Vm {
+  readonly pid = 1_000_000;
+  readonly config: VmConfig;
+  readonly agent: ScriptedAgent;
+  readonly disks: [SlotName, string][] = [];
+  readonly #log: string[];
+  readonly #exit = Promise.withResolvers<VmExit>();
+  #ended = false;
+  #socket: net.Socket | undefined;
+  /** Set one to change what happens. */
+  hooks: {
+    acceptAgent?: (signal: AbortSignal) => Promise<net.Socket>;
+    attachDisk?: () => Promise<void>;
+    consoleTail?: () => Promise<string>;
+    kill?: () => Promise<void>;
+  };
+
+  constructor(config: VmConfig, agent: ScriptedAgent, log: string[], hooks: ScriptedVm['hooks']) {
+    this.config = config;
+    this.agent = agent;
+    this.#log = log;
+    this.hooks = hooks;
+  }
+
+  async acceptAgent(signal: AbortSignal): Promise<net.Socket> {
+    if (this.hooks.acceptAgent !== undefined) return this.hooks.acceptAgent(signal);
+    const [ours, theirs] = await socketPair();
+    this.#socket = ours;
+    this.agent.serve(theirs);
+    return ours;
+  }
+
+  async attachDisk(slot: SlotName, file: string): Promise<void> {
+    await this.hooks.attachDisk?.();
+    this.disks.push([slot, file]);
+  }
+
+  wait(): Promise<VmExit> {
+    return this.#exit.promise;
+  }
+
+  async consoleTail(): Promise<string> {
+    return this.hooks.consoleTail?.() ?? 'last words of the guest';
+  }
+
+  /** The VM ends by itself, or by somebody else's hand; its agent's connection breaks. */
+  end(exit: Partial<VmExit>): void {
+    this.#ended = true;
+    this.#exit.resolve({ code: null, signal: null, guestStopped: false, consoleTail: '', ...exit });
+    this.agent.disconnect();
+    this.#socket?.destroy();
+  }
+
+  async kill(): Promise<void> {
+    if (!this.#ended) this.#log.push('vm killed');
+    this.end({ signal: 'SIGKILL' });
+    await this.hooks.kill?.();
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.kill();
+  }
+}
+
+class MemoryStdio implements ContainerStdio {
+  readonly stdin: Readable | null;
+  readonly stdout: Writable | null;
+  readonly stderr: Writable | null = null;
+  readonly #log: string[];
+  /** Set to hold what the client reads. */
+  stalled = false;
+  readonly written: Buffer[] = [];
+  startError: Error | undefined;
+
+  constructor(log: string[]) {
+    this.#log = log;
+    this.stdin = new PassThrough();
+    this.stdout = new Writable({
+      write: (chunk: Buffer, _encoding, done) => {
+        if (this.stalled) return;
+        this.written.push(chunk);
+        done();
+      },
+    });
+    this.stdin.on('error', () => {});
+    this.stdout.on('error', () => {});
+  }
+
+  startStdin(): void {
+    this.#log.push('stdin started');
+    if (this.startError !== undefined) throw this.startError;
+  }
+
+  closeStdin(): void {
+    this.#log.push('stdin closed');
+  }
+
+  async finish(): Promise<void> {
+    this.stdin?.destroy();
+    await new Promise<void>((resolve) => {
+      if (this.stdout?.closed) resolve();
+      this.stdout?.once('close', resolve);
+      this.stdout?.end();
+    });
+  }
+
+  async dispose(): Promise<void> {
+    this.stdin?.destroy();
+    this.stdout?.destroy();
+  }
+}
+
+interface LogLine {
+  readonly level: string;
+  readonly msg: string;
+  readonly marks?: unknown;
+  readonly err?: { readonly message: string };
+}
+
+export class Workbench implements AsyncDisposable {
+  /** What happened to resources, in order. */
+  readonly events: string[] = [];
+  readonly log: LogLine[] = [];
+  readonly stdio = new MemoryStdio(this.events);
+  readonly timeline = new Timeline();
+  readonly agent: ScriptedAgent;
+  readonly root = mkdtempSync(join(tmpdir(), 'kiln-sandbox-'));
+  readonly directory = join(this.root, 'c1');
+  /** Set before `create` to change what happens. */
+  vmHooks: ScriptedVm['hooks'] = {};
+  prepareRootfs: (signal: AbortSignal) => Promise<void> = async () => {};
+  releaseRootfs: () => Promise<void> = async () => {};
+  beforeBoot: (signal: AbortSignal) => Promise<void> = async () => {};
+  bootTimeoutS = 60;
+  /** Lines of shell in place of a stand-in that is well. */
+  standIn = `exec ${unshare} -- /bin/sh -c 'echo ready >&3; exec 3>&-; exec sleep 1000'`;
+  vm: ScriptedVm | undefined;
+  container: Container | undefined;
+
+  constructor(script: Script = {}) {
+    this.agent = new ScriptedAgent(script);
+  }
+
+  async create(signal: AbortSignal = new AbortController().signal): Promise<Container> {
+    this.container = await Container.create(
+      { rootfs: this.#rootfs(), standInProgram: this.#standIn() },
+      this.#request(),
+      signal,
+    );
+    return this.container;
+  }
+
+  /** Log lines of a level, as `message: error`. */
+  logged(...levels: string[]): string[] {
+    return this.log
+      .filter(({ level }) => levels.includes(level))
+      .map(({ msg, err }) => (err === undefined ? msg : `${msg}: ${err.message}`));
+  }
+
+  /** True when nothing that the container had is there any more. */
+  get clean(): boolean {
+    return !existsSync(this.directory);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.container?.destroy().catch(() => {});
+    this.agent.disconnect();
+    rmSync(this.root, { recursive: true, force: true });
+  }
+
+  #rootfs(): RootfsStore {
+    const prepare: RootfsStore['prepare'] = async (_plan, { signal }) => {
+      await this.prepareRootfs(signal);
+      const release = async () => {
+        this.events.push('rootfs released');
+        await this.releaseRootfs();
+      };
+      return {
+        lower: { file: '/cache/lower.erofs', readOnly: true, format: 'erofs' },
+        writable: { file: '/work/rw.ext4', readOnly: false, format: 'ext4' },
+        release,
+        [Symbol.asyncDispose]: release,
+      };
+    };
+    return { prepare } as unknown as RootfsStore;
+  }
+
+  #standIn(): string {
+    const program = join(this.root, 'stand-in');
+    writeFileSync(program, `#!/bin/sh\n${this.standIn}\n`);
+    chmodSync(program, 0o755);
+    return program;
+  }
+
+  #request(): ContainerRequest {
+    const vmm: Vmm = {
+      name: 'scripted',
+      capabilities: { pause: false, snapshot: false },
+      boot: async (config, signal) => {
+        await this.beforeBoot(signal);
+        this.vm = new ScriptedVm(config, this.agent, this.events, this.vmHooks);
+        return this.vm;
+      },
+    };
+    return {
+      id: 'c1',
+      directory: this.directory,
+      vmm,
+      config: { ...defaultConfig, vm: { ...defaultConfig.vm, bootTimeoutS: this.bootTimeoutS } },
+      spec: '{}',
+      rootfs: {} as RootfsPlan,
+      files: { kernel: '/k', initrd: undefined, guestImage: '/g' },
+      memoryMib: 256,
+      vcpus: 1,
+      openStdio: async () => this.stdio,
+      timeline: this.timeline,
+      logger: loggerTo({ write: (line) => void this.log.push(JSON.parse(line) as LogLine) }, 'trace'),
+    };
+  }
+}
+
+/** Whether a process lives; a zombie does not. */
+export function isAlive(pid: number): boolean {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch {
+    return false;
+  }
+}

@@ -1,0 +1,114 @@
+import { expect, test } from 'vitest';
+import { type CommandLineOptions, kernelCommandLine, qemuArguments } from '../../../src/vmm/qemu/command-line.ts';
+
+const options: CommandLineOptions = {
+  config: {
+    id: 'web-1',
+    directory: '/run/kiln/c/1',
+    memoryMib: 512,
+    vcpus: 2,
+    kernel: '/guest/vmlinux',
+    initrd: '/guest/initrd',
+    guestImage: '/guest/guest.erofs',
+  },
+  accelerator: 'tcg',
+  tscKhz: 2_799_998,
+  qmpSocket: '/run/kiln/c/1/qmp.sock',
+  vsock: { kind: 'vhost-user', socket: '/run/kiln/c/1/vu.sock' },
+  agentPort: 1024,
+};
+
+/** The value after an option; of every occurrence. */
+function valuesOf(args: readonly string[], option: string): string[] {
+  return args.flatMap((arg, index) => (arg === option ? [args[index + 1]!] : []));
+}
+
+const devicesOf = (extra: Partial<CommandLineOptions> = {}) =>
+  valuesOf(qemuArguments({ ...options, ...extra }), '-device');
+const machineOf = (extra: Partial<CommandLineOptions> = {}) =>
+  ['-M', '-cpu'].flatMap((option) => valuesOf(qemuArguments({ ...options, ...extra }), option));
+
+test('puts the guest image first and then the slots on the transports from 23 downward, none twice', () => {
+  const devices = devicesOf();
+  const transports = devices.map((device) => Number(/virtio-mmio-bus\.(\d+)/.exec(device)?.[1]));
+  expect(transports).toEqual([23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12]);
+  const serials = devices.flatMap((device) => /serial=(\w+)/.exec(device)?.[1] ?? []);
+  expect(serials).toEqual(['guest', 'ro0', 'ro1', 'ro2', 'ro3', 'ro4', 'ro5', 'ro6', 'ro7', 'rw0', 'rw1']);
+  // virtio allows 20 bytes for a serial.
+  expect(Math.max(...serials.map((serial) => serial.length))).toBeLessThanOrEqual(20);
+});
+
+test('makes empty slots of 1 TiB, the writable ones writable and giving freed blocks back', () => {
+  const nodes = valuesOf(qemuArguments(options), '-blockdev').map((json) => JSON.parse(json));
+  expect(nodes[0]).toEqual({
+    driver: 'raw',
+    'node-name': 'guest',
+    'read-only': true,
+    file: { driver: 'file', filename: '/guest/guest.erofs', 'read-only': true },
+  });
+  expect(nodes.slice(1).map((node) => [node['node-name'], node['read-only'], node.discard])).toEqual([
+    ...['ro0', 'ro1', 'ro2', 'ro3', 'ro4', 'ro5', 'ro6', 'ro7'].map((name) => [name, true, undefined]),
+    ['rw0', false, 'unmap'],
+    ['rw1', false, 'unmap'],
+  ]);
+  expect(nodes[1].file).toMatchObject({ driver: 'null-co', size: 2 ** 40, 'read-zeroes': true });
+});
+
+test('lets the guest see a full disk of the host as an error and not as a VM that stands still', () => {
+  for (const device of devicesOf().filter((it) => it.startsWith('virtio-blk'))) {
+    expect(device).toMatch(/rerror=report,werror=report$/);
+  }
+});
+
+test('gives a guest under TCG the legacy timers and the frequency of the TSC, and one under KVM neither', () => {
+  expect(machineOf()).toEqual(['microvm,accel=tcg,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem', 'max']);
+  expect(kernelCommandLine(options)).toContain('tsc_early_khz=2799998');
+  expect(machineOf({ accelerator: 'kvm' })).toEqual(['microvm,accel=kvm,acpi=on,rtc=on,memory-backend=mem', 'host']);
+  expect(kernelCommandLine({ ...options, accelerator: 'kvm' })).not.toContain('tsc_early_khz');
+  expect(kernelCommandLine({ ...options, tscKhz: undefined })).not.toContain('tsc_early_khz');
+});
+
+test('names the root disk to a kernel without initrd, and leaves it to the initrd otherwise', () => {
+  const { initrd: _, ...rest } = options.config;
+  const without = { ...options, config: { ...rest, initrd: undefined } };
+  expect(valuesOf(qemuArguments(options), '-initrd')).toEqual(['/guest/initrd']);
+  expect(kernelCommandLine(options)).not.toContain('root=');
+  expect(qemuArguments(without)).not.toContain('-initrd');
+  expect(kernelCommandLine(without)).toContain('root=/dev/vda rootfstype=erofs ro init=/sbin/kiln-init');
+});
+
+test('has the kernel end the VM on a panic, and QEMU keep it until its console has been read', () => {
+  expect(kernelCommandLine(options)).toMatch(/ panic=-1 reboot=\w /);
+  const args = qemuArguments(options);
+  expect(args).toContain('-no-reboot');
+  expect(valuesOf(args, '-action')).toEqual(['shutdown=pause,panic=pause']);
+});
+
+test('tells the agent its port only where it is not the usual one', () => {
+  expect(kernelCommandLine(options)).not.toContain('kiln.agent_port');
+  expect(kernelCommandLine({ ...options, agentPort: 4_000_000_000 })).toContain(' kiln.agent_port=4000000000');
+});
+
+test('uses the vsock device of the channel', () => {
+  expect(devicesOf().at(-1)).toBe('vhost-user-vsock-device,chardev=vsock,bus=virtio-mmio-bus.12');
+  const kernel = qemuArguments({ ...options, vsock: { kind: 'vhost-kernel', cid: 77 } });
+  expect(valuesOf(kernel, '-device').at(-1)).toBe('vhost-vsock-device,guest-cid=77,bus=virtio-mmio-bus.12');
+  expect(valuesOf(kernel, '-chardev').join()).not.toContain('id=vsock');
+});
+
+test('doubles the commas of paths and names inside of option lists, and nowhere else', () => {
+  const args = qemuArguments({
+    ...options,
+    config: { ...options.config, id: 'a,b', kernel: '/g,1/vmlinux', initrd: '/g,1/initrd', guestImage: '/g,1/image' },
+    qmpSocket: '/r,1/qmp.sock',
+    vsock: { kind: 'vhost-user', socket: '/r,1/vu.sock' },
+  });
+  expect(valuesOf(args, '-name')).toEqual(['kiln-a,,b,debug-threads=on']);
+  expect(valuesOf(args, '-kernel')).toEqual(['/g,1/vmlinux']);
+  expect(valuesOf(args, '-initrd')).toEqual(['/g,1/initrd']);
+  expect(valuesOf(args, '-chardev').filter((it) => it.startsWith('socket'))).toEqual([
+    'socket,id=qmp,path=/r,,1/qmp.sock,reconnect=1',
+    'socket,id=vsock,path=/r,,1/vu.sock',
+  ]);
+  expect(JSON.parse(valuesOf(args, '-blockdev')[0]!).file.filename).toBe('/g,1/image');
+});

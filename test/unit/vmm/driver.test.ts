@@ -1,0 +1,262 @@
+import { chmodSync, mkdirSync, readFileSync } from 'node:fs';
+import path from 'node:path';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { createQemu, type QemuOptions } from '../../../src/vmm/qemu/driver.ts';
+import type { Vm, VmConfig } from '../../../src/vmm/vmm.ts';
+import { hasVsock } from './vsock.ts';
+import { Workspace } from './workspace.ts';
+
+/** The driver, with QEMU and its backend played by programs of ours; the real ones are in test/integration/vmm. */
+let workspace: Workspace;
+let vms: Vm[];
+beforeEach(() => {
+  workspace = new Workspace();
+  vms = [];
+});
+afterEach(async () => {
+  for (const vm of vms) await vm.kill();
+  workspace[Symbol.dispose]();
+});
+
+const never = new AbortController().signal;
+
+interface Host {
+  readonly options?: Partial<QemuOptions>;
+  readonly config?: Partial<VmConfig>;
+  /** The host has /dev/vhost-vsock. */
+  readonly vhostVsock?: boolean;
+}
+
+async function boot(mode: string, host: Host = {}, signal = never): Promise<Vm> {
+  if (host.vhostVsock) workspace.file('vhost-vsock');
+  const vmm = createQemu(
+    {
+      qemu: workspace.qemu(mode),
+      vsockBackend: workspace.backend(),
+      accelerator: 'auto',
+      channel: 'auto',
+      ...host.options,
+    },
+    workspace.devices(),
+  );
+  const vm = await vmm.boot(workspace.vm(host.config), signal);
+  vms.push(vm);
+  return vm;
+}
+
+function expectNothingLeft(): void {
+  expect(workspace.processes()).toEqual([]);
+  expect(workspace.files().filter((name) => name !== 'vu.sock')).toEqual([]);
+}
+
+describe('a start that fails', () => {
+  test.each([
+    ['the guest kernel', 'kernel'],
+    ['the guest initrd', 'initrd'],
+    ['the guest image', 'guestImage'],
+  ])('because %s is missing names the file, and starts nothing', async (what, key) => {
+    await expect(boot('running', { config: { [key]: '/no/such/file' } })).rejects.toMatchObject({
+      code: 'failed-precondition',
+      message: `${what} /no/such/file cannot be read: ENOENT`,
+      hint: expect.stringContaining('npm run setup'),
+    });
+    expect(workspace.has('qemu.starts')).toBe(false);
+    expectNothingLeft();
+  });
+
+  test('because QEMU is missing names vm.qemu and the package', async () => {
+    for (const qemu of ['no-such-qemu', '/no/such/qemu']) {
+      await expect(boot('running', { options: { qemu } })).rejects.toMatchObject({
+        code: 'failed-precondition',
+        message: `cannot run QEMU (vm.qemu in the config file) "${qemu}": ENOENT`,
+        hint: expect.stringContaining('qemu-system-x86'),
+      });
+      expectNothingLeft();
+    }
+  });
+
+  test('because QEMU is a directory or may not be executed says so', async () => {
+    await expect(boot('running', { options: { qemu: workspace.folder } })).rejects.toThrow(/cannot run QEMU .*EACCES/);
+    const file = workspace.file('not-executable');
+    chmodSync(file, 0o644);
+    await expect(boot('running', { options: { qemu: file } })).rejects.toThrow(/cannot run QEMU .*EACCES/);
+    expectNothingLeft();
+  });
+
+  test('because the backend is missing starts no QEMU', async () => {
+    await expect(boot('running', { options: { vsockBackend: '/no/backend' } })).rejects.toThrow('/no/backend');
+    expect(workspace.has('qemu.starts')).toBe(false);
+    expectNothingLeft();
+  });
+
+  test('because QEMU ends carries its exit code and its stderr', async () => {
+    await expect(boot('exit')).rejects.toMatchObject({
+      code: 'internal',
+      message: 'QEMU ended at start (exit code 1): qemu-system-x86_64: cannot set up guest memory',
+    });
+    expectNothingLeft();
+  });
+
+  test('because QEMU ends after it has connected carries its stderr just the same', async () => {
+    await expect(boot('close')).rejects.toMatchObject({
+      message: 'QEMU ended at start (exit code 1): qemu-system-x86_64: too late to say',
+    });
+    expectNothingLeft();
+  });
+
+  test('because the program is no QEMU ends that program', async () => {
+    await expect(boot('rubbish')).rejects.toThrow('QEMU sent a line that is not QMP: 220 mail.example.org ESMTP');
+    expectNothingLeft();
+  });
+
+  test.each(['silent', 'idle'])('because it is aborted while QEMU is %s ends QEMU', async (mode) => {
+    const controller = new AbortController();
+    const started = boot(mode, {}, controller.signal);
+    await workspace.appears('qemu.starts');
+    const reason = new Error('enough');
+    controller.abort(reason);
+    await expect(started).rejects.toBe(reason);
+    expectNothingLeft();
+  });
+
+  test('because it was aborted before starts nothing', async () => {
+    await expect(boot('running', {}, AbortSignal.abort(new Error('enough')))).rejects.toThrow('enough');
+    expect(workspace.has('qemu.starts')).toBe(false);
+    expectNothingLeft();
+  });
+
+  test('because the directory’s path is too long for a socket names KILN_STATE_DIR', async () => {
+    const directory = path.join(workspace.folder, 'x'.repeat(100));
+    mkdirSync(directory);
+    await expect(boot('running', { config: { directory } })).rejects.toMatchObject({
+      code: 'failed-precondition',
+      message: expect.stringMatching(/the socket path .* the system's limit is 107/),
+      hint: expect.stringContaining('KILN_STATE_DIR'),
+    });
+    expect(workspace.has('qemu.starts')).toBe(false);
+  });
+
+  test('because KVM is demanded and missing starts nothing', async () => {
+    await expect(boot('running', { options: { accelerator: 'kvm' } })).rejects.toThrow('vm.accelerator is "kvm"');
+    expectNothingLeft();
+  });
+});
+
+describe('a running VM', () => {
+  test('is found by the name of its QEMU on PATH', async () => {
+    const before = process.env.PATH;
+    process.env.PATH = `${workspace.folder}:${before}`;
+    try {
+      const vm = await boot('running', { options: { qemu: 'qemu' } });
+      expect(workspace.processes()).toContain(String(vm.pid));
+    } finally {
+      process.env.PATH = before;
+    }
+  });
+
+  test('is gone with its backend and sockets when it has been killed, for everybody who kills it', async () => {
+    const vm = await boot('running');
+    expect(workspace.processes()).toHaveLength(2);
+    const kills = [vm.kill(), vm.kill()];
+    await kills[1];
+    expectNothingLeft();
+    await kills[0];
+    await vm.kill();
+    expect(await vm.wait()).toMatchObject({ code: null, signal: 'SIGKILL', guestStopped: false });
+    await expect(vm.acceptAgent(never)).rejects.toMatchObject({ code: 'unavailable' });
+    await expect(vm.attachDisk('ro0', '/x')).rejects.toMatchObject({ code: 'unavailable' });
+  });
+
+  test('reports that the guest stopped even before QEMU could be asked', async () => {
+    const vm = await boot('shutdown');
+    await expect(vm.acceptAgent(never)).rejects.toMatchObject({
+      code: 'unavailable',
+      message: 'the guest stopped before the agent called; last output:\nKernel panic - not syncing',
+    });
+    expect(await vm.wait()).toEqual({
+      code: 0,
+      signal: null,
+      guestStopped: true,
+      consoleTail: expect.stringContaining('Kernel panic'),
+    });
+  });
+
+  test('reports how QEMU ended while the agent was awaited', async () => {
+    const vm = await boot('running');
+    const call = vm.acceptAgent(never);
+    process.kill(vm.pid, 'SIGKILL');
+    await expect(call).rejects.toThrow('QEMU ended (SIGKILL) before the agent called');
+    expect(await vm.wait()).toMatchObject({ code: null, signal: 'SIGKILL', guestStopped: false });
+  });
+
+  test('reports at once that its backend has ended, since nobody can call then', async () => {
+    const vm = await boot('running');
+    const call = vm.acceptAgent(never);
+    const backend = workspace.processes().find((pid) => pid !== String(vm.pid));
+    process.kill(Number(backend), 'SIGTERM');
+    await expect(call).rejects.toThrow('the vsock backend ended (SIGTERM) before the agent called');
+  });
+
+  test('has a slot free again when its file could not be attached, and its node removed', async () => {
+    const vm = await boot('running');
+    const refused = 'cannot put /disk behind drive slot ro7: QEMU refused blockdev-reopen: no reopen today';
+    await expect(vm.attachDisk('ro7', '/disk')).rejects.toMatchObject({ code: 'internal', message: refused });
+    await expect(vm.attachDisk('ro7', '/disk')).rejects.toMatchObject({ code: 'internal', message: refused });
+    await vm.attachDisk('rw0', '/disk');
+    await expect(vm.attachDisk('rw0', '/other')).rejects.toMatchObject({
+      code: 'failed-precondition',
+      message: 'drive slot rw0 already has a file',
+    });
+    const commands = readFileSync(workspace.path('qemu.commands'), 'utf8');
+    expect(commands).toContain('{"execute":"blockdev-del","arguments":{"node-name":"ro7-file"}');
+  });
+});
+
+describe('the channel of a VM', () => {
+  test('is hybrid vsock without /dev/vhost-vsock', async () => {
+    await boot('running');
+    expect(workspace.qemuStarts()[0]?.join(' ')).toMatch(/ vhost-user-vsock-device,/);
+  });
+
+  test('is an error where the kernel’s is demanded and missing', async () => {
+    await expect(boot('running', { options: { channel: 'kernel-vsock' } })).rejects.toMatchObject({
+      code: 'failed-precondition',
+      hint: expect.stringContaining('modprobe vhost_vsock'),
+    });
+    expectNothingLeft();
+  });
+
+  describe.skipIf(!hasVsock)('by the kernel (needs AF_VSOCK)', () => {
+    const cidOf = (args: readonly string[]) => Number(/guest-cid=(\d+),/.exec(args.join(' '))?.[1]);
+    const portOf = (args: readonly string[]) => Number(/kiln\.agent_port=(\d+)/.exec(args.join(' '))?.[1]);
+
+    test('needs no backend; the agent is told the port', async () => {
+      const vm = await boot('running', { vhostVsock: true, options: { vsockBackend: '/no/backend' } });
+      expect(workspace.processes()).toEqual([String(vm.pid)]);
+      const [args = []] = workspace.qemuStarts();
+      expect(args.join(' ')).toMatch(/ vhost-vsock-device,guest-cid=\d+,bus=virtio-mmio-bus\.12$/);
+      expect(cidOf(args)).toBeGreaterThan(2);
+      expect(portOf(args)).toBeGreaterThan(1023);
+    });
+
+    test('tries another CID when one is in use', async () => {
+      await boot('cid-in-use=2', { vhostVsock: true });
+      const starts = workspace.qemuStarts();
+      expect(starts).toHaveLength(3);
+      expect(new Set(starts.map(cidOf)).size).toBe(3);
+    });
+
+    test('gives up with QEMU’s words when no CID is to be had', async () => {
+      await expect(boot('cid-in-use=99', { vhostVsock: true })).rejects.toThrow(
+        /^QEMU ended at start \(exit code 1\): .*unable to set guest cid: Address already in use$/,
+      );
+      expect(workspace.qemuStarts()).toHaveLength(5);
+      expectNothingLeft();
+    });
+
+    test('is not tried when hybrid vsock is asked for', async () => {
+      await boot('running', { vhostVsock: true, options: { channel: 'hybrid-vsock' } });
+      expect(workspace.qemuStarts()[0]?.join(' ')).toMatch(/ vhost-user-vsock-device,/);
+    });
+  });
+});

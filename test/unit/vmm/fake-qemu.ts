@@ -1,0 +1,72 @@
+/**
+ * Plays QEMU: notes its arguments in a file beside itself and does what the mode says. It runs as a process of its own,
+ * under the driver's eyes: everything but the machine is real.
+ */
+import { appendFileSync, readFileSync } from 'node:fs';
+import { connect, type Socket } from 'node:net';
+import { createInterface } from 'node:readline';
+
+const cidInUse =
+  'qemu-system-x86_64: -device vhost-vsock-device: vhost-vsock: unable to set guest cid: Address already in use';
+
+export function main(mode: string, self: string): void {
+  const args = process.argv.slice(2);
+  const startsFile = `${self}.starts`;
+  appendFileSync(startsFile, `${JSON.stringify(args)}\n`);
+  const starts = readFileSync(startsFile, 'utf8').split('\n').length - 1;
+  const [name, detail = ''] = mode.split('=');
+  switch (name) {
+    case 'exit':
+      end('qemu-system-x86_64: cannot set up guest memory', 1);
+      break;
+    case 'cid-in-use':
+      // The first N starts fail.
+      if (starts <= Number(detail)) end(cidInUse, 1);
+      else dial(args, (socket) => serve(socket, 'running'));
+      break;
+    case 'close':
+      // As real QEMU does: the control connection is gone before the process.
+      dial(args, (socket) => {
+        socket.end();
+        socket.once('close', () => end('qemu-system-x86_64: too late to say', 1));
+        socket.resume();
+      });
+      break;
+    case 'rubbish':
+      dial(args, (socket) => socket.write('220 mail.example.org ESMTP\n'));
+      break;
+    case 'silent':
+      dial(args, (socket) => socket.resume());
+      break;
+    case 'idle':
+      setInterval(() => {}, 1 << 30);
+      break;
+    default:
+      dial(args, (socket) => serve(socket, name ?? ''));
+  }
+}
+
+function end(words: string, code: number): void {
+  process.stderr.write(`${words}\n`);
+  process.exitCode = code;
+}
+
+function dial(args: string[], use: (socket: Socket) => void): void {
+  const chardev = args.find((arg) => arg.startsWith('socket,id=qmp,')) ?? '';
+  const socket = connect(/path=([^,]*)/.exec(chardev)?.[1] ?? '', () => use(socket));
+}
+
+/** Answers every command; `status` is what query-status says. */
+function serve(socket: Socket, status: string): void {
+  const send = (message: object) => socket.write(`${JSON.stringify(message)}\n`);
+  send({ QMP: { version: {}, capabilities: [] } });
+  createInterface({ input: socket }).on('line', (line) => {
+    const { execute, id, arguments: args } = JSON.parse(line);
+    if (execute === 'query-status') send({ return: { status }, id });
+    else if (execute === 'ringbuf-read') send({ return: 'Kernel panic - not syncing\r\n', id });
+    else if (execute === 'blockdev-reopen' && args.options[0].file === 'ro7-file') {
+      send({ error: { class: 'GenericError', desc: 'no reopen today' }, id });
+    } else send({ return: {}, id });
+    appendFileSync(`${process.argv[1]}.commands`, `${line}\n`);
+  });
+}

@@ -1,11 +1,12 @@
 import { defineConfig } from 'vitest/config';
 
 /**
- * Three projects, run one after the other:
+ * Four projects, run one after the other:
  * unit         no root, no virtual machine, a few seconds
  * integration  root and real kernel objects, but no containerd and no virtual machine
  * e2e          real containerd, real virtual machines, one file at a time: under emulation one start costs seconds of
  *              a whole core, and two files side by side would only make each other's time limits meaningless
+ * kernels      end-to-end too; last, because scripts/test builds the minimal kernel beside the others
  */
 export default defineConfig({
   test: {
@@ -32,11 +33,21 @@ export default defineConfig({
         test: {
           name: 'e2e',
           include: ['test/e2e/**/*.test.ts'],
+          exclude: ['test/e2e/kernels.test.ts'],
           testTimeout: 180_000,
           hookTimeout: 180_000,
           maxWorkers: 1,
           fileParallelism: false,
           sequence: { groupOrder: 2 },
+        },
+      },
+      {
+        test: {
+          name: 'kernels',
+          include: ['test/e2e/kernels.test.ts'],
+          testTimeout: 180_000,
+          hookTimeout: 180_000,
+          sequence: { groupOrder: 3 },
         },
       },
     ],

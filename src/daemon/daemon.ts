@@ -18,6 +18,12 @@ import { Turns } from './turns.ts';
 /** How long events may still take to reach containerd when kilnd stops, in ms. */
 const lastEventsMs = 2000;
 
+/**
+ * How long a kilnd that is to stop keeps an endpoint without a task, in ms. Between the task's end and containerd's
+ * `delete`, which would start another kilnd, lie some hundredths of a second; containerd gives the `delete` 5 s.
+ */
+const lingerMs = 5000;
+
 /** What a container gets from kilnd. */
 export interface ContainerContext {
   /** A directory for the container alone; not yet existing. */
@@ -82,15 +88,19 @@ export class Daemon {
     this.#onQuiet();
   }
 
-  /** Stops now if no container lives, else as soon as the last one is gone; asked a second time, at once. */
+  /**
+   * Stops now if there is no container, else as soon as the last one is gone; asked a second time, at once. Resolves when
+   * all is closed, or at once when that has to wait. Never rejects.
+   */
   async stop(): Promise<void> {
-    const tasks = this.#taskCount();
-    if (tasks === 0 || this.#draining) {
+    if (this.#stopping !== undefined || this.#draining || this.#served.size === 0) {
       this.#stopping ??= this.#shutDown();
       return this.#stopping;
     }
     this.#draining = true;
-    this.#logger.warn({ tasks }, 'asked to stop; waiting for the running containers (ask again to end them)');
+    const tasks = this.#taskCount();
+    this.#logger.warn({ tasks }, 'asked to stop; waiting for the containers (ask again to end them)');
+    this.#onQuiet();
   }
 
   async #clearLeftovers(): Promise<void> {
@@ -223,21 +233,25 @@ export class Daemon {
   #onQuiet(): void {
     clearTimeout(this.#idleTimer);
     if (this.#stopping !== undefined) return;
-    if (this.#draining && this.#taskCount() === 0) {
-      void this.stop();
+    const { idleTimeoutMs } = this.#options;
+    if (this.#draining) {
+      if (this.#served.size === 0) void this.stop();
+      else if (this.#taskCount() === 0) this.#idleTimer = setTimeout(() => this.#stopUnlessBusy(), lingerMs);
+      // Whatever keeps an endpoint busy calls this again at its end.
+    } else if (idleTimeoutMs > 0 && !this.#endpoints().some((endpoint) => endpoint.busy)) {
+      this.#idleTimer = setTimeout(() => this.#stopUnlessBusy(), idleTimeoutMs);
+    }
+  }
+
+  #stopUnlessBusy(): void {
+    const endpoints = this.#endpoints();
+    const held = this.#draining ? this.#taskCount() > 0 : endpoints.some((endpoint) => endpoint.busy);
+    if (held || (this.#control?.inFlight ?? 0) > 0) {
+      this.#onQuiet();
       return;
     }
-    const { idleTimeoutMs } = this.#options;
-    // Whatever keeps an endpoint busy calls this again at its end.
-    if (idleTimeoutMs === 0 || this.#endpoints().some((endpoint) => endpoint.busy)) return;
-    this.#idleTimer = setTimeout(() => {
-      if ((this.#control?.inFlight ?? 0) > 0 || this.#endpoints().some((endpoint) => endpoint.busy)) {
-        this.#onQuiet();
-        return;
-      }
-      this.#logger.info({ idleTimeoutMs }, 'idle; stopping');
-      void this.stop();
-    }, idleTimeoutMs);
+    this.#logger.info({ endpoints: endpoints.length }, this.#draining ? 'no task is left' : 'idle for long enough');
+    this.#stopping ??= this.#shutDown();
   }
 
   /** Never rejects: `onStopped` comes whatever cannot be closed. */

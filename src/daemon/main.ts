@@ -33,7 +33,7 @@ async function main(): Promise<void> {
   await takeLock(paths.stateDir);
   const log = createLogger({ stateDir: paths.stateDir, level: config.daemon.logLevel });
   const { logger } = log;
-  logger.info({ version: kilnVersion, pid: process.pid, paths }, 'kilnd starts');
+  logger.info({ version: kilnVersion, paths }, 'kilnd starts');
   process.on('uncaughtException', (error) => {
     logger.fatal({ err: error }, 'uncaught exception');
     process.exit(70);

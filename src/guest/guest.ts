@@ -192,6 +192,8 @@ export class Guest implements Disposable {
     const call = this.#client.readOutput({ id, stream: number });
     // The loop below reports errors; one that comes after it (the cancellation is one) has nobody else to go to.
     call.on('error', () => {});
+    const cancel = () => call.cancel();
+    sink.once('close', cancel);
     try {
       for await (const { data } of call) {
         if (sink.destroyed) return;
@@ -199,9 +201,10 @@ export class Guest implements Disposable {
         countRelayed(data.length);
       }
     } catch (error) {
-      throw toKilnError(error);
+      if (!sink.destroyed) throw toKilnError(error);
     } finally {
-      call.cancel();
+      sink.off('close', cancel);
+      cancel();
     }
   }
 

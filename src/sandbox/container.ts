@@ -218,7 +218,7 @@ export class Container {
   /** Follows the init process to its end. Never rejects. */
   async #supervise(): Promise<void> {
     const { standIn, stdio } = this.#resources;
-    const status = await this.#awaitStatus();
+    const { status, vmLives } = await this.#awaitStatus();
     this.#exited = true;
     this.timeline.mark('exited');
     const exit: Exit = { status, at: new Date() };
@@ -230,7 +230,8 @@ export class Container {
     await Promise.race([drained, delay(outputGraceMs, undefined, { ref: false })]);
     await this.#starting;
     this.#state = afterExit(this.#state, exit);
-    this.#woundUp = drained.then(() => this.#removeFromGuest()).then(() => this.#endVm());
+    const removed = drained.then(() => (vmLives ? this.#removeFromGuest() : undefined));
+    this.#woundUp = removed.then(() => this.#endVm());
     this.exit.set(exit);
   }
 
@@ -242,15 +243,16 @@ export class Container {
     await this.kill(sigkill, true).catch((error: unknown) => this.#report(error, 'cannot kill the container'));
   }
 
-  async #awaitStatus(): Promise<number> {
+  async #awaitStatus(): Promise<{ status: number; vmLives: boolean }> {
     const { sandbox } = this.#resources;
     try {
-      return await sandbox.guest.waitExit(this.id);
+      return { status: await sandbox.guest.waitExit(this.id), vmLives: true };
     } catch (error) {
       const end = await sandbox.end();
       const level = this.#destruction === undefined ? 'error' : 'debug';
       this.#logger[level]({ err: error, ...end }, 'the VM ended while the container was alive');
-      return end.signal === 'SIGKILL' && !end.guestStopped && !end.agentLost ? vmKilledStatus : unknownStatus;
+      const killed = end.signal === 'SIGKILL' && !end.guestStopped && !end.agentLost;
+      return { status: killed ? vmKilledStatus : unknownStatus, vmLives: false };
     }
   }
 
@@ -259,7 +261,7 @@ export class Container {
     try {
       await this.#resources.sandbox.guest.removeContainer(this.id, { force: true, guestEnds: true });
     } catch (error) {
-      this.#report(error, 'the guest did not remove the container: its last writes may be lost');
+      this.#logger.warn({ err: error }, 'the guest did not remove the container: its last writes may be lost');
     }
   }
 

@@ -120,11 +120,9 @@ async function openChannel(
   }
   const udsPath = path.join(config.directory, 'vsock');
   const agent = stack.use(await listenHybrid(udsPath, agentPort));
-  const backend = await startVsockBackend(
-    { program: options.vsockBackend, directory: config.directory, udsPath },
-    signal,
+  const backend = stack.use(
+    await startVsockBackend({ program: options.vsockBackend, directory: config.directory, udsPath }, signal),
   );
-  stack.use(backend.process);
   return { agent, device: { kind: 'vhost-user', socket: backend.socket }, backend: backend.process };
 }
 

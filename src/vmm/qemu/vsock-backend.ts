@@ -1,4 +1,5 @@
 import { type FSWatcher, watch } from 'node:fs';
+import { rm } from 'node:fs/promises';
 import path from 'node:path';
 import { KilnError } from '../../errors.ts';
 import { describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
@@ -19,52 +20,62 @@ export interface VsockBackendOptions {
   readonly udsPath: string;
 }
 
+/** A running backend. Disposing ends it and removes its sockets. */
+export interface VsockBackend extends AsyncDisposable {
+  readonly process: HelperProcess;
+  /** Where QEMU connects (vhost-user). */
+  readonly socket: string;
+}
+
 /**
  * Starts `vhost-device-vsock`, which gives QEMU a vsock device whose other end is Unix sockets, so that no kernel
- * module is needed. Resolves with the process and its vhost-user socket once that socket exists.
+ * module is needed. Resolves once its vhost-user socket exists.
  * Throws `failed-precondition` when the program cannot be run, `internal` with its last words when it ends at once.
  */
-export async function startVsockBackend(
-  options: VsockBackendOptions,
-  signal: AbortSignal,
-): Promise<{ process: HelperProcess; socket: string }> {
-  const socket = path.join(options.directory, 'vu.sock');
+export async function startVsockBackend(options: VsockBackendOptions, signal: AbortSignal): Promise<VsockBackend> {
+  const { program, directory, udsPath } = options;
+  const socket = path.join(directory, 'vu.sock');
   requireSocketPath(socket);
   signal.throwIfAborted();
   await using stack = new AsyncDisposableStack();
-  const { promise: created, resolve, reject } = Promise.withResolvers<void>();
-  created.catch(() => {});
-  // The backend says nothing when it is ready; that it has bound its socket is the event.
-  const watcher = stack.adopt(watchDirectory(options.directory), (it) => it.close());
+  using created = awaitFile(socket);
+  // Registered before the process, so removed after its end: a killed process leaves its sockets.
+  for (const file of [socket, udsPath]) stack.defer(() => rm(file, { force: true }));
+  const process = stack.use(
+    await startHelper({
+      program,
+      args: ['--guest-cid', String(guestCid), '--socket', socket, '--uds-path', udsPath],
+      directory,
+      logName: 'vsock.log',
+      title: 'the vsock backend',
+      hint: 'run `npm run setup`, or install the package vhost-device-vsock',
+    }),
+  );
+  const ended = process.exited.then((exit) => {
+    throw new KilnError('internal', `the vsock backend ended at start ${describeExit(exit)}: ${process.lastWords()}`);
+  });
+  const limit = AbortSignal.timeout(startLimitMs);
+  try {
+    await abortable(Promise.race([created.promise, ended]), AbortSignal.any([signal, limit]));
+  } catch (error) {
+    if (signal.aborted || !limit.aborted) throw error;
+    const words = `made no socket within ${startLimitMs / 1000} s: ${process.lastWords()}`;
+    throw new KilnError('deadline-exceeded', `the vsock backend "${program}" ${words}`);
+  }
+  const resources = stack.move();
+  return { process, socket, [Symbol.asyncDispose]: () => resources.disposeAsync() };
+}
+
+/** Resolves when the file is made. The backend says nothing when it is ready; that it has bound its socket is the event. */
+function awaitFile(file: string): Disposable & { readonly promise: Promise<void> } {
+  const { promise, resolve, reject } = Promise.withResolvers<void>();
+  promise.catch(() => {});
+  const watcher = watchDirectory(path.dirname(file));
   watcher.on('error', reject);
   watcher.on('change', (_event, name) => {
-    if (name === path.basename(socket)) resolve();
+    if (name === path.basename(file)) resolve();
   });
-  const process = await startHelper({
-    program: options.program,
-    args: ['--guest-cid', String(guestCid), '--socket', socket, '--uds-path', options.udsPath],
-    directory: options.directory,
-    logName: 'vsock.log',
-    title: 'the vsock backend',
-    hint: 'run `npm run setup`, or install the package vhost-device-vsock',
-  });
-  try {
-    const ended = process.exited.then((exit) => {
-      throw new KilnError('internal', `the vsock backend ended at start ${describeExit(exit)}: ${process.lastWords()}`);
-    });
-    const limit = AbortSignal.timeout(startLimitMs);
-    await abortable(Promise.race([created, ended]), AbortSignal.any([signal, limit])).catch((error: unknown) => {
-      if (signal.aborted || !limit.aborted) throw error;
-      throw new KilnError(
-        'deadline-exceeded',
-        `the vsock backend "${options.program}" made no socket within ${startLimitMs / 1000} s: ${process.lastWords()}`,
-      );
-    });
-    return { process, socket };
-  } catch (error) {
-    await process.kill();
-    throw error;
-  }
+  return { promise, [Symbol.dispose]: () => watcher.close() };
 }
 
 function watchDirectory(directory: string): FSWatcher {

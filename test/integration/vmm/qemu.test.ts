@@ -103,8 +103,7 @@ describe('a guest in QEMU', () => {
     const { sandbox: directory } = workspace;
     const udsPath = path.join(directory, 'vsock');
     const listener = stack.use(await listenHybrid(udsPath, 40_000));
-    const backend = await startVsockBackend({ program: options.vsockBackend, directory, udsPath }, never);
-    stack.use(backend.process);
+    const backend = stack.use(await startVsockBackend({ program: options.vsockBackend, directory, udsPath }, never));
     const args = qemuArguments({
       config: { id: 'one', directory, memoryMib: 256, vcpus: 1, ...guest },
       accelerator: chooseAccelerator('auto').accelerator,

@@ -347,6 +347,17 @@ describe('output', () => {
     expect(await guest.processes('c1')).toEqual({ pids: [12, 13], initPid: 12 });
   });
 
+  it('ends when the sink is destroyed while there is nothing to write', async () => {
+    const cancelled = Promise.withResolvers<void>();
+    const { guest } = await connect({ readOutput: (call) => void call.on('cancelled', () => cancelled.resolve()) });
+    const sink = new PassThrough();
+    const relay = guest.pipeOutput('c1', 'stdout', sink);
+    await guest.processes('c1');
+    sink.destroy();
+    await relay;
+    await cancelled.promise;
+  });
+
   it('that the agent refuses is its error', async () => {
     const readOutput: Script['readOutput'] = (call) => call.emit('error', failure('FAILED_PRECONDITION', 'read'));
     const { guest } = await connect({ readOutput });

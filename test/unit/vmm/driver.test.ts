@@ -46,7 +46,7 @@ async function boot(mode: string, host: Host = {}, signal = never): Promise<Vm> 
 
 function expectNothingLeft(): void {
   expect(workspace.processes()).toEqual([]);
-  expect(workspace.files().filter((name) => name !== 'vu.sock')).toEqual([]);
+  expect(workspace.files()).toEqual([]);
 }
 
 describe('a start that fails', () => {

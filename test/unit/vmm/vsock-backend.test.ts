@@ -15,13 +15,15 @@ function start(program: string, signal = never) {
   return startVsockBackend({ program, directory: workspace.sandbox, udsPath: `${workspace.sandbox}/vsock` }, signal);
 }
 
-test('the backend is ready when its socket is there, and gone when it is killed', async () => {
-  const { process: backend, socket } = await start(workspace.backend());
+test('the backend is ready when its socket is there, and both are gone when it is disposed', async () => {
+  const backend = await start(workspace.backend());
+  const { socket } = backend;
   expect(socket).toBe(`${workspace.sandbox}/vu.sock`);
   expect(readFileSync(socket, 'utf8')).toBe('');
-  expect(workspace.processes()).toEqual([String(backend.pid)]);
-  await backend.kill();
+  expect(workspace.processes()).toEqual([String(backend.process.pid)]);
+  await backend[Symbol.asyncDispose]();
   expect(workspace.processes()).toEqual([]);
+  expect(workspace.files()).toEqual([]);
 });
 
 test('a backend that is not there is named, with the package that has it', async () => {

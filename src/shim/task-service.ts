@@ -202,7 +202,9 @@ export class TaskService {
       silenced: false,
       deletion: undefined,
     };
-    task.exitAnnounced = this.#announceExit(task);
+    task.exitAnnounced = this.#announceExit(task).catch((error: unknown) => {
+      this.#options.logger.error({ err: error }, 'cannot announce the exit');
+    });
     this.#task = task;
     return task;
   }

@@ -1,7 +1,6 @@
 import { type AgentListener, firstConnection } from './channel.ts';
 import { listenUnix } from './unix-socket.ts';
 
-
 /*
  * Hybrid vsock: the guest speaks AF_VSOCK, the host speaks Unix sockets. The VMM (Firecracker) or its helper
  * (vhost-device-vsock) owns one Unix socket path U per VM:

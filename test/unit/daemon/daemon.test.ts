@@ -1,5 +1,5 @@
 import { once } from 'node:events';
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { connect, createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -423,6 +423,25 @@ describe('stop', () => {
     await expect(late).rejects.toThrow('stopped before it answered');
     await stop;
   });
+});
+
+it('nothing is left of a hundred containers', async () => {
+  const bench = await startedWithEvents();
+  const life = async (id: string) => {
+    const client = await bench.running(id);
+    await client.kill(9);
+    await client.delete();
+    client.ttrpc.close();
+    await client.ttrpc.closed;
+    await bench.delete(id);
+  };
+  await life('warm-up');
+  const resources = () => process.getActiveResourcesInfo().toSorted();
+  const before = resources();
+  for (let count = 0; count < 25; count++) await Promise.all([0, 1, 2, 3].map((n) => life(`c${count}-${n}`)));
+  expect((await bench.status()).containers).toEqual([]);
+  expect(readdirSync(join(bench.stateDir, 's'))).toEqual([]);
+  await vi.waitFor(() => expect(resources()).toEqual(before), { interval: 10 });
 });
 
 describe('idle', () => {

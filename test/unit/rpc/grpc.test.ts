@@ -113,7 +113,9 @@ it('answers a unary call', async () => {
 
 it("hands a handler's error on with its code and text", async () => {
   const { client } = await open();
-  const error = await new Promise((resolve) => client.removeContainer({ id: '', force: false, guestEnds: false }, resolve));
+  const error = await new Promise((resolve) =>
+    client.removeContainer({ id: '', force: false, guestEnds: false }, resolve),
+  );
   expect(error).toMatchObject({ code: status.FAILED_PRECONDITION, details: 'container "käse" is running' });
 });
 

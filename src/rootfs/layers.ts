@@ -69,18 +69,6 @@ export class LayerCache {
     }
   }
 
-  /** A lease on an image that a former kilnd had. @throws KilnError not-found */
-  async adopt(file: string): Promise<Lease> {
-    const taken = this.#lease(file, (await this.#record(file))?.owner !== undefined);
-    try {
-      await stat(file);
-      return taken;
-    } catch (error) {
-      taken.release();
-      throw fileError(error, `cannot take over the image ${file}`);
-    }
-  }
-
   /** Removes the images without lease whose sources are gone or were made anew; returns the removed files. */
   async collectGarbage(): Promise<string[]> {
     this.#removeScratch();

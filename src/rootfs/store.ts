@@ -83,22 +83,6 @@ export class RootfsStore {
   }
 
   /**
-   * The disks that a container of a former kilnd still runs on, by their files. To be called for every such container
-   * before the first collectGarbage and the first prepare.
-   *
-   * @throws KilnError not-found when one of them is gone, failed-precondition when the writable one is in use
-   */
-  async adopt(files: { readonly lower: string; readonly writable: string | null }): Promise<PreparedRootfs> {
-    const lower = await this.#layers.adopt(files.lower);
-    try {
-      return prepared(lower, files.writable === null ? null : await this.#writable.adopt(files.writable));
-    } catch (error) {
-      lower.release();
-      throw error;
-    }
-  }
-
-  /**
    * Removes images and writable layers that nobody uses and whose snapshots are gone; returns the removed files. Calls
    * during a run share it.
    */

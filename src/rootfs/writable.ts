@@ -75,18 +75,6 @@ export class WritableLayers {
     }
   }
 
-  /** A lease on a layer that a former kilnd had. @throws KilnError not-found, failed-precondition */
-  async adopt(file: string): Promise<Lease> {
-    const claim = this.#claim(file);
-    try {
-      if (await isWritableLayer(file)) return claim;
-      throw new KilnError('not-found', `the writable layer ${file} does not exist`);
-    } catch (error) {
-      claim.release();
-      throw error;
-    }
-  }
-
   /** Removes the layers in the cache folder whose snapshot is gone and that nobody uses; returns the removed files. */
   async collectGarbage(): Promise<string[]> {
     const names = await readdir(this.#directory);

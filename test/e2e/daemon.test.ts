@@ -4,9 +4,10 @@ import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { kilndPids } from '../support/leftovers.ts';
 import { containerdVersions, distBin, underKiln } from '../support/paths.ts';
-import { type Scene, signal, waitForEnd } from '../support/scene.ts';
+import type { Scene } from '../support/scene.ts';
 import { Lines, type RunningProgram, run, stream } from '../support/spawn.ts';
 import { useScene } from '../support/use-scene.ts';
+import { signal, waitForEnd } from '../support/wait-for-end.ts';
 
 const waiting = ['sh', '-c', 'trap "exit 143" TERM; echo up; while :; do sleep 1000 & wait $!; done'];
 

@@ -2,9 +2,9 @@ import { readFileSync } from 'node:fs';
 import { describe, expect, it } from 'vitest';
 import { busyboxImage } from '../support/images.ts';
 import { containerdVersions, runtime, underKiln } from '../support/paths.ts';
-import { signal } from '../support/scene.ts';
 import { Lines } from '../support/spawn.ts';
 import { useScene } from '../support/use-scene.ts';
+import { signal } from '../support/wait-for-end.ts';
 
 /** Says that it runs, then does nothing until a signal ends it. */
 const waiting = ['sh', '-c', 'trap "exit 143" TERM; echo up; while :; do sleep 1000 & wait $!; done'];

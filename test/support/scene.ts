@@ -2,12 +2,13 @@
 import { randomBytes } from 'node:crypto';
 import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import { setTimeout as sleep } from 'node:timers/promises';
 import { type Containerd, startContainerd } from './containerd.ts';
+import { EventLog } from './event-log.ts';
 import { busyboxImage, type Image, importImage } from './images.ts';
 import { assertNothingLeft, findLeft, type HostSnapshot, kilndPids, snapshotHost } from './leftovers.ts';
 import { type ContainerdVersion, runtime, shimBinary } from './paths.ts';
-import { Lines, type RunningProgram, type RunOptions, type RunResult, run } from './spawn.ts';
+import { type RunningProgram, type RunOptions, type RunResult, run } from './spawn.ts';
+import { signal, waitForEnd } from './wait-for-end.ts';
 
 export interface SceneOptions {
   readonly version: ContainerdVersion;
@@ -55,12 +56,6 @@ export interface EditableSpec {
     namespaces: { type: string; path?: string }[];
     cgroupsPath?: string;
   };
-}
-
-export interface ContainerdEvent {
-  readonly namespace: string;
-  readonly topic: string;
-  readonly event: Record<string, unknown>;
 }
 
 /** Runs the real shim after laying a test's own config.json into the bundle (the working directory of `start`). */
@@ -353,72 +348,5 @@ export class Scene {
     for (const name of await readdir(this.stateDir).catch(() => [])) {
       if (!/\.(log|lock|stderr)$/.test(name)) await rm(join(this.stateDir, name), { recursive: true, force: true });
     }
-  }
-}
-
-/** What `ctr events` prints. Disposing it ends ctr. */
-export class EventLog implements AsyncDisposable {
-  readonly lines: Lines;
-  readonly #program: RunningProgram;
-
-  constructor(program: RunningProgram) {
-    this.#program = program;
-    this.lines = new Lines(program.stdout);
-  }
-
-  /** All events so far whose container (or id) is the given one. */
-  of(containerId: string): ContainerdEvent[] {
-    return this.lines.all
-      .flatMap((line) => {
-        // 2024-01-31 12:00:00.123456789 +0000 UTC NAMESPACE TOPIC JSON
-        const match = /^\S+ \S+ \S+ \S+ (\S+) (\/\S+) (.*)$/.exec(line);
-        if (match === null) return [];
-        const [, namespace = '', topic = '', json = ''] = match;
-        return [{ namespace, topic, event: JSON.parse(json || '{}') as Record<string, unknown> }];
-      })
-      .filter(({ event }) => event.container_id === containerId || event.id === containerId);
-  }
-
-  /** Waits until the topic was seen for the container; returns that event. */
-  async waitFor(topic: string, containerId: string, timeout = 60_000): Promise<ContainerdEvent> {
-    const mine = new RegExp(`"(container_id|id)":"${containerId}"`);
-    await this.lines.waitFor(
-      (line) => line.includes(` ${topic} `) && mine.test(line),
-      `${topic} of ${containerId}`,
-      timeout,
-    );
-    const found = this.of(containerId).find((event) => event.topic === topic);
-    if (found === undefined) throw new Error(`${topic} of ${containerId} does not parse`);
-    return found;
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    await this.#program[Symbol.asyncDispose]();
-  }
-}
-
-/**
- * Waits until a process that is not our child has ended: there is no event for that short of pidfd_open(2). A zombie has
- * ended; how soon its parent, often init, looks after it is nobody's business here.
- */
-export async function waitForEnd(pid: number, timeout: number): Promise<void> {
-  const deadline = performance.now() + timeout;
-  while (signal(pid, 0) && !(await isZombie(pid))) {
-    if (performance.now() > deadline) throw new Error(`process ${pid} does not end within ${timeout} ms`);
-    await sleep(10);
-  }
-}
-
-async function isZombie(pid: number): Promise<boolean> {
-  const stat = await readFile(`/proc/${pid}/stat`, 'utf8').catch(() => '');
-  return /^\d+ \(.*\) Z/s.test(stat);
-}
-
-/** False when there is no such process. */
-export function signal(pid: number, name: NodeJS.Signals | 0): boolean {
-  try {
-    return process.kill(pid, name);
-  } catch {
-    return false;
   }
 }

@@ -17,7 +17,7 @@ import { describe, expect, test } from 'vitest';
 import { RootfsStore } from '../../../src/rootfs/index.ts';
 import { uniqueSuffix } from '../../../src/rootfs/owner.ts';
 import { mustRun } from '../../support/spawn.ts';
-import { at, busy, cache, container, inOtherProcess, native, options, paths, useSnapshots, view } from './snapshots.ts';
+import { at, cache, container, inOtherProcess, native, options, paths, useSnapshots, view } from './snapshots.ts';
 import { imagesIn, isRoot, mountsIn, sh, stubMkfs } from './workspace.ts';
 
 describe.skipIf(!isRoot)('RootfsStore', () => {
@@ -206,21 +206,6 @@ describe.skipIf(!isRoot)('RootfsStore', () => {
       expect(imagesIn(cache())).toHaveLength(2);
       await new RootfsStore({ cacheDir: cache() }).collectGarbage();
       expect(imagesIn(cache())).toEqual([]);
-    });
-
-    test('keeps what a running container of a former kilnd uses, once it is adopted', async () => {
-      const script = `const { lower, writable } = await store.prepare(${JSON.stringify(native(at('snapshots/1')))}, options);
-        console.log(JSON.stringify({ lower: lower.file, writable: writable.file }))`;
-      const [node = '', ...args] = inOtherProcess(script);
-      const files = JSON.parse((await mustRun(node, args)).stdout.toString()) as { lower: string; writable: string };
-      const store = new RootfsStore({ cacheDir: cache() });
-      const adopted = await store.adopt(files);
-      await store.collectGarbage();
-      expect(existsSync(files.lower)).toBe(true);
-      await expect(store.prepare(native(at('snapshots/1')), options)).rejects.toMatchObject(busy);
-      await adopted.release();
-      expect(existsSync(files.lower)).toBe(false);
-      expect(existsSync(files.writable)).toBe(true);
     });
 
     test('leaves the scratch files alone that this process is writing, and other names too', async () => {

@@ -1,6 +1,6 @@
 import { readFileSync } from 'node:fs';
 import { describe, expect, it } from 'vitest';
-import { busyboxImage } from '../support/images.ts';
+import { busyboxImage, imageArchive } from '../support/images.ts';
 import { containerdVersions, runtime, underKiln } from '../support/paths.ts';
 import { Lines } from '../support/spawn.ts';
 import { useScene } from '../support/use-scene.ts';
@@ -108,7 +108,7 @@ describe.each(containerdVersions)('a container under containerd %s', (version) =
     // A marker: when its events are there, those of the failed task would be too.
     const marker = scene.id('marker');
     await scene.run(marker, ['true']);
-    await events.waitFor('/tasks/delete', marker);
+    await events.waitFor('/tasks/exit', marker);
     expect(
       events
         .of(id)
@@ -130,9 +130,7 @@ describe.each(containerdVersions)('a container under containerd %s', (version) =
   it('in two namespaces at once may carry the same name', async () => {
     const id = scene.id();
     await scene.ctr(['namespaces', 'create', 'other']);
-    const archive = ['image', 'export', '-', busyboxImage.name];
-    const { stdout } = await scene.containerd.ctr(archive);
-    await scene.ctr(['image', 'import', '-'], { namespace: 'other', stdin: stdout });
+    await scene.ctr(['image', 'import', '-'], { namespace: 'other', stdin: await imageArchive(busyboxImage) });
     await scene.run(id, waiting, { flags: ['-d'] });
     await scene.run(id, waiting, { flags: ['-d'], namespace: 'other' });
     const [one] = await scene.tasks();

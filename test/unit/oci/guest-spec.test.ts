@@ -313,7 +313,7 @@ describe('refused', () => {
 describe('the documentation', () => {
   const page = readFileSync(join(import.meta.dirname, '../../../docs/oci-spec.md'), 'utf8');
   const documented = new Map(
-    Array.from(page.matchAll(/^\| `([\w.]+)` \| (\w+) \|/gm), ([, field = '', kind = '']) => [field, kind]),
+    Array.from(page.matchAll(/^\| `([\w.]+)` +\| (\w+) +\|/gm), ([, field = '', kind = '']) => [field, kind]),
   );
   const ruled = new Map(
     Object.entries(fieldRules).flatMap(([path, rules]) =>

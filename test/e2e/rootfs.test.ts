@@ -1,4 +1,6 @@
 import { createHash } from 'node:crypto';
+import { copyFile, mkdir, readdir, readFile, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { Readable } from 'node:stream';
 import { extract } from 'tar-stream';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
@@ -11,7 +13,7 @@ import {
   tarToolLayer,
   whiteout,
 } from '../support/images.ts';
-import { runtime } from '../support/paths.ts';
+import { busyboxBinary, runtime, underKiln } from '../support/paths.ts';
 import type { Scene } from '../support/scene.ts';
 import { useScene } from '../support/use-scene.ts';
 
@@ -337,5 +339,23 @@ describe('an image without a layer of its own above busybox', () => {
   it('runs from a snapshot view of one layer', async () => {
     const result = await scene.run(scene.id(), ['ls', '/'], { image: busyboxImage.name });
     expect(result.stdout.toString()).toContain('bin\n');
+  });
+});
+
+describe.runIf(underKiln)('a folder of the host as the root filesystem', () => {
+  const scene = useScene({ version: '2.1' });
+
+  it('is what the container sees, and keeps what it was', async () => {
+    const folder = join(scene.dir, 'folder');
+    await mkdir(join(folder, 'bin'), { recursive: true });
+    await copyFile(busyboxBinary(), join(folder, 'bin/busybox'));
+    await writeFile(join(folder, 'greeting'), 'hello');
+    const script = 'cat /greeting; echo changed >/greeting; cat /greeting';
+    const command = ['/bin/busybox', 'sh', '-c', script.replaceAll('cat', '/bin/busybox cat')];
+    const flags = ['--runtime', runtime, '--fifo-dir', scene.fifoDir, '--rm', '--rootfs'];
+    const { code, stdout, stderr } = await scene.containerd.ctr(['run', ...flags, folder, scene.id(), ...command]);
+    expect({ code, stderr, stdout: stdout.toString() }).toEqual({ code: 0, stderr: '', stdout: 'hellochanged\n' });
+    expect(await readFile(join(folder, 'greeting'), 'utf8')).toBe('hello');
+    expect(await readdir(folder)).toEqual(['bin', 'greeting']);
   });
 });

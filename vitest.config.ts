@@ -3,7 +3,7 @@ import { defineConfig } from 'vitest/config';
 /**
  * Four projects, run one after the other:
  * unit         no root, no virtual machine, a few seconds
- * integration  root and real kernel objects, but no containerd and no virtual machine
+ * integration  root, real kernel objects and a real QEMU, but no containerd
  * e2e          real containerd, real virtual machines, one file at a time: under emulation one start costs seconds of
  *              a whole core, and two files side by side would only make each other's time limits meaningless
  * kernels      end-to-end too; last, because scripts/test builds the minimal kernel beside the others

@@ -1,6 +1,6 @@
 /**
- * Where Kiln keeps its files: from the environment, with defaults. The launcher runs on every container start, so this
- * file pulls in neither the TOML parser nor the validator.
+ * Where Kiln keeps its files: from the environment, with defaults. The `kiln` command needs no more than
+ * this, so this file pulls in neither the TOML parser nor the validator.
  */
 import { isAbsolute, normalize } from 'node:path';
 import { KilnError } from '../errors.ts';
@@ -10,9 +10,9 @@ export interface KilnPaths {
   readonly configFile: string;
   /** False when `configFile` is the default place, where a missing file just means: defaults. */
   readonly configFileIsExplicit: boolean;
-  /** Sockets, locks, log, records of running sandboxes (KILN_STATE_DIR). Each state folder has its own kilnd. */
+  /** Sockets, locks, log (KILN_STATE_DIR). Each state folder has its own kilnd. */
   readonly stateDir: string;
-  /** Converted layers and other things that can be made again (KILN_CACHE_DIR). */
+  /** Converted layers, and the writable layers of native snapshots (KILN_CACHE_DIR). */
   readonly cacheDir: string;
   /** Guest kernel, initrd and image (KILN_GUEST_DIR). */
   readonly guestDir: string;

@@ -39,6 +39,9 @@ export async function createContainer(
   const config = applyAnnotations(loaded.config, bundle.spec.annotations);
   const guest = toGuestSpec(bundle.spec, { id, rootfsPath: guestRootDirectory(id) });
   for (const warning of guest.warnings) logger.warn(warning);
+  if (request.options !== undefined) {
+    logger.warn(`runtime options (${request.options.typeUrl}) are not looked at: Kiln is configured by config.toml`);
+  }
   const { memoryMib, vcpus } = vmSize(config, bundle.spec);
   const rootfs = planRootfs(request.rootfs, { path: bundle.rootPath, workDirectory: path.join(bundle.dir, 'work') });
   return Container.create(

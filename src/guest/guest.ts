@@ -4,6 +4,7 @@ import type { Readable, Writable } from 'node:stream';
 import { type ServiceError, status } from '@grpc/grpc-js';
 import { AgentClient, AgentService, type Mount, OutputStream, Protocol } from '../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../errors.ts';
+import { printable } from '../host/printable.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
 import { countRelayed } from '../sys/garbage.ts';
 import { kilnVersion } from '../version.ts';
@@ -77,7 +78,7 @@ function toKilnError(error: unknown): KilnError {
   if (code === status.UNAVAILABLE) {
     return new KilnError('unavailable', 'the connection to the guest was lost', { cause: error });
   }
-  return new KilnError(KilnError.codeOfStatus(code), details || String(error), { cause: error });
+  return new KilnError(KilnError.codeOfStatus(code), printable(details || String(error)), { cause: error });
 }
 
 /** The agent of one VM. Every call fails with `unavailable` once the connection is gone. */

@@ -1,8 +1,10 @@
 import { type ChildProcess, type SpawnOptions, spawn } from 'node:child_process';
-import { closeSync, constants, fstatSync, openSync, readSync, writeFileSync } from 'node:fs';
+import { closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';
 import path from 'node:path';
 import { Readable } from 'node:stream';
 import { KilnError } from '../errors.ts';
+import { resetOomScore } from './oom-score.ts';
+import { printable } from './printable.ts';
 
 /** How a process ended. */
 export interface ProcessExit {
@@ -50,7 +52,7 @@ const lastWordsBytes = 2048;
 const lastWordsLines = 5;
 
 /**
- * Starts a program in a session of its own, so that it outlives kilnd and no terminal signal reaches it.
+ * Starts a program in a session of its own, so that no signal of a terminal reaches it.
  * Throws `failed-precondition` naming the program when it cannot be executed.
  */
 export async function startHelper(options: HelperOptions): Promise<HelperProcess> {
@@ -92,7 +94,8 @@ async function spawned(options: HelperOptions, how: SpawnOptions) {
     // Some errors (the path is a directory, no memory) are thrown, the others are events.
     const child = spawn(options.program, options.args, how);
     child.once('spawn', resolve);
-    child.once('error', reject);
+    // For good: a signal that cannot be sent is an error event later, and unheard it would end kilnd.
+    child.on('error', reject);
     const exited = new Promise<ProcessExit>((end) => {
       child.once('exit', (code, signal) => end({ code, signal }));
     });
@@ -105,18 +108,6 @@ async function spawned(options: HelperOptions, how: SpawnOptions) {
   }
 }
 
-/**
- * kilnd itself is protected from the OOM killer, since it serves every container; what it starts must not inherit that.
- * proc(5), /proc/pid/oom_score_adj.
- */
-function resetOomScore(pid: number): void {
-  try {
-    writeFileSync(`/proc/${pid}/oom_score_adj`, '0');
-  } catch {
-    // It has ended already; whoever waits for it will see why.
-  }
-}
-
 /** The end of a log, which can be long: a guest can make its VMM complain. */
 function lastLines(logFile: string): string {
   let fd: number | undefined;
@@ -125,7 +116,11 @@ function lastLines(logFile: string): string {
     const size = fstatSync(fd).size;
     const bytes = Buffer.alloc(Math.min(size, lastWordsBytes));
     const length = readSync(fd, bytes, 0, bytes.length, size - bytes.length);
-    return bytes.toString('utf8', 0, length).trim().split('\n').slice(-lastWordsLines).join('; ');
+    return printable(bytes.toString('utf8', 0, length))
+      .trim()
+      .split('\n')
+      .slice(-lastWordsLines)
+      .join('; ');
   } catch {
     return ''; // The sandbox's directory is gone.
   } finally {

@@ -1,6 +1,7 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { KilnError } from '../errors.ts';
+import { resetOomScore } from '../host/oom-score.ts';
 
 /** So much of a program's output is kept, from its end. */
 const keptOutputBytes = 16 * 1024;
@@ -45,12 +46,17 @@ export async function runTool(program: string, args: readonly string[], options:
     },
     stdio: ['ignore', 'pipe', 'pipe'],
   });
+  // Unheard, the error of a process that could not be made (no descriptors left) would end kilnd.
+  child.on('error', () => {});
+  const closed = once(child, 'close');
+  closed.catch(() => {});
+  if (child.pid !== undefined) resetOomScore(child.pid);
   let output = '';
   const keep = (chunk: string) => {
     output = (output + chunk).slice(-keptOutputBytes);
   };
-  child.stdout.setEncoding('utf8').on('data', keep);
-  child.stderr.setEncoding('utf8').on('data', keep);
+  child.stdout?.setEncoding('utf8').on('data', keep);
+  child.stderr?.setEncoding('utf8').on('data', keep);
   const kill = () => {
     if (child.pid === undefined) return;
     try {
@@ -61,7 +67,7 @@ export async function runTool(program: string, args: readonly string[], options:
   };
   signal?.addEventListener('abort', kill, { once: true });
   try {
-    const [code, endedBy] = (await once(child, 'close')) as [number | null, NodeJS.Signals | null];
+    const [code, endedBy] = (await closed) as [number | null, NodeJS.Signals | null];
     signal?.throwIfAborted();
     return { code, signal: endedBy, output };
   } catch (error) {

@@ -71,6 +71,8 @@ export class Container {
   static async create(host: HostServices, request: ContainerRequest, signal: AbortSignal): Promise<Container> {
     const { id, directory, timeline } = request;
     await using stack = new AsyncDisposableStack();
+    // One that could not be removed with an earlier container of this id.
+    await rm(directory, { recursive: true, force: true });
     await mkdir(directory, { mode: 0o700 });
     stack.defer(() => rm(directory, { recursive: true, force: true }));
     faultPoint('sandbox-directory');
@@ -157,7 +159,7 @@ export class Container {
 
   /**
    * Releases everything, whatever the state: for containerd's `delete` and for kilnd's end. What the container wrote is
-   * on its disk if the guest still answers in time. Safe to call twice; after a failure, the next call does the rest.
+   * on its disk if the guest still answers in time. Safe to call twice.
    */
   destroy(): Promise<void> {
     this.#destruction ??= this.#destroy().catch((error: unknown) => {
@@ -265,7 +267,7 @@ export class Container {
     }
   }
 
-  /** Gives the VM's memory back. Never rejects: what could not be released is tried again with the rest. */
+  /** Gives the VM's memory back. Never rejects. */
   async #endVm(): Promise<void> {
     try {
       await this.#resources.sandbox[Symbol.asyncDispose]();

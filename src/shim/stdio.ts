@@ -154,6 +154,10 @@ async function openOutput(name: StreamName, target: string, { onError }: StdioOp
   }
   const status = await statOf(name, path);
   if (status === undefined && !create) throw missing(name, path);
+  // Opening or writing anything else, such as a terminal, can block the whole daemon.
+  if (status !== undefined && !status.isFIFO() && !status.isFile() && path !== '/dev/null') {
+    throw new KilnError('invalid-argument', `${name}: ${path} is neither a FIFO nor a regular file`);
+  }
   try {
     return status?.isFIFO() ? new FifoWriter(path) : new FileWriter(path, { create, onError: report });
   } catch (error) {

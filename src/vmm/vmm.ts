@@ -2,7 +2,7 @@ import type net from 'node:net';
 
 /**
  * The seam between Kiln and a virtual machine monitor. Only the folders below `vmm/` know a VMM; everything else sees
- * these types. What differs between VMMs is data (`VmmCapabilities`), never an `if` on a name.
+ * these types. What differs between VMMs is data, never an `if` on a name.
  */
 
 /** A drive that exists from the VM's start and gets a file put behind it later. The name is the guest's disk serial. */
@@ -40,13 +40,6 @@ export interface VmExit {
   readonly consoleTail: string;
 }
 
-export interface VmmCapabilities {
-  /** pause/resume of the vCPUs. */
-  readonly pause: boolean;
-  /** A VM's state can be saved and cloned. */
-  readonly snapshot: boolean;
-}
-
 /** A running VM. Whoever got it from `boot` must call `kill` in the end. */
 export interface Vm extends AsyncDisposable {
   readonly pid: number;
@@ -70,7 +63,6 @@ export interface Vm extends AsyncDisposable {
 
 export interface Vmm {
   readonly name: string;
-  readonly capabilities: VmmCapabilities;
   /**
    * Starts a VM. Resolves as soon as the VMM takes commands; the guest is still booting then.
    * On failure nothing is left behind, and the error carries the VMM's own last words.

@@ -1,5 +1,10 @@
+import { setTimeout as delay } from 'node:timers/promises';
+import { printable } from '../../host/printable.ts';
 import { consoleBufferBytes } from './command-line.ts';
 import type { QmpClient } from './qmp.ts';
+
+/** How long QEMU may take to tell the console: one that hangs must not hold up its own end. In ms. */
+const answerLimitMs = 2000;
 
 /**
  * The guest's console. QEMU keeps the newest output in a ring buffer, and reading takes it out of there; so what was read
@@ -16,23 +21,12 @@ export class GuestConsole {
   /** At most the last `maxChars` characters; only what was read before once QEMU no longer answers. */
   async tail(maxChars: number): Promise<string> {
     try {
-      const news = await this.#qmp.execute('ringbuf-read', { device: 'console', size: consoleBufferBytes });
+      const request = this.#qmp.execute('ringbuf-read', { device: 'console', size: consoleBufferBytes });
+      const news = await Promise.race([request, delay(answerLimitMs, '', { ref: false })]);
       this.#text = `${this.#text}${printable(String(news))}`.slice(-consoleBufferBytes);
     } catch {
       // The VM is ending; its last words have been read, or cannot be.
     }
     return this.#text.trim().slice(-maxChars).trim();
   }
-}
-
-/** Without escape sequences and control characters: the guest's words end up on the user's terminal. */
-function printable(text: string): string {
-  return (
-    text
-      // biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is removed. ECMA-48: CSI … final byte.
-      .replace(/\u001b\[[0-?]*[ -/]*[@-~]/g, '')
-      .replace(/\r\n?/g, '\n')
-      // biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is removed.
-      .replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f]/g, '')
-  );
 }

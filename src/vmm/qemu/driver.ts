@@ -35,7 +35,6 @@ const maxCidAttempts = 5;
 export function createQemu(options: QemuOptions, devices: HostDevices = hostDevices): Vmm {
   return {
     name: 'qemu',
-    capabilities: { pause: true, snapshot: false },
     boot: (config, signal) => bootQemu(options, devices, config, signal),
   };
 }

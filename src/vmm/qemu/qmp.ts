@@ -10,8 +10,7 @@ import { KilnError } from '../../errors.ts';
  *   answer:           {"return": {…}, "id": 7}  or  {"error": {"class": "GenericError", "desc": "…"}, "id": 7}
  *   event, any time:  {"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-panic"}, "timestamp": …}
  * Events from before the negotiation are never sent: what happened until then has to be asked for (query-status).
- * QEMU is the one that dials: kilnd listens, so that the connection itself says that QEMU is ready, and a kilnd that
- * was started again is found again.
+ * QEMU is the one that dials: kilnd listens, so that the connection itself says that QEMU is ready.
  *
  * A guest that has broken into its QEMU can send anything here, so nothing that comes is trusted to have its right form:
  * whatever is not QMP closes the connection.

@@ -221,7 +221,6 @@ export class Workbench implements AsyncDisposable {
   #request(): ContainerRequest {
     const vmm: Vmm = {
       name: 'scripted',
-      capabilities: { pause: false, snapshot: false },
       boot: async (config, signal) => {
         await this.beforeBoot(signal);
         this.vm = new ScriptedVm(config, this.agent, this.events, this.vmHooks);

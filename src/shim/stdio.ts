@@ -143,6 +143,14 @@ async function checkStdin(path: string): Promise<FifoReader> {
   return new FifoReader(path);
 }
 
+/** /dev/null and its like never block. Linux Documentation/admin-guide/devices.txt: 1 char, memory devices. */
+const memoryDevices = 1;
+
+/** The major number in a dev_t. makedev(3): bits 8 to 19 hold the lower twelve of it, which is all there are. */
+function majorOf(device: number): number {
+  return (device >>> 8) & 0xfff;
+}
+
 async function openOutput(name: StreamName, target: string, { onError }: StdioOptions): Promise<Writable | null> {
   if (target === '') return null;
   const { path, create } = outputPath(name, target);
@@ -154,9 +162,9 @@ async function openOutput(name: StreamName, target: string, { onError }: StdioOp
   }
   const status = await statOf(name, path);
   if (status === undefined && !create) throw missing(name, path);
-  // Opening or writing anything else, such as a terminal, can block the whole daemon.
-  if (status !== undefined && !status.isFIFO() && !status.isFile() && path !== '/dev/null') {
-    throw new KilnError('invalid-argument', `${name}: ${path} is neither a FIFO nor a regular file`);
+  // Opening or writing a terminal or the like can block the whole daemon.
+  if (status?.isCharacterDevice() && majorOf(status.rdev) !== memoryDevices) {
+    throw new KilnError('invalid-argument', `${name}: ${path} is a device, not a FIFO or a regular file`);
   }
   try {
     return status?.isFIFO() ? new FifoWriter(path) : new FileWriter(path, { create, onError: report });

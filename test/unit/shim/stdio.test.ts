@@ -387,6 +387,7 @@ describe('openStdio', () => {
     ['/none/out', 'not-found', 'stdout: /none/out does not exist'],
     ['file:///dev/null/x/log', 'invalid-argument', 'stdout: cannot be opened: ENOTDIR'],
     ['/tmp', 'invalid-argument', 'stdout: cannot be opened: EISDIR'],
+    ['/dev/ptmx', 'invalid-argument', 'stdout: /dev/ptmx is a device, not a FIFO or a regular file'],
   ])('refuses %s', async (stdout, code, message) => {
     expect(await refusal({ stdout })).toMatchObject({ code, message: expect.stringContaining(message) });
   });

@@ -1,6 +1,7 @@
 import { rm } from 'node:fs/promises';
 import net from 'node:net';
 import { KilnError } from '../errors.ts';
+import { requireSocketPath } from '../host/unix-socket.ts';
 import { TtrpcServer } from '../rpc/ttrpc/index.ts';
 import { toTtrpcStatus } from './status.ts';
 import { TaskService, type TaskServiceOptions } from './task-service.ts';
@@ -50,6 +51,7 @@ export class Endpoint {
   /** Resolves once containerd can connect. */
   static async listen(options: EndpointOptions): Promise<Endpoint> {
     const { socketPath, logger } = options;
+    requireSocketPath(socketPath);
     const endpoint = new Endpoint(options);
     const server = endpoint.#server;
     // No endpoint has this path now, so a socket that lies there is a dead kilnd's.

@@ -2,7 +2,6 @@ import { check, declare } from './libc.ts';
 
 /** Clocks of clock_gettime(2), from linux/time.h. */
 export const CLOCK_REALTIME = 0;
-export const CLOCK_MONOTONIC = 1;
 export const CLOCK_BOOTTIME = 7;
 
 const NANOSECONDS = 1_000_000_000n;

@@ -1,5 +1,5 @@
+import { listenUnix } from '../host/unix-socket.ts';
 import { type AgentListener, firstConnection } from './channel.ts';
-import { listenUnix } from './unix-socket.ts';
 
 /*
  * Hybrid vsock: the guest speaks AF_VSOCK, the host speaks Unix sockets. The VMM (Firecracker) or its helper

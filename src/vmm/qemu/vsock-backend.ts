@@ -3,8 +3,8 @@ import { rm } from 'node:fs/promises';
 import path from 'node:path';
 import { KilnError } from '../../errors.ts';
 import { describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
+import { requireSocketPath } from '../../host/unix-socket.ts';
 import { abortable } from '../abortable.ts';
-import { requireSocketPath } from '../unix-socket.ts';
 
 /** The guest's own CID. Each VM has a backend process of its own, so the number need not differ between VMs. */
 const guestCid = 3;

@@ -2,11 +2,11 @@ import { once } from 'node:events';
 import { existsSync } from 'node:fs';
 import net from 'node:net';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { listenUnix } from '../../../src/host/unix-socket.ts';
 import { VMADDR_CID_ANY } from '../../../src/sys/vsock.ts';
 import { type FirstConnection, firstConnection } from '../../../src/vmm/channel.ts';
 import { hostSocketFor, listenHybrid } from '../../../src/vmm/hybrid-vsock.ts';
 import { listenKernel, randomCid } from '../../../src/vmm/kernel-vsock.ts';
-import { listenUnix } from '../../../src/vmm/unix-socket.ts';
 import { hasVsock } from './vsock.ts';
 import { Workspace } from './workspace.ts';
 

@@ -1,18 +1,16 @@
 import net from 'node:net';
-import { KilnError } from '../errors.ts';
+import { type ErrorCode, KilnError } from '../errors.ts';
 
 /** sun_path has 108 bytes with its NUL, unix(7). Node cuts a longer path short and says nothing. */
 const socketPathLimit = 107;
 
-/** Throws `failed-precondition` for a path that is too long for a Unix socket. */
-export function requireSocketPath(path: string): void {
+/** Throws `code` for a path that is too long for a Unix socket. */
+export function requireSocketPath(path: string, code: ErrorCode = 'failed-precondition'): void {
   const length = Buffer.byteLength(path);
   if (length <= socketPathLimit) return;
-  throw new KilnError(
-    'failed-precondition',
-    `the socket path ${path} has ${length} bytes, the system's limit is ${socketPathLimit}`,
-    { hint: 'choose a shorter KILN_STATE_DIR' },
-  );
+  throw new KilnError(code, `the socket path ${path} has ${length} bytes, the system's limit is ${socketPathLimit}`, {
+    hint: 'choose a shorter KILN_STATE_DIR',
+  });
 }
 
 /** Listens on a Unix socket that does not exist yet. Throws `internal` naming the path. */

@@ -12,7 +12,7 @@ import {
 } from 'node:fs';
 import { createServer } from 'node:net';
 import { join } from 'node:path';
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import {
   assertNothingLeft,
   findLeft,
@@ -55,8 +55,12 @@ async function start(file: string, args: string[], env: NodeJS.ProcessEnv = {}, 
 
 /** Checks that there is exactly one leftover, of this kind, whose description holds `text`; then that it can go. */
 async function expectLeftover(kind: LeftoverKind, text: string): Promise<void> {
-  const left = findLeft(snapshot);
-  expect(left.map((item) => item.kind)).toEqual([kind]);
+  // A process that has just been started shows itself when its execve(2) is through, of which there is no event.
+  const left = await vi.waitFor(() => {
+    const found = findLeft(snapshot);
+    expect(found.map((item) => item.kind)).toEqual([kind]);
+    return found;
+  });
   expect(left[0]?.what).toContain(text);
   await expect(assertNothingLeft(snapshot, { within: 0 })).rejects.toThrow(`${kind}: `);
   for (const cleanup of cleanups.reverse()) await cleanup();

@@ -123,21 +123,41 @@ function processes(): Process[] {
     .flatMap((entry) => readProcess(Number(entry.name)) ?? []);
 }
 
+/** How often a process without a command line is looked at again, 1 ms apart: it may be in the middle of its execve(2). */
+const execLooks = 500;
+
 function readProcess(pid: number): Process | undefined {
+  let found = lookAtProcess(pid);
+  // execve(2) closes the parent's pipe, by which the parent knows of it, before the new program has its command line
+  // and environment. For that moment nothing tells whose process it is.
+  for (let look = 1; found?.inExec === true && look < execLooks; look += 1) {
+    // Not a turn of the event loop: whoever calls has to see one moment. It lets the other process have this CPU.
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1);
+    found = lookAtProcess(pid);
+  }
+  return found;
+}
+
+function lookAtProcess(pid: number): (Process & { readonly inExec: boolean }) | undefined {
   const dir = `/proc/${pid}`;
   const stat = readOrEmpty(`${dir}/stat`);
   const match = /^\d+ \((.*)\) (\S) (\d+) (.*)$/s.exec(stat);
   // It has ended since the folder was listed.
   if (match === null) return undefined;
   const [, name = '', state = '', parent = '', rest = ''] = match;
+  const zombie = state === 'Z' || state === 'X';
+  const commandLine = readOrEmpty(`${dir}/cmdline`).split('\0').join(' ').trim();
+  // vsize, field 23 of proc_pid_stat(5), is 0 for the kernel's own threads.
+  const hasMemory = rest.split(' ')[18] !== '0';
   return {
     pid,
     parent: Number(parent),
-    zombie: state === 'Z' || state === 'X',
+    zombie,
+    inExec: !zombie && hasMemory && commandLine === '',
     name,
     // starttime is field 22 of proc_pid_stat(5); `rest` begins with field 5.
     started: rest.split(' ')[17] ?? '',
-    commandLine: readOrEmpty(`${dir}/cmdline`).split('\0').join(' ').trim(),
+    commandLine,
     environment: `\0${readOrEmpty(`${dir}/environ`)}`,
     places: ['cwd', 'root', 'exe'].map((link) => linkOrEmpty(`${dir}/${link}`)),
   };

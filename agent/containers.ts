@@ -3,26 +3,32 @@
  */
 import { mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { CreateContainerRequest } from '../gen/kiln/agent/v1/agent.ts';
-import { CLOCK_REALTIME, clockGettime } from '../src/sys/clock.ts';
-import type { Exit } from '../src/sys/process.ts';
+import type { CreateContainerRequest, ExecProcessRequest, Stdio } from '../gen/kiln/agent/v1/agent.ts';
 import { cgroupOf, killAll, processesIn } from './cgroup.ts';
 import type { Crun } from './crun.ts';
 import { AgentError } from './errors.ts';
 import { mountOne } from './mounts.ts';
+import { kill, Process, type ProcessExit } from './process.ts';
 import type { Reaper } from './reaper.ts';
-import { type ContainerExit, ContainerState, type State } from './state.ts';
-import { ContainerStdio } from './stdio.ts';
+import { ContainerState, type State } from './state.ts';
+import { makeStdio, type ProcessStdio } from './stdio.ts';
 
 const SIGKILL = 9;
 
 /** An id becomes a directory's name: what runc and crun allow, too. */
 const validId = /^[\w+.-]{1,255}$/;
 
+/** A process of a container: the init process has the empty exec id. */
+export interface ProcessName {
+  readonly id: string;
+  readonly execId: string;
+}
+
 interface Container {
   readonly id: string;
   readonly state: ContainerState;
-  readonly ended: PromiseWithResolvers<ContainerExit>;
+  /** By their exec ids; null while crun is at it. */
+  readonly execs: Map<string, Process | null>;
   /** Set when it has been created. */
   made?: Made;
   /** Set while it is being removed. */
@@ -31,13 +37,11 @@ interface Container {
   guestEnds?: boolean;
 }
 
-type AliveOrStopped = Extract<State, { pid: number }>;
-
 interface Made {
   readonly bundle: string;
-  /** Undefined when it has no control group of its own: then only its init is known. */
+  /** Undefined when it has no control group of its own: then only its named processes are known. */
   readonly cgroup: string | undefined;
-  readonly stdio: ContainerStdio;
+  readonly init: Process;
   /** Takes back everything that creating it has acquired. */
   readonly undo: AsyncDisposableStack;
 }
@@ -52,6 +56,8 @@ export interface ContainersOptions {
 export class Containers {
   readonly #options: ContainersOptions;
   readonly #containers = new Map<string, Container>();
+  /** Numbers the files of one exec: an exec id may be longer than a file's name. */
+  #execs = 0;
 
   constructor(options: ContainersOptions) {
     this.#options = options;
@@ -68,7 +74,7 @@ export class Containers {
       throw new AgentError('invalid-argument', `"${id}" is no container id: use letters, digits and _ + - .`);
     }
     if (this.#containers.has(id)) throw new AgentError('already-exists', `container "${id}" exists already`);
-    const container: Container = { id, state: new ContainerState(id), ended: Promise.withResolvers() };
+    const container: Container = { id, state: new ContainerState(id), execs: new Map() };
     this.#containers.set(id, container);
     try {
       return await this.#make(container, request);
@@ -87,26 +93,25 @@ export class Containers {
     undo.defer(() => rmSync(bundle, { recursive: true, force: true }));
     for (const mount of request.mounts) mountOne(mount, undo);
     writeFileSync(join(bundle, 'config.json'), request.spec, { mode: 0o600 });
-    const stdio = undo.use(new ContainerStdio(request));
+    const stdio = undo.use(this.#stdio(request.stdio));
     // From here on an init can exist: it must be found when it ends, and killed when anything below fails.
     using _held = reaper.hold();
     undo.defer(async () => {
       if (!container.guestEnds) await crun.delete(id, bundle);
     });
-    const pid = await crun.create(id, bundle, stdio.forProgram);
-    stdio.release();
+    const pid = await crun.create(id, bundle, stdio);
+    stdio.connect();
     const cgroup = cgroupOf(pid);
     container.state.become({ kind: 'created', pid });
-    reaper.watch(pid, (exit) => this.#ended(container, pid, exit));
-    container.made = { bundle, cgroup, stdio, undo: undo.move() };
+    const init = new Process(pid, stdio, reaper, (exit) => this.#ended(container, pid, exit));
+    container.made = { bundle, cgroup, init, undo: undo.move() };
     return pid;
   }
 
-  #ended(container: Container, pid: number, exit: Exit): void {
-    const status = exit.kind === 'exited' ? exit.code : 128 + exit.signal;
-    const ended: ContainerExit = { status, atNs: clockGettime(CLOCK_REALTIME) };
-    container.state.become({ kind: 'stopped', pid, exit: ended });
-    container.ended.resolve(ended);
+  #ended(container: Container, pid: number, exit: ProcessExit): void {
+    container.state.become({ kind: 'stopped', pid, exit });
+    // The kernel does it where the container has a PID namespace of its own; runc does it where it has none.
+    if (container.made?.cgroup !== undefined) killAll(container.made.cgroup);
   }
 
   /** Runs the user's program. */
@@ -119,39 +124,123 @@ export class Containers {
     if (state.current.kind === 'created') state.become({ kind: 'running', pid });
   }
 
-  /** Sends a signal to the init, or to every process of the container. */
-  signal(id: string, signal: number, all: boolean): void {
-    const { state, made } = this.#get(id);
+  /**
+   * Runs one more process in the container. When it fails, nothing of it is left.
+   *
+   * @returns its process id
+   */
+  async exec(request: ExecProcessRequest): Promise<number> {
+    const { id, execId } = request;
+    const container = this.#get(id);
+    const { state, made, execs } = container;
+    state.expect('run a process in', 'created', 'running');
+    if (made === undefined) throw state.refusal('run a process in');
+    if (execId === '') throw new AgentError('invalid-argument', 'a process needs an exec id');
+    if (execs.has(execId)) {
+      throw new AgentError('already-exists', `container "${id}" has a process "${execId}" already`);
+    }
+    execs.set(execId, null);
+    try {
+      const process = await this.#exec(container, made, request);
+      execs.set(execId, process);
+      return process.pid;
+    } catch (error) {
+      execs.delete(execId);
+      throw error;
+    }
+  }
+
+  async #exec(container: Container, { bundle }: Made, request: ExecProcessRequest): Promise<Process> {
+    const { crun, reaper } = this.#options;
+    this.#execs += 1;
+    const files = join(bundle, `exec-${this.#execs}`);
+    mkdirSync(files, { mode: 0o700 });
+    try {
+      writeFileSync(join(files, 'process.json'), request.process, { mode: 0o600 });
+      using undo = new DisposableStack();
+      const stdio = undo.use(this.#stdio(request.stdio));
+      using _held = reaper.hold();
+      const pid = await crun.exec(container.id, files, stdio);
+      stdio.connect();
+      const process = new Process(pid, stdio, reaper);
+      undo.move();
+      return process;
+    } finally {
+      rmSync(files, { recursive: true, force: true });
+    }
+  }
+
+  #stdio(wanted: Stdio | undefined): ProcessStdio {
+    // Beside the bundles, not in one: a container's id can be longer than a Unix socket's path.
+    this.#execs += 1;
+    const none = { stdin: false, stdout: false, stderr: false, terminal: false, width: 0, height: 0 };
+    return makeStdio(wanted ?? none, join(this.#options.directory, `console-${this.#execs}`));
+  }
+
+  /** Sends a signal to one process, or to every process of the container. */
+  signal({ id, execId }: ProcessName, signal: number, all: boolean): void {
+    const container = this.#get(id);
+    const { state, made } = container;
     if (all) {
       const current = state.expect('signal', 'created', 'running', 'stopped');
       if (signal === SIGKILL && made?.cgroup !== undefined) killAll(made.cgroup);
-      else for (const pid of processesOf(current, made)) kill(pid, signal);
+      else for (const { pid } of processesOf(container, current)) kill(pid, signal);
       return;
     }
-    const { pid } = state.expect('signal', 'created', 'running');
-    if (!kill(pid, signal)) throw state.refusal('signal');
+    if (execId === '') {
+      const { pid } = state.expect('signal', 'created', 'running');
+      if (!kill(pid, signal)) throw state.refusal('signal');
+      return;
+    }
+    const process = this.process({ id, execId });
+    if (process.exit !== undefined || !kill(process.pid, signal)) {
+      throw new AgentError('failed-precondition', `process "${execId}" of container "${id}" has ended`);
+    }
   }
 
-  /** Resolves when the init has ended; at once if it already has. */
-  async wait(id: string): Promise<ContainerExit> {
-    const { state, ended } = this.#get(id);
-    state.expect('wait for', 'created', 'running', 'stopped');
-    return ended.promise;
+  /** Resolves when the process has ended; at once if it already has. */
+  async wait(name: ProcessName): Promise<ProcessExit> {
+    return this.process(name).ended;
   }
 
-  /** The ids of the container's processes, and its init's. */
-  processes(id: string): { pids: number[]; initPid: number } {
-    const { state, made } = this.#get(id);
-    const current = state.expect('list the processes of', 'created', 'running', 'stopped');
-    return { pids: processesOf(current, made), initPid: current.pid };
+  /** Whether the program was started, and which processes were exec'd and not removed. */
+  describe(id: string): { started: boolean; execIds: string[] } {
+    const { state, execs } = this.#get(id);
+    const current = state.expect('describe', 'created', 'running', 'stopped');
+    return { started: current.kind !== 'created', execIds: [...execs.keys()] };
   }
 
-  /** Its stdin, stdout and stderr. */
-  stdio(id: string): ContainerStdio {
-    const { state, made } = this.#get(id);
-    state.expect('use the stdio of', 'created', 'running', 'stopped');
-    if (made === undefined) throw state.refusal('use the stdio of');
-    return made.stdio;
+  /** The container's processes: which is its init, and which were exec'd. */
+  processes(id: string): { pid: number; execId: string; init: boolean }[] {
+    const container = this.#get(id);
+    return processesOf(container, container.state.expect('list the processes of', 'created', 'running', 'stopped'));
+  }
+
+  /** @throws AgentError not-found, or failed-precondition while it is being made or removed */
+  process({ id, execId }: ProcessName): Process {
+    const { state, made, execs } = this.#get(id);
+    state.expect('use a process of', 'created', 'running', 'stopped');
+    if (made === undefined) throw state.refusal('use a process of');
+    if (execId === '') return made.init;
+    const process = execs.get(execId);
+    if (process === undefined) throw new AgentError('not-found', `container "${id}" has no process "${execId}"`);
+    if (process === null) throw new AgentError('failed-precondition', `process "${execId}" is being started`);
+    return process;
+  }
+
+  /** Forgets an exec'd process that has ended. */
+  removeProcess(name: ProcessName): void {
+    const { id, execId } = name;
+    const process = this.process(name);
+    if (execId === '') throw new AgentError('invalid-argument', 'the init process goes with its container');
+    if (process.exit === undefined) {
+      throw new AgentError(
+        'failed-precondition',
+        `cannot remove process "${execId}" of container "${id}": it is running`,
+      );
+    }
+    this.#get(id).execs.delete(execId);
+    process[Symbol.dispose]();
   }
 
   /** Removes a container; a running one only with `force`, which kills it first. Its disks are complete afterwards. */
@@ -170,13 +259,14 @@ export class Containers {
   }
 
   async #remove(container: Container, current: AliveOrStopped, made: Made): Promise<void> {
-    const { state, ended } = container;
+    const { state, execs } = container;
     // Also of a stopped one: without a PID namespace of its own, processes can outlive the init.
     if (made.cgroup !== undefined) killAll(made.cgroup);
     if (current.kind !== 'stopped') kill(current.pid, SIGKILL);
-    await ended.promise;
+    await made.init.ended;
     state.become({ kind: 'removing' });
     try {
+      for (const process of execs.values()) process?.[Symbol.dispose]();
       await made.undo.disposeAsync();
     } finally {
       this.#containers.delete(container.id);
@@ -190,25 +280,18 @@ export class Containers {
   }
 }
 
-function processesOf(state: AliveOrStopped, made: Made | undefined): number[] {
-  if (made?.cgroup !== undefined) return processesIn(made.cgroup);
-  return state.kind === 'stopped' ? [] : [state.pid];
-}
+type AliveOrStopped = Extract<State, { pid: number }>;
 
-/**
- * kill(2).
- *
- * @returns false when the process has ended
- * @throws AgentError invalid-argument when there is no such signal
- */
-function kill(pid: number, signal: number): boolean {
-  try {
-    process.kill(pid, signal);
-    return true;
-  } catch (error) {
-    const { code } = error as NodeJS.ErrnoException;
-    if (code === 'ESRCH') return false;
-    if (code === 'EINVAL') throw new AgentError('invalid-argument', `there is no signal ${signal}`);
-    throw error;
+function processesOf({ made, execs }: Container, state: AliveOrStopped) {
+  const names = new Map<number, string>();
+  for (const [execId, process] of execs) {
+    if (process?.exit === undefined && process !== null) names.set(process.pid, execId);
   }
+  const known = state.kind === 'stopped' ? [...names.keys()] : [state.pid, ...names.keys()];
+  const pids = made?.cgroup === undefined ? known : processesIn(made.cgroup);
+  return pids.map((pid) => ({
+    pid,
+    execId: names.get(pid) ?? '',
+    init: pid === state.pid && state.kind !== 'stopped',
+  }));
 }

@@ -13,9 +13,10 @@ import { readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { AgentError } from './errors.ts';
 import type { Reaper } from './reaper.ts';
+import type { ProcessStdio, ProgramStdio } from './stdio.ts';
 
-/** File descriptors, or 'ignore' for /dev/null. */
-export type Stdio = readonly [stdin: number | 'ignore', stdout: number | 'ignore', stderr: number | 'ignore'];
+/** What crun has to know of a process's stdio. */
+export type CrunStdio = Pick<ProcessStdio, 'forProgram' | 'consoleSocket'>;
 
 export interface CrunOptions {
   /** The program; a name is looked up in PATH. */
@@ -25,7 +26,7 @@ export interface CrunOptions {
   readonly reaper: Reaper;
 }
 
-const noStdio: Stdio = ['ignore', 'ignore', 'ignore'];
+const noStdio: ProgramStdio = ['ignore', 'ignore', 'ignore'];
 
 export class Crun {
   readonly #options: CrunOptions;
@@ -41,14 +42,32 @@ export class Crun {
    * @returns the process id of the container's init
    * @throws AgentError invalid-argument with crun's reason; nothing of the container is left then
    */
-  async create(id: string, bundle: string, stdio: Stdio): Promise<number> {
+  async create(id: string, bundle: string, stdio: CrunStdio): Promise<number> {
     const pidFile = join(bundle, 'init.pid');
+    const args = ['create', '--bundle', bundle, '--pid-file', pidFile, ...consoleOption(stdio), id];
     try {
-      await this.#run(['create', '--bundle', bundle, '--pid-file', pidFile, id], bundle, stdio);
+      await this.#run(args, bundle, stdio.forProgram);
     } catch (error) {
-      if (error instanceof CrunFailure)
-        throw new AgentError('invalid-argument', explain(error.message, programOf(bundle)), { cause: error });
-      throw error;
+      throw refused(error, join(bundle, 'config.json'));
+    }
+    return Number(readFileSync(pidFile, 'utf8'));
+  }
+
+  /**
+   * crun exec --detach, with the process of process.json. The caller holds the reaper meanwhile, and then watches it.
+   *
+   * @param directory of process.json; crun's log and pid file go there, too
+   * @returns its process id
+   * @throws AgentError invalid-argument with crun's reason; nothing of the process is left then
+   */
+  async exec(id: string, directory: string, stdio: CrunStdio): Promise<number> {
+    const pidFile = join(directory, 'pid');
+    const file = join(directory, 'process.json');
+    const args = ['exec', '--detach', '--process', file, '--pid-file', pidFile, ...consoleOption(stdio), id];
+    try {
+      await this.#run(args, directory, stdio.forProgram);
+    } catch (error) {
+      throw refused(error, file);
     }
     return Number(readFileSync(pidFile, 'utf8'));
   }
@@ -75,7 +94,7 @@ export class Crun {
     }
   }
 
-  async #run(args: readonly string[], bundle: string, stdio: Stdio): Promise<void> {
+  async #run(args: readonly string[], bundle: string, stdio: ProgramStdio): Promise<void> {
     const { command, root, reaper } = this.#options;
     const log = join(bundle, 'crun.log');
     rmSync(log, { force: true });
@@ -107,10 +126,29 @@ function lastError(log: string): string | undefined {
   }
 }
 
-/** The program that a bundle's config.json names. */
-function programOf(bundle: string): string {
+function consoleOption({ consoleSocket }: CrunStdio): string[] {
+  return consoleSocket === undefined ? [] : ['--console-socket', consoleSocket];
+}
+
+interface ProcessJson {
+  readonly args?: readonly unknown[];
+}
+
+/**
+ * What the host is told when crun refuses to make a process.
+ *
+ * @param file the config.json or process.json that crun was given
+ */
+function refused(error: unknown, file: string): unknown {
+  if (!(error instanceof CrunFailure)) return error;
+  return new AgentError('invalid-argument', explain(error.message, programOf(file)), { cause: error });
+}
+
+/** The program that a config.json or a process.json names; empty where there is none to be read. */
+function programOf(file: string): string {
   try {
-    return String(JSON.parse(readFileSync(join(bundle, 'config.json'), 'utf8')).process.args[0] ?? '');
+    const json = JSON.parse(readFileSync(file, 'utf8')) as ProcessJson & { readonly process?: ProcessJson };
+    return String((json.process ?? json).args?.[0] ?? '');
   } catch {
     return '';
   }

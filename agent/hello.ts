@@ -16,6 +16,9 @@ const NANOSECONDS_PER_TICK = 10_000_000n;
 /** What this agent can do beyond the protocol number. */
 const features: string[] = [];
 
+/** What the first Hello called the sandbox's session. */
+let session = '';
+
 /**
  * @param owner true in a guest, where clock and hostname are ours to set; false on a host (tests)
  * @throws AgentError failed-precondition when the protocols differ
@@ -32,6 +35,8 @@ export function hello(request: HelloRequest, owner: boolean): HelloResponse {
     if (request.realtimeNs > 0n) clockSettime(CLOCK_REALTIME, request.realtimeNs);
     if (request.hostname !== '') sethostname(request.hostname);
   }
+  const told = session;
+  if (session === '') session = request.session;
   return {
     protocol: Protocol.PROTOCOL_CURRENT,
     kilnVersion,
@@ -42,6 +47,7 @@ export function hello(request: HelloRequest, owner: boolean): HelloResponse {
     answeredNs: clockGettime(CLOCK_BOOTTIME),
     memoryBytes: BigInt(totalmem()),
     vcpus: availableParallelism(),
+    session: told,
   };
 }
 

@@ -1,18 +1,19 @@
 /**
  * The method table: gRPC in, verbs out. Generated types end here.
  */
-import type { handleUnaryCall, ServerReadableStream } from '@grpc/grpc-js';
+import type { handleUnaryCall, ServerDuplexStream, ServerReadableStream } from '@grpc/grpc-js';
 import {
   type AgentServer,
   AgentService,
   OutputStream,
+  type ReadOutputRequest,
   type ReadOutputResponse,
   type WriteStdinRequest,
 } from '../gen/kiln/agent/v1/agent.ts';
 import type { Containers } from './containers.ts';
 import { AgentError, grpcStatusOf } from './errors.ts';
 import { hello } from './hello.ts';
-import { chunkSize } from './stdio.ts';
+import { chunkSize, type Output } from './output.ts';
 
 /**
  * The service's definition, with its own encoding of output: the generated one copies every chunk twice and leaves both
@@ -85,32 +86,43 @@ export function createService({ containers, ownsGuest, onHello }: ServiceOptions
       await containers.start(id);
       return {};
     }),
-    signalContainer: unary(({ id, signal, all }) => {
-      containers.signal(id, signal, all);
+    execProcess: unary(async (request) => ({ pid: await containers.exec(request) })),
+    signalProcess: unary(({ id, execId, signal, all }) => {
+      containers.signal({ id, execId }, signal, all);
       return {};
     }),
-    waitContainer: unary(async ({ id }) => {
-      const exit = await containers.wait(id);
-      return { exitStatus: exit.status, exitedAtNs: exit.atNs };
+    waitProcess: unary(async (name) => {
+      const exit = await containers.wait(name);
+      return {
+        exitStatus: exit.status,
+        exitedAtNs: exit.atNs,
+        stdoutBytes: optionalBigInt(exit.stdoutBytes),
+        stderrBytes: optionalBigInt(exit.stderrBytes),
+      };
     }),
-    listProcesses: unary(({ id }) => containers.processes(id)),
+    describeContainer: unary(({ id }) => containers.describe(id)),
+    listProcesses: unary(({ id }) => ({ processes: containers.processes(id) })),
+    resizeTerminal: unary(({ id, execId, width, height }) => {
+      containers.process({ id, execId }).stdio.resize(width, height);
+      return {};
+    }),
+    removeProcess: unary((name) => {
+      containers.removeProcess(name);
+      return {};
+    }),
     removeContainer: unary(async ({ id, force, guestEnds }) => {
       await containers.remove(id, force, guestEnds);
       return {};
     }),
     readOutput: (call) => {
+      // A stream that is cancelled does not end by itself.
+      call.on('cancelled', () => call.destroy());
+      const fail = (error: unknown) => call.emit('error', grpcStatusOf(error));
       try {
         greetedFirst();
-        const { id, stream } = call.request;
-        const stdio = containers.stdio(id);
-        const output = stream === OutputStream.OUTPUT_STREAM_STDERR ? stdio.stderr : stdio.stdout;
-        if (stream === OutputStream.OUTPUT_STREAM_UNSPECIFIED) {
-          throw new AgentError('invalid-argument', 'which stream to read is not given');
-        }
-        if (output === undefined) throw noStream(id, 'output');
-        output.relayTo(call);
+        relayOutput(containers, call, fail);
       } catch (error) {
-        call.emit('error', grpcStatusOf(error));
+        fail(error);
       }
     },
     writeStdin: async (call, done) => {
@@ -125,16 +137,49 @@ export function createService({ containers, ownsGuest, onHello }: ServiceOptions
   };
 }
 
+type OutputCall = ServerDuplexStream<ReadOutputRequest, ReadOutputResponse>;
+
+/** The first request says what to read from where, the others what is delivered. */
+function relayOutput(containers: Containers, call: OutputCall, fail: (error: unknown) => void): void {
+  let output: Output | undefined;
+  call.on('data', (request: ReadOutputRequest) => {
+    try {
+      const delivered = Number(request.delivered);
+      if (output !== undefined) output.acknowledge(delivered);
+      else {
+        output = outputOf(containers, request);
+        output.relayTo(call, delivered);
+      }
+    } catch (error) {
+      fail(error);
+    }
+  });
+  call.on('close', () => output?.detach(call));
+  call.on('error', () => {});
+}
+
+function outputOf(containers: Containers, { id, execId, stream }: ReadOutputRequest): Output {
+  const { stdio } = containers.process({ id, execId });
+  if (stream === OutputStream.OUTPUT_STREAM_UNSPECIFIED) {
+    throw new AgentError('invalid-argument', 'which stream to read is not given');
+  }
+  const output = stream === OutputStream.OUTPUT_STREAM_STDERR ? stdio.stderr : stdio.stdout;
+  if (output === undefined) throw noStream(id, execId, 'output');
+  return output;
+}
+
 async function writeStdin(
   containers: Containers,
   call: ServerReadableStream<WriteStdinRequest, object>,
 ): Promise<void> {
+  // Only a call that ends in order closes stdin: one that breaks throws out of the loop below.
+  call.on('cancelled', () => call.destroy());
   const messages = call[Symbol.asyncIterator]() as AsyncIterableIterator<WriteStdinRequest>;
   const first = await messages.next();
-  if (first.done) throw new AgentError('invalid-argument', 'the first message must name the container');
-  const { id } = first.value;
-  const { stdin } = containers.stdio(id);
-  if (stdin === undefined) throw noStream(id, 'stdin');
+  if (first.done) throw new AgentError('invalid-argument', 'the first message must name the process');
+  const { id, execId } = first.value;
+  const { stdin } = containers.process({ id, execId }).stdio;
+  if (stdin === undefined) throw noStream(id, execId, 'stdin');
   const data = async function* () {
     yield first.value.data;
     for await (const message of messages) yield message.data;
@@ -142,6 +187,11 @@ async function writeStdin(
   await stdin.writeAll(data());
 }
 
-function noStream(id: string, name: string): AgentError {
-  return new AgentError('failed-precondition', `container "${id}" was created without this ${name}`);
+function noStream(id: string, execId: string, name: string): AgentError {
+  const process = execId === '' ? `container "${id}"` : `process "${execId}" of container "${id}"`;
+  return new AgentError('failed-precondition', `${process} was created without this ${name}`);
+}
+
+function optionalBigInt(value: number | undefined): bigint | undefined {
+  return value === undefined ? undefined : BigInt(value);
 }

@@ -8,20 +8,14 @@
  * its state, and what was asked.
  */
 import { AgentError } from './errors.ts';
+import type { ProcessExit } from './process.ts';
 
 export type State =
   | { readonly kind: 'creating' }
   | { readonly kind: 'created'; readonly pid: number }
   | { readonly kind: 'running'; readonly pid: number }
-  | { readonly kind: 'stopped'; readonly pid: number; readonly exit: ContainerExit }
+  | { readonly kind: 'stopped'; readonly pid: number; readonly exit: ProcessExit }
   | { readonly kind: 'removing' };
-
-export interface ContainerExit {
-  /** 0 to 255; 128 + n for signal n. */
-  readonly status: number;
-  /** CLOCK_REALTIME in nanoseconds when it was seen. */
-  readonly atNs: bigint;
-}
 
 type Kind = State['kind'];
 

@@ -1,38 +1,57 @@
 /**
- * A container's stdin, stdout and stderr: one pipe each, between the program and a gRPC stream.
+ * A process's stdin, stdout and stderr: a pipe each, or one terminal for all three.
  *
- * The pipes are real ones: programs open /dev/stdout again, which no socket allows. Nothing is buffered here beyond the
- * message that is being sent: while the gRPC stream is full we do not read, the pipe fills, and the program waits in
- * write(2); while the program does not read its stdin, HTTP/2's flow control holds the host back.
+ * The pipes are real ones: programs open /dev/stdout again, which no socket allows. A terminal is made by crun inside the
+ * container, so that it has a name there (`tty`, /dev/console); crun sends its master to a socket of ours.
  */
-import { closeSync } from 'node:fs';
-import type { Socket } from 'node:net';
-import { countRelayed } from '../src/sys/garbage.ts';
-import { type Pipe, pipe2, socketFromFd } from '../src/sys/pipe.ts';
+import { closeSync, rmSync } from 'node:fs';
+import { type Pipe, pipe2 } from '../src/sys/pipe.ts';
+import { duplicate, setWindowSize } from '../src/sys/terminal.ts';
+import { listenForFd, receiveFd } from '../src/sys/unix-fd.ts';
 import { AgentError } from './errors.ts';
+import { Input } from './input.ts';
+import { Output } from './output.ts';
 
-/** How much is read at once, in bytes: what a pipe holds (pipe(7)). */
-export const chunkSize = 64 * 1024;
-
-/** Where output goes: the part of a gRPC server stream that is used here. */
-export interface OutputSink {
-  /** Sends a message. The data is no longer needed when `sent` is called: then the stream can take the next. */
-  write(message: { data: Buffer }, sent: () => void): unknown;
-  end(): void;
-  on(event: 'cancelled' | 'close', listener: () => void): unknown;
-  off(event: 'cancelled' | 'close', listener: () => void): unknown;
+export interface WantedStdio {
+  readonly stdin: boolean;
+  readonly stdout: boolean;
+  readonly stderr: boolean;
+  readonly terminal: boolean;
+  /** Characters; 0 leaves the terminal as the spec has it. */
+  readonly width: number;
+  readonly height: number;
 }
 
-/** The pipes of one container. The program's ends are closed with `release` as soon as the program has them. */
-export class ContainerStdio implements Disposable {
+/** File descriptors, or 'ignore' for /dev/null. */
+export type ProgramStdio = readonly [number | 'ignore', number | 'ignore', number | 'ignore'];
+
+export interface ProcessStdio extends Disposable {
   readonly stdin: Input | undefined;
   readonly stdout: Output | undefined;
   readonly stderr: Output | undefined;
-  /** What the program gets as its first three descriptors. */
-  readonly forProgram: readonly [number | 'ignore', number | 'ignore', number | 'ignore'];
+  /** What crun is started with, and the program inherits. */
+  readonly forProgram: ProgramStdio;
+  /** Where crun sends the terminal's master; undefined without a terminal. */
+  readonly consoleSocket: string | undefined;
+  /** To be called once the program exists, or at least its place: takes the terminal, and closes the program's ends. */
+  connect(): void;
+  /** @throws AgentError failed-precondition without a terminal */
+  resize(width: number, height: number): void;
+}
+
+export function makeStdio(wanted: WantedStdio, consoleSocket: string): ProcessStdio {
+  return wanted.terminal ? new TerminalStdio(wanted, consoleSocket) : new PipeStdio(wanted);
+}
+
+class PipeStdio implements ProcessStdio {
+  readonly stdin: Input | undefined;
+  readonly stdout: Output | undefined;
+  readonly stderr: Output | undefined;
+  readonly forProgram: ProgramStdio;
+  readonly consoleSocket = undefined;
   readonly #programEnds: number[];
 
-  constructor(wanted: { readonly stdin: boolean; readonly stdout: boolean; readonly stderr: boolean }) {
+  constructor(wanted: WantedStdio) {
     using undo = new DisposableStack();
     const pipe = (want: boolean): Pipe | undefined => {
       if (!want) return undefined;
@@ -54,136 +73,75 @@ export class ContainerStdio implements Disposable {
     undo.move();
   }
 
-  /** Closes our copies of the program's ends: without that, its output would never end. */
-  release(): void {
+  /** Without closing our copies of the program's ends, its output would never end. */
+  connect(): void {
     for (const fd of this.#programEnds.splice(0)) closeSync(fd);
   }
 
+  resize(): void {
+    throw new AgentError('failed-precondition', 'it has no terminal');
+  }
+
   [Symbol.dispose](): void {
-    this.release();
+    this.connect();
     this.stdin?.[Symbol.dispose]();
     this.stdout?.[Symbol.dispose]();
     this.stderr?.[Symbol.dispose]();
   }
 }
 
-/** What the program writes to one stream. Until it is read the bytes stay in the pipe, also after the program's end. */
-export class Output implements Disposable {
-  readonly #fd: number;
-  readonly #name: string;
-  #chunk = Buffer.alloc(0);
-  #pipe: Socket | undefined;
-  #sink: OutputSink | undefined;
-  /** Bytes of the chunk that wait for a reader: its predecessor went away before they were sent. */
-  #unsent = 0;
-  #disposed = false;
+class TerminalStdio implements ProcessStdio {
+  readonly forProgram: ProgramStdio = ['ignore', 'ignore', 'ignore'];
+  readonly consoleSocket: string;
+  readonly stderr = undefined;
+  readonly #wanted: WantedStdio;
+  #listener: number | undefined;
+  /** A descriptor of the master that lives as long as this: for the size, and so that the terminal outlives its users. */
+  #master: number | undefined;
+  #stdin: Input | undefined;
+  #stdout: Output | undefined;
 
-  constructor(fd: number, name: string) {
-    this.#fd = fd;
-    this.#name = name;
+  constructor(wanted: WantedStdio, consoleSocket: string) {
+    this.#wanted = wanted;
+    this.consoleSocket = consoleSocket;
+    this.#listener = listenForFd(consoleSocket);
   }
 
-  /**
-   * Sends everything to `sink` and ends it when the last writer has closed its end. One chunk at a time: the next is
-   * read when the stream has taken this one, into the same memory. When the sink's reader goes away, what the stream
-   * has not taken stays here, and another may read on.
-   *
-   * @throws AgentError failed-precondition when it is being read, or has been read to its end
-   */
-  relayTo(sink: OutputSink): void {
-    if (this.#sink !== undefined) throw new AgentError('failed-precondition', `${this.#name} is being read already`);
-    if (this.#disposed || this.#pipe?.destroyed)
-      throw new AgentError('failed-precondition', `${this.#name} has been read`);
-    this.#pipe ??= this.#open();
-    const pipe = this.#pipe;
-    this.#sink = sink;
-    const detach = () => {
-      this.#sink = undefined;
-      pipe.pause();
-      pipe.off('close', finish);
-      sink.off('cancelled', detach);
-      sink.off('close', detach);
-      if (this.#disposed) pipe.destroy();
-    };
-    const finish = () => {
-      detach();
-      sink.end();
-    };
-    sink.on('cancelled', detach);
-    sink.on('close', detach);
-    pipe.on('close', finish);
-    if (this.#unsent > 0) this.#send(this.#unsent);
-    else pipe.resume();
+  get stdin(): Input | undefined {
+    return this.#stdin;
   }
 
-  #open(): Socket {
-    const callback = (length: number) => {
-      this.#send(length);
-      return false;
-    };
-    this.#chunk = Buffer.allocUnsafeSlow(chunkSize);
-    const pipe = socketFromFd(this.#fd, 'read', { buffer: this.#chunk, callback });
-    // 'close' follows the end of the pipe, and an error: reading from a pipe has none that a reader could use.
-    return pipe.on('error', () => {});
+  get stdout(): Output | undefined {
+    return this.#stdout;
   }
 
-  #send(length: number): void {
-    const sink = this.#sink;
-    this.#unsent = length;
-    sink?.write({ data: this.#chunk.subarray(0, length) }, () => {
-      if (this.#sink !== sink) return;
-      this.#unsent = 0;
-      countRelayed(length);
-      this.#pipe?.resume();
-    });
+  connect(): void {
+    if (this.#listener === undefined) return;
+    this.#master = receiveFd(this.#listener);
+    this.#stopListening();
+    const { width, height, stdin } = this.#wanted;
+    if (width > 0 && height > 0) setWindowSize(this.#master, width, height);
+    this.#stdin = stdin ? new Input(duplicate(this.#master), 'terminal') : undefined;
+    this.#stdout = new Output(duplicate(this.#master), 'the terminal', 'terminal');
   }
 
-  /** Closes the pipe; a reader that is at it gets to the end first (the program is gone, so there is one). */
-  [Symbol.dispose](): void {
-    if (this.#disposed) return;
-    this.#disposed = true;
-    if (this.#pipe === undefined) closeSync(this.#fd);
-    else if (this.#sink === undefined) this.#pipe.destroy();
-  }
-}
-
-/** What the program reads from its stdin. */
-export class Input implements Disposable {
-  readonly #fd: number;
-  #pipe: Socket | undefined;
-  #closed = false;
-
-  constructor(fd: number) {
-    this.#fd = fd;
+  resize(width: number, height: number): void {
+    if (this.#master === undefined) throw new AgentError('failed-precondition', 'its terminal is not there yet');
+    setWindowSize(this.#master, width, height);
   }
 
-  /**
-   * Writes all chunks in order, then closes stdin. A program that has closed its stdin, or has ended, is no error: the
-   * rest is read and dropped, as a shell's pipe would lose it.
-   *
-   * @throws AgentError failed-precondition when stdin has a writer or is closed; what `chunks` throws, after closing
-   */
-  async writeAll(chunks: AsyncIterable<Uint8Array>): Promise<void> {
-    if (this.#closed) throw new AgentError('failed-precondition', 'stdin is closed');
-    if (this.#pipe !== undefined) throw new AgentError('failed-precondition', 'stdin is being written already');
-    this.#pipe = socketFromFd(this.#fd, 'write');
-    const pipe = this.#pipe;
-    pipe.on('error', () => {});
-    try {
-      for await (const chunk of chunks) {
-        countRelayed(chunk.length);
-        if (chunk.length > 0 && pipe.writable) await new Promise<void>((written) => pipe.write(chunk, () => written()));
-      }
-      await new Promise<void>((ended) => (pipe.writable ? pipe.end(ended) : ended()));
-    } finally {
-      this[Symbol.dispose]();
-    }
+  #stopListening(): void {
+    if (this.#listener === undefined) return;
+    closeSync(this.#listener);
+    this.#listener = undefined;
+    rmSync(this.consoleSocket, { force: true });
   }
 
   [Symbol.dispose](): void {
-    if (this.#closed) return;
-    this.#closed = true;
-    if (this.#pipe === undefined) closeSync(this.#fd);
-    else this.#pipe.destroy();
+    this.#stopListening();
+    this.#stdin?.[Symbol.dispose]();
+    this.#stdout?.[Symbol.dispose]();
+    if (this.#master !== undefined) closeSync(this.#master);
+    this.#master = undefined;
   }
 }

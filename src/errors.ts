@@ -16,6 +16,7 @@ export const grpcStatus = {
   'resource-exhausted': 8,
   'failed-precondition': 9,
   aborted: 10,
+  'out-of-range': 11,
   unimplemented: 12,
   internal: 13,
   unavailable: 14,

@@ -1,15 +1,18 @@
 import path from 'node:path';
 import { applyAnnotations } from '../config/annotations.ts';
 import type { LoadedConfig } from '../config/config.ts';
-import { readBundle } from '../oci/bundle.ts';
-import { toGuestSpec } from '../oci/guest-spec.ts';
+import { KilnError } from '../errors.ts';
+import type { Logger } from '../observe/logger.ts';
+import { parseProcess, readBundle } from '../oci/bundle.ts';
+import { terminalSize, toGuestProcess, toGuestSpec } from '../oci/guest-spec.ts';
 import { stringifyJson } from '../oci/json.ts';
 import { vmSize } from '../oci/vm-size.ts';
 import { guestRootDirectory, planRootfs } from '../rootfs/index.ts';
 import { Container } from '../sandbox/container.ts';
+import type { ExecRequest } from '../sandbox/exec.ts';
 import type { HostServices } from '../sandbox/resources.ts';
-import { openStdio } from '../shim/stdio.ts';
-import type { TaskRequest } from '../shim/task-service.ts';
+import { openStdio, type StdioPaths } from '../shim/stdio.ts';
+import type { ExecTaskRequest, TaskRequest } from '../shim/task-service.ts';
 import type { ContainerContext } from './daemon.ts';
 import { guestFiles } from './installation.ts';
 import { selectVmm } from './vmm.ts';
@@ -42,6 +45,7 @@ export async function createContainer(
   if (request.options !== undefined) {
     logger.warn(`runtime options (${request.options.typeUrl}) are not looked at: Kiln is configured by config.toml`);
   }
+  requireSameTerminal(`container ${id}`, terminal, bundle.spec.process.terminal);
   const { memoryMib, vcpus } = vmSize(config, bundle.spec);
   const rootfs = planRootfs(request.rootfs, { path: bundle.rootPath, workDirectory: path.join(bundle.dir, 'work') });
   return Container.create(
@@ -56,14 +60,48 @@ export async function createContainer(
       files: guestFiles(config, loaded.paths),
       memoryMib,
       vcpus,
-      openStdio: () =>
-        openStdio(
-          { stdin, stdout, stderr, terminal },
-          { onError: (name, error) => logger.error({ err: error }, `output to ${name} is being lost`) },
-        ),
+      terminal,
+      terminalSize: terminalSize(bundle.spec.process),
+      openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, logger),
       timeline,
       logger,
     },
     signal,
   );
+}
+
+/** The type of what an Exec request's spec holds, whatever stands before it. containerd typeurl, runtime-spec. */
+const processType = /(^|\/)opencontainers\/runtime-spec\/1\/Process$/;
+
+/** containerd's request as a process to start; everything that can be refused by reading alone is refused here. */
+export function prepareExec(request: ExecTaskRequest, logger: Logger): ExecRequest {
+  const { id, execId, stdin, stdout, stderr, terminal, spec } = request;
+  const name = `exec ${execId} of container ${id}`;
+  if (spec === undefined || !processType.test(spec.typeUrl)) {
+    throw new KilnError('invalid-argument', `${name}: its spec is ${spec?.typeUrl || 'missing'}, not an OCI process`);
+  }
+  const given = parseProcess(spec.value.toString(), name);
+  requireSameTerminal(name, terminal, given.terminal);
+  const { process, warnings } = toGuestProcess(given, { id, rootfsPath: guestRootDirectory(id) });
+  for (const warning of warnings) logger.warn({ execId }, warning);
+  return {
+    execId,
+    process: stringifyJson(process),
+    terminal,
+    terminalSize: terminalSize(given),
+    openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, logger),
+  };
+}
+
+function openStdioOf(paths: StdioPaths, logger: Logger) {
+  return openStdio(paths, {
+    onError: (name, error) => logger.error({ err: error }, `output to ${name} is being lost`),
+  });
+}
+
+/** The request says how the client talks to the process, the spec what the process gets: they must be the same. */
+function requireSameTerminal(name: string, wanted: boolean, inSpec: boolean | undefined): void {
+  if (wanted === (inSpec ?? false)) return;
+  const asked = wanted ? 'a terminal is asked for' : 'no terminal is asked for';
+  throw new KilnError('invalid-argument', `${name}: ${asked}, but process.terminal in its spec is ${inSpec ?? false}`);
 }

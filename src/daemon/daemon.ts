@@ -7,11 +7,17 @@ import { killProcessesOf } from '../host/stale.ts';
 import type { DaemonLog, Logger } from '../observe/logger.ts';
 import { TaskLog } from '../observe/task-log.ts';
 import { Timeline } from '../observe/timeline.ts';
+import type { ExecRequest } from '../sandbox/exec.ts';
 import type { ControlReply, ControlRequest, StartRequest } from '../shim/control/request.ts';
 import { ControlServer } from '../shim/control/server.ts';
 import { Endpoint } from '../shim/endpoint.ts';
 import { EventPublisher } from '../shim/publisher.ts';
-import { type TaskContainer, type TaskRequest, unknownTaskDeleted } from '../shim/task-service.ts';
+import {
+  type ExecTaskRequest,
+  type TaskContainer,
+  type TaskRequest,
+  unknownTaskDeleted,
+} from '../shim/task-service.ts';
 import { kilnVersion } from '../version.ts';
 import { Turns } from './turns.ts';
 
@@ -40,6 +46,7 @@ export interface DaemonOptions {
     context: ContainerContext,
     signal: AbortSignal,
   ) => Promise<TaskContainer>;
+  readonly prepareExec: (request: ExecTaskRequest, logger: Logger) => ExecRequest;
   /** Removes what no snapshot needs any more; called after each container. */
   readonly collectGarbage: () => Promise<unknown>;
   readonly log: DaemonLog;
@@ -175,7 +182,7 @@ export class Daemon {
   }
 
   async #makeEndpoint(key: string, request: StartRequest, launchedAtMs: number): Promise<Endpoint> {
-    const { paths, log, createContainer } = this.#options;
+    const { paths, log, createContainer, prepareExec } = this.#options;
     const { namespace, id, bundle } = request;
     const publisher = this.#publisherFor(request.ttrpcAddress);
     const taskLog = new TaskLog(bundle, id);
@@ -188,6 +195,7 @@ export class Daemon {
       publish: (event) => publisher.publish(namespace, event),
       onQuiet: () => this.#onQuiet(),
       onDeleted: () => taskLog.close(),
+      prepareExec: (request) => prepareExec(request, logger),
       createContainer: (create, signal) => {
         const timeline = new Timeline();
         timeline.mark('launcher', served.launchedAtMs);

@@ -1,13 +1,11 @@
-import { once } from 'node:events';
 import type net from 'node:net';
 import type { Readable, Writable } from 'node:stream';
-import { type ServiceError, status } from '@grpc/grpc-js';
-import { AgentClient, AgentService, type Mount, OutputStream, Protocol } from '../../gen/kiln/agent/v1/agent.ts';
+import { AgentClient, AgentService, type Mount, Protocol, type Stdio } from '../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../errors.ts';
-import { printable } from '../host/printable.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
-import { countRelayed } from '../sys/garbage.ts';
 import { kilnVersion } from '../version.ts';
+import { type CallOptions, type UnaryMethod, unary } from './call.ts';
+import { type OutputName, type OutputRequest, pipeOutput, pipeStdin } from './streams.ts';
 
 /** What the guest says of itself when it connects. */
 export interface GuestFacts {
@@ -30,14 +28,49 @@ export interface GuestMount {
   readonly directories: readonly string[];
 }
 
+/** A process of a container: its init has the empty exec id. */
+export interface ProcessRef {
+  readonly id: string;
+  readonly execId: string;
+}
+
+/** How a process reads and writes: a pipe each or /dev/null, or one terminal for all three. */
+export interface GuestStdio {
+  readonly stdin: boolean;
+  readonly stdout: boolean;
+  readonly stderr: boolean;
+  readonly terminal: boolean;
+  /** The terminal's size in characters; undefined leaves it as the spec has it. */
+  readonly size: TerminalSize | undefined;
+}
+
+export interface TerminalSize {
+  readonly width: number;
+  readonly height: number;
+}
+
 export interface GuestContainer {
   readonly id: string;
   /** The guest's runtime-spec, JSON. */
   readonly spec: string;
   readonly mounts: readonly GuestMount[];
-  readonly stdin: boolean;
-  readonly stdout: boolean;
-  readonly stderr: boolean;
+  readonly stdio: GuestStdio;
+}
+
+/** How a process ended. */
+export interface GuestExit {
+  /** 0 to 255; 128 + n for signal n. */
+  readonly status: number;
+  /** Bytes that the process itself had written when it ended; undefined where the guest cannot tell. */
+  readonly written: Readonly<Record<OutputName, number | undefined>>;
+}
+
+export interface GuestProcess {
+  /** In the guest. */
+  readonly pid: number;
+  /** Of a process that was exec'd; else empty. */
+  readonly execId: string;
+  readonly init: boolean;
 }
 
 export interface GuestOptions {
@@ -45,6 +78,10 @@ export interface GuestOptions {
   readonly hostname: string;
   /** Milliseconds for the agent's answer to one call, before the call fails with `deadline-exceeded`. */
   readonly answerLimitMs: number;
+  /** The sandbox's secret, by which a later connection knows the agent again. */
+  readonly session: string;
+  /** True when the agent was told the session on an earlier connection. */
+  readonly returning?: boolean;
 }
 
 /**
@@ -53,33 +90,7 @@ export interface GuestOptions {
  */
 const removalLimitMs = 120_000;
 
-/** The most bytes of stdin in one message: big enough to amortise a message, small against HTTP/2's window. */
-const stdinChunkBytes = 128 * 1024;
-
 const rebuildHint = 'build the guest image again with `npm run setup`';
-
-/** One unary method of the generated service table. */
-interface UnaryMethod<Req, Res> {
-  readonly path: string;
-  readonly requestSerialize: (request: Req) => Buffer;
-  readonly responseDeserialize: (bytes: Buffer) => Res;
-}
-
-interface CallOptions {
-  /** Milliseconds; no limit when absent. */
-  readonly limitMs?: number;
-  /** Gives the call up: it rejects with the signal's reason, and the agent is told. */
-  readonly signal?: AbortSignal | undefined;
-}
-
-function toKilnError(error: unknown): KilnError {
-  const { code, details } = error as Partial<ServiceError>;
-  if (typeof code !== 'number') return KilnError.from(error);
-  if (code === status.UNAVAILABLE) {
-    return new KilnError('unavailable', 'the connection to the guest was lost', { cause: error });
-  }
-  return new KilnError(KilnError.codeOfStatus(code), printable(details || String(error)), { cause: error });
-}
 
 /** The agent of one VM. Every call fails with `unavailable` once the connection is gone. */
 export class Guest implements Disposable {
@@ -99,9 +110,13 @@ export class Guest implements Disposable {
 
   /**
    * Speaks Hello on a connection that the agent dialled; the guest's clock is right afterwards.
-   * Takes the socket over, also when it throws: `failed-precondition` when host and guest speak different protocols.
+   * Takes the socket over, also when it throws: `failed-precondition` when host and guest speak different protocols,
+   * `permission-denied` when the caller is not the agent that was told the session.
    */
-  static async connect(socket: net.Socket, { hostname, answerLimitMs }: GuestOptions): Promise<Guest> {
+  static async connect(
+    socket: net.Socket,
+    { hostname, answerLimitMs, session, returning = false }: GuestOptions,
+  ): Promise<Guest> {
     const connection = clientOverSocket(AgentClient, socket, { peer: 'the guest' });
     try {
       const hello = {
@@ -110,6 +125,7 @@ export class Guest implements Disposable {
         features: [],
         realtimeNs: BigInt(Date.now()) * 1_000_000n,
         hostname,
+        session,
       };
       const answer = await unary(connection.client, AgentService.hello, hello, { limitMs: answerLimitMs });
       const answeredAt = Date.now();
@@ -120,6 +136,9 @@ export class Guest implements Disposable {
             `this kilnd speaks ${Protocol.PROTOCOL_CURRENT} (Kiln ${kilnVersion})`,
           { hint: rebuildHint },
         );
+      }
+      if (returning && answer.session !== session) {
+        throw new KilnError('permission-denied', 'the caller is not the agent of this VM');
       }
       const facts = {
         kernelRelease: answer.kernelRelease,
@@ -154,9 +173,8 @@ export class Guest implements Disposable {
       options: [...mount.options],
       directories: [...mount.directories],
     }));
-    const { id, stdin, stdout, stderr } = container;
-    const spec = Buffer.from(container.spec);
-    const request = { id, spec, mounts, stdin, stdout, stderr };
+    const { id, stdio } = container;
+    const request = { id, spec: Buffer.from(container.spec), mounts, stdio: toStdio(stdio) };
     return (await this.#call(AgentService.createContainer, request, { signal })).pid;
   }
 
@@ -164,18 +182,48 @@ export class Guest implements Disposable {
     await this.#call(AgentService.startContainer, { id });
   }
 
-  async signal(id: string, signal: number, all: boolean): Promise<void> {
-    await this.#call(AgentService.signalContainer, { id, signal, all });
+  /**
+   * Runs one more process in the container; returns its pid in the guest.
+   *
+   * @param process the guest's runtime-spec `process`, JSON
+   */
+  async exec(ref: ProcessRef, process: string, stdio: GuestStdio): Promise<number> {
+    const request = { ...ref, process: Buffer.from(process), stdio: toStdio(stdio) };
+    return (await this.#call(AgentService.execProcess, request)).pid;
   }
 
-  /** Resolves with the init process's exit status (128 + n for signal n) when it has ended. */
-  async waitExit(id: string): Promise<number> {
-    return (await unary(this.#client, AgentService.waitContainer, { id })).exitStatus;
+  async signal({ id, execId }: ProcessRef, signal: number, all: boolean): Promise<void> {
+    await this.#call(AgentService.signalProcess, { id, execId, signal, all });
   }
 
-  /** The guest's process ids of a container, its init's apart. */
-  async processes(id: string): Promise<{ pids: readonly number[]; initPid: number }> {
-    return this.#call(AgentService.listProcesses, { id });
+  /** Resolves when the process has ended. */
+  async waitExit({ id, execId }: ProcessRef): Promise<GuestExit> {
+    const exit = await unary(this.#client, AgentService.waitProcess, { id, execId });
+    return {
+      // A guest that is not ours any more may say anything.
+      status: exit.exitStatus & 0xff,
+      written: { stdout: toNumber(exit.stdoutBytes), stderr: toNumber(exit.stderrBytes) },
+    };
+  }
+
+  /** The container's processes. */
+  async processes(id: string): Promise<readonly GuestProcess[]> {
+    return (await this.#call(AgentService.listProcesses, { id })).processes;
+  }
+
+  /** Whether the container's program was started, and which processes were exec'd and not removed. */
+  async describe(id: string): Promise<{ readonly started: boolean; readonly execIds: readonly string[] }> {
+    return this.#call(AgentService.describeContainer, { id });
+  }
+
+  /** Sets the size of a process's terminal. */
+  async resize({ id, execId }: ProcessRef, { width, height }: TerminalSize): Promise<void> {
+    await this.#call(AgentService.resizeTerminal, { id, execId, width, height });
+  }
+
+  /** Forgets an exec'd process that has ended, and what is left of its output. */
+  async removeProcess({ id, execId }: ProcessRef): Promise<void> {
+    await this.#call(AgentService.removeProcess, { id, execId });
   }
 
   /** Removes a container and unmounts its filesystems, so that what it wrote is on the disk when this resolves. */
@@ -184,57 +232,14 @@ export class Guest implements Disposable {
     await this.#call(AgentService.removeContainer, { id, ...options }, { limitMs });
   }
 
-  /**
-   * Copies one output stream to `sink` until its last writer has closed it, or the sink is destroyed. The sink's
-   * back-pressure reaches the program.
-   */
-  async pipeOutput(id: string, stream: 'stdout' | 'stderr', sink: Writable): Promise<void> {
-    const number = stream === 'stdout' ? OutputStream.OUTPUT_STREAM_STDOUT : OutputStream.OUTPUT_STREAM_STDERR;
-    const call = this.#client.readOutput({ id, stream: number });
-    // The loop below reports errors; one that comes after it (the cancellation is one) has nobody else to go to.
-    call.on('error', () => {});
-    const cancel = () => call.cancel();
-    sink.once('close', cancel);
-    try {
-      for await (const { data } of call) {
-        if (sink.destroyed) return;
-        if (!sink.write(data)) await drainedOrClosed(sink);
-        countRelayed(data.length);
-      }
-    } catch (error) {
-      if (!sink.destroyed) throw toKilnError(error);
-    } finally {
-      sink.off('close', cancel);
-      cancel();
-    }
+  /** See `pipeOutput` of streams.ts. */
+  pipeOutput(request: OutputRequest, sink: Writable, onDelivered: (offset: number) => void): Promise<void> {
+    return pipeOutput(this.#client, request, sink, onDelivered);
   }
 
-  /**
-   * Copies `source` to the program's stdin and closes it at the source's end, also when that is destroyed. Destroys the
-   * source when nobody takes its bytes any more.
-   */
-  async pipeStdin(id: string, source: Readable): Promise<void> {
-    const { promise: answered, resolve, reject } = Promise.withResolvers<void>();
-    const call = this.#client.writeStdin((error) => (error === null ? resolve() : reject(toKilnError(error))));
-    call.on('error', () => {});
-    const stop = () => source.destroy();
-    answered.then(stop, stop);
-    try {
-      call.write({ id, data: Buffer.alloc(0) });
-      for await (const chunk of source as AsyncIterable<Buffer>) {
-        for (let at = 0; at < chunk.length; at += stdinChunkBytes) {
-          const data = chunk.subarray(at, at + stdinChunkBytes);
-          if (!call.write({ id: '', data })) await Promise.race([once(call, 'drain'), answered]);
-        }
-        countRelayed(chunk.length);
-      }
-    } catch (error) {
-      // Destroyed: by the owner because the program has ended, or above because of the answer, which tells why.
-      if (!source.destroyed || source.errored !== null) throw error;
-    } finally {
-      call.end();
-    }
-    await answered;
+  /** See `pipeStdin` of streams.ts. */
+  pipeStdin(ref: ProcessRef, source: Readable): Promise<void> {
+    return pipeStdin(this.#client, ref, source);
   }
 
   #call<Req, Res>(method: UnaryMethod<Req, Res>, request: Req, options: CallOptions = {}): Promise<Res> {
@@ -246,48 +251,10 @@ export class Guest implements Disposable {
   }
 }
 
-function drainedOrClosed(sink: Writable): Promise<void> {
-  return new Promise((resolve) => {
-    const done = () => {
-      sink.off('drain', done);
-      sink.off('close', done);
-      resolve();
-    };
-    sink.on('drain', done);
-    sink.on('close', done);
-  });
+function toStdio({ size, ...stdio }: GuestStdio): Stdio {
+  return { ...stdio, width: size?.width ?? 0, height: size?.height ?? 0 };
 }
 
-function unary<Req, Res>(
-  client: AgentClient,
-  method: UnaryMethod<Req, Res>,
-  request: Req,
-  { limitMs, signal }: CallOptions = {},
-): Promise<Res> {
-  const { path, requestSerialize, responseDeserialize } = method;
-  if (signal?.aborted) return Promise.reject(signal.reason);
-  return new Promise((resolve, reject) => {
-    const deadline = limitMs === undefined ? Number.POSITIVE_INFINITY : Date.now() + limitMs;
-    const done = (error: ServiceError | null, response?: Res) => {
-      signal?.removeEventListener('abort', cancel);
-      if (error === null && response !== undefined) resolve(response);
-      else if (signal?.aborted) reject(signal.reason);
-      else if (error?.code === status.DEADLINE_EXCEEDED) reject(silent(path, limitMs ?? 0, error));
-      else reject(toKilnError(error));
-    };
-    const call = client.makeUnaryRequest(path, requestSerialize, responseDeserialize, request, { deadline }, done);
-    const cancel = () => call.cancel();
-    signal?.addEventListener('abort', cancel, { once: true });
-  });
-}
-
-function silent(path: string, limitMs: number, cause: unknown): KilnError {
-  const name = path.slice(path.lastIndexOf('/') + 1);
-  return new KilnError(
-    'deadline-exceeded',
-    `the agent in the guest did not answer ${name} within ${limitMs / 1000} s`,
-    {
-      cause,
-    },
-  );
+function toNumber(value: bigint | undefined): number | undefined {
+  return value === undefined ? undefined : Number(value);
 }

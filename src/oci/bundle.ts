@@ -10,7 +10,10 @@ import { join, resolve } from 'node:path';
 import { z } from 'zod';
 import { KilnError } from '../errors.ts';
 import { type Integer, parseJson } from './json.ts';
-import type { Spec } from './spec.ts';
+import type { Process, Spec } from './spec.ts';
+
+/** struct winsize of ioctl_tty(2) has 16 bits for each side. */
+const maxTerminalSide = 0xffff;
 
 /** No real spec comes near; a runaway one must not fill the daemon's memory. */
 const maxConfigBytes = 16 * 1024 * 1024;
@@ -31,17 +34,24 @@ const strings = z.array(z.string());
 const stringMap = z.record(z.string(), z.string());
 const object = z.looseObject;
 
+const characters = integer.refine((value) => value >= 0 && value <= maxTerminalSide, {
+  error: `expected 0 to ${maxTerminalSide}`,
+});
+
+const processSchema: z.ZodType<Process> = object({
+  terminal: z.boolean().optional(),
+  consoleSize: object({ width: characters, height: characters }).optional(),
+  args: strings.min(1, { error: 'expected at least one argument' }),
+  env: strings.optional(),
+  cwd: z.string().startsWith('/', { error: 'expected an absolute path' }),
+  user: object({ uid: integer.optional(), gid: integer.optional() }).optional(),
+  apparmorProfile: z.string().optional(),
+  selinuxLabel: z.string().optional(),
+});
+
 const specSchema: z.ZodType<Spec> = object({
   ociVersion: z.string(),
-  process: object({
-    terminal: z.boolean().optional(),
-    args: strings.min(1, { error: 'expected at least one argument' }),
-    env: strings.optional(),
-    cwd: z.string().startsWith('/', { error: 'expected an absolute path' }),
-    user: object({ uid: integer.optional(), gid: integer.optional() }).optional(),
-    apparmorProfile: z.string().optional(),
-    selinuxLabel: z.string().optional(),
-  }),
+  process: processSchema,
   root: object({
     path: z.string().min(1, { error: 'expected a path' }),
     readonly: z.boolean().optional(),
@@ -87,6 +97,15 @@ export async function readBundle(bundleDir: string): Promise<Bundle> {
 
 /** The spec in a config.json's text; `file` is what errors call it. Throws what `readBundle` throws. */
 export function parseSpec(text: string, file: string): Spec {
+  return parseWith(specSchema, text, file);
+}
+
+/** The process object in the JSON text of an exec; `source` is what errors call it. Throws what `readBundle` throws. */
+export function parseProcess(text: string, source: string): Process {
+  return parseWith(processSchema, text, source);
+}
+
+function parseWith<T>(schema: z.ZodType<T>, text: string, file: string): T {
   let parsed: unknown;
   try {
     parsed = parseJson(text);
@@ -94,7 +113,7 @@ export function parseSpec(text: string, file: string): Spec {
     const reason = error instanceof RangeError ? 'nested too deeply' : String(error);
     throw new KilnError('invalid-argument', `${file}: not valid JSON: ${reason}`, { cause: error });
   }
-  const result = specSchema.safeParse(parsed);
+  const result = schema.safeParse(parsed);
   if (result.success) return result.data;
   const issue = result.error.issues[0];
   const path = issue?.path ?? [];

@@ -13,7 +13,7 @@ import { applyRules, drop, keep, nested, type Rules, refuse, type Translation, t
 import { translateMounts } from './mounts.ts';
 import { translateNamespaces } from './namespaces.ts';
 import { resourceRules, translateResources } from './resources.ts';
-import type { Hook, Spec } from './spec.ts';
+import type { Hook, Process, Spec } from './spec.ts';
 
 export interface GuestSpecOptions {
   /** The container's id: the last part of its cgroup. */
@@ -43,10 +43,8 @@ const notLinux = refuse('Kiln runs Linux containers', 'invalid-argument');
 const podAnnotations = ['io.kubernetes.cri.container-type', 'io.kubernetes.cri-o.ContainerType'];
 
 const processRules: Rules = {
-  terminal: translate<boolean>((terminal) => {
-    if (terminal) throw new KilnError('unimplemented', 'terminals are not supported yet');
-    return undefined;
-  }),
+  terminal: keep,
+  // The agent sets it, when it has the terminal: terminalSize().
   consoleSize: drop(),
   user: keep,
   args: keep,
@@ -160,6 +158,27 @@ export function toGuestSpec(spec: Spec, { id, rootfsPath, hostname }: GuestSpecO
     linux: { ...spec.linux, namespaces: spec.linux?.namespaces ?? [], cgroupsPath: '' },
   };
   return { spec: applyRules(specRules, whole, '', translation) as Spec, warnings: translation.warnings };
+}
+
+export interface GuestProcessSpec {
+  /** For crun in the guest. Serialise it with `stringifyJson`. */
+  readonly process: Process;
+  /** As of `GuestSpec`. */
+  readonly warnings: readonly string[];
+}
+
+/** What crun in the guest is told to run in a container that exists. Throws what `toGuestSpec` throws. */
+export function toGuestProcess(process: Process, { id, rootfsPath }: GuestSpecOptions): GuestProcessSpec {
+  const translation: Translation = { id, rootfsPath, hostname: undefined, warnings: [] };
+  const translated = applyRules(processRules, process, 'process', translation) as Process;
+  return { process: translated, warnings: translation.warnings };
+}
+
+/** The size that a process's terminal begins with; undefined where the spec does not say. */
+export function terminalSize({ consoleSize }: Process): { width: number; height: number } | undefined {
+  if (consoleSize === undefined) return undefined;
+  const { width, height } = consoleSize;
+  return { width: Number(width), height: Number(height) };
 }
 
 function translateAnnotations(annotations: Record<string, string>, _path: string, { warnings }: Translation): object {

@@ -20,6 +20,8 @@ export interface Spec {
 
 export interface Process {
   readonly terminal?: boolean | undefined;
+  /** The terminal's, in characters. */
+  readonly consoleSize?: { readonly width: Integer; readonly height: Integer } | undefined;
   readonly args: readonly string[];
   readonly env?: readonly string[] | undefined;
   /** Absolute path in the container. */

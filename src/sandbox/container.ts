@@ -1,21 +1,25 @@
 import { mkdir, rm } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
+import type { GuestExit, ProcessRef, TerminalSize } from '../guest/guest.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import { guestMounts } from '../rootfs/index.ts';
+import { Exec, type ExecRequest } from './exec.ts';
+import { faultPoint } from './faults.ts';
+import { deleteDrainMs, destroyGraceMs } from './limits.ts';
+import { assertNoInterfaces } from './network-check.ts';
+import { guestStdio, ProcessIo } from './process-io.ts';
 import {
   afterExit,
   alreadyFinished,
-  type ContainerState,
   type Exit,
+  type ProcessState,
   requireDeletable,
+  requireExecable,
   requireSignalable,
   requireStartable,
-} from './container-state.ts';
-import { faultPoint } from './faults.ts';
-import { deleteDrainMs, destroyGraceMs, outputGraceMs } from './limits.ts';
-import { assertNoInterfaces } from './network-check.ts';
+} from './process-state.ts';
 import { acquire, type ContainerRequest, type HostServices, type Resources } from './resources.ts';
 import { WaitableCell } from './waitable-cell.ts';
 
@@ -25,6 +29,13 @@ const sigkill = 9;
 /** Exit status of a container whose VM was killed from outside, and of one whose VM failed. */
 const vmKilledStatus = 128 + sigkill;
 const unknownStatus = 255;
+
+/** A process of a container by its pid: the init's on the host, the others' in the guest. */
+export interface ContainerProcess {
+  readonly pid: number;
+  /** Of a process that was exec'd; else empty. */
+  readonly execId: string;
+}
 
 /**
  * A container in a VM of its own.
@@ -36,35 +47,54 @@ export class Container {
   readonly id: string;
   /** The stand-in's pid: what the host knows the container by. */
   readonly pid: number;
-  /** Set once, when the init process has ended and its output was delivered. */
+  readonly terminal: boolean;
+  /** Set once, when the init process and all others have ended and their output was delivered. */
   readonly exit = new WaitableCell<Exit>();
   readonly timeline: Timeline;
-  #state: ContainerState = { kind: 'created' };
+  #state: ProcessState = { kind: 'created' };
   readonly #resources: Resources;
   readonly #disposal: AsyncDisposableStack;
   readonly #logger: Logger;
-  readonly #outputs: Promise<unknown>;
+  readonly #io: ProcessIo;
+  readonly #execs = new Map<string, Exec>();
   #starting: Promise<void> = Promise.resolve();
   /** The init process has ended; its output may still be on its way. */
   #exited = false;
   /** Set when we end the container ourselves, so that its VM's end is nothing to report. */
   #destruction: Promise<void> | undefined;
+  /** The exit status of everything in a guest that was lost; set when somebody has noticed. */
+  #lost: Promise<number> | undefined;
   /** Settled when output, guest and VM are done with; set before `exit`. Never rejects. */
   #woundUp: Promise<void> | undefined;
 
   private constructor(id: string, resources: Resources, disposal: AsyncDisposableStack, request: ContainerRequest) {
     this.id = id;
     this.pid = resources.standIn.pid;
+    this.terminal = request.terminal;
     this.timeline = request.timeline;
     this.#resources = resources;
     this.#disposal = disposal;
     this.#logger = request.logger;
-    this.#outputs = this.#relayStdio();
+    this.#io = new ProcessIo({
+      guest: resources.sandbox.guest,
+      process: this.#init,
+      stdio: resources.stdio,
+      terminal: request.terminal,
+      report: this.#report,
+    });
     void this.#supervise();
     void this.#followStandIn();
   }
 
-  get state(): ContainerState {
+  get #init(): ProcessRef {
+    return { id: this.id, execId: '' };
+  }
+
+  get #name(): string {
+    return `container ${this.id}`;
+  }
+
+  get state(): ProcessState {
     return this.#state;
   }
 
@@ -86,9 +116,7 @@ export class Container {
       id,
       spec: request.spec,
       mounts: guestMounts(rootfs, id, { lower, writable }),
-      stdin: stdio.stdin !== null,
-      stdout: stdio.stdout !== null,
-      stderr: stdio.stderr !== null,
+      stdio: guestStdio(stdio, request.terminal, request.terminalSize),
     };
     await sandbox.createContainer(container, signal);
     timeline.mark('created');
@@ -98,7 +126,7 @@ export class Container {
 
   /** Runs the user's program. When it fails, the program has not run, as far as the guest has told. */
   async start(): Promise<void> {
-    requireStartable(this.id, this.#state);
+    requireStartable(this.#name, this.#state);
     const { sandbox, stdio } = this.#resources;
     const started = Promise.withResolvers<void>();
     this.#starting = started.promise;
@@ -121,24 +149,49 @@ export class Container {
 
   /** Sends a signal; `not-found` when there is no process any more. */
   async kill(signal: number, all: boolean): Promise<void> {
-    requireSignalable(this.id, this.#state);
+    requireSignalable(this.#name, this.#state);
     try {
-      await this.#resources.sandbox.guest.signal(this.id, signal, all);
+      await this.#resources.sandbox.guest.signal(this.#init, signal, all);
     } catch (error) {
       const code = error instanceof KilnError ? error.code : undefined;
       // The VM has ended, or will have in a moment.
       if (code === 'unavailable') await this.exit.wait();
       // The guest knows of the end already, while we still deliver the output.
       else if (code !== 'failed-precondition' && code !== 'not-found') throw error;
-      throw alreadyFinished(this.id);
+      throw alreadyFinished(this.#name);
     }
   }
 
-  /** The processes of the container by their pids in the guest; the init process by its pid on the host. */
-  async processes(): Promise<readonly number[]> {
+  /** Registers one more process; it runs when it is started. The caller keeps its exec id unique, and deletes it. */
+  exec(request: ExecRequest): Exec {
+    requireExecable(this.#name, this.#state);
+    const exec = new Exec(
+      {
+        id: this.id,
+        guest: this.#resources.sandbox.guest,
+        requireExecable: () => requireExecable(this.#name, this.#state),
+        lostStatus: () => this.#lostStatus(),
+        forget: () => this.#execs.delete(request.execId),
+        report: this.#report,
+      },
+      request,
+    );
+    this.#execs.set(request.execId, exec);
+    return exec;
+  }
+
+  /** The processes of the container. */
+  async processes(): Promise<readonly ContainerProcess[]> {
     if (this.#state.kind === 'stopped' || this.#state.kind === 'deleted') return [];
-    const { pids, initPid } = await this.#resources.sandbox.guest.processes(this.id);
-    return [this.pid, ...pids.filter((pid) => pid !== initPid)];
+    const processes = await this.#resources.sandbox.guest.processes(this.id);
+    const others = processes.filter(({ init }) => !init).map(({ pid, execId }) => ({ pid, execId }));
+    return [{ pid: this.pid, execId: '' }, ...others];
+  }
+
+  /** Sets the size of the init process's terminal, if it has one. */
+  async resize(size: TerminalSize): Promise<void> {
+    if (!this.terminal || this.#exited) return;
+    await this.#resources.sandbox.guest.resize(this.#init, size);
   }
 
   closeStdin(): void {
@@ -147,7 +200,7 @@ export class Container {
 
   /** Removes a container that is not running, with everything that belongs to it, and returns its exit. */
   async delete(): Promise<Exit> {
-    requireDeletable(this.id, this.#state);
+    requireDeletable(this.#name, this.#state);
     if (this.#state.kind === 'created') await this.#discard();
     const exit = await this.exit.wait();
     await Promise.race([this.#woundUp, delay(deleteDrainMs, undefined, { ref: false })]);
@@ -182,7 +235,7 @@ export class Container {
   }
 
   async #endInGuest(): Promise<void> {
-    if (!this.#exited) await this.#resources.sandbox.guest.signal(this.id, sigkill, true);
+    if (!this.#exited) await this.#resources.sandbox.guest.signal(this.#init, sigkill, true);
     await this.exit.wait();
     await this.#windUp();
   }
@@ -201,38 +254,29 @@ export class Container {
 
   /** After the exit: what is left of the output is dropped; resolves when its filesystems are flushed and its VM gone. */
   async #windUp(): Promise<void> {
-    await this.#resources.stdio.dispose();
+    await Promise.all([this.#io.dispose(), ...Array.from(this.#execs.values(), (exec) => exec.release())]);
     await this.#woundUp;
-  }
-
-  /** stdin flows until its writer closes it; the promise is of the two outputs, and never rejects. */
-  #relayStdio(): Promise<unknown> {
-    const { stdio, sandbox } = this.#resources;
-    const { stdin, stdout, stderr } = stdio;
-    const report = (error: unknown) => this.#report(error, 'a stdio stream ended early');
-    if (stdin !== null) sandbox.guest.pipeStdin(this.id, stdin).catch(report);
-    const outputs: Promise<void>[] = [];
-    if (stdout !== null) outputs.push(sandbox.guest.pipeOutput(this.id, 'stdout', stdout));
-    if (stderr !== null) outputs.push(sandbox.guest.pipeOutput(this.id, 'stderr', stderr));
-    return Promise.all(outputs.map((output) => output.catch(report)));
   }
 
   /** Follows the init process to its end. Never rejects. */
   async #supervise(): Promise<void> {
-    const { standIn, stdio } = this.#resources;
-    const { status, vmLives } = await this.#awaitStatus();
+    const { standIn } = this.#resources;
+    const { status, written } = await this.#awaitExit();
+    const vmLives = this.#lost === undefined;
     this.#exited = true;
     this.timeline.mark('exited');
     const exit: Exit = { status, at: new Date() };
     // The stand-in lives exactly as long as the task: `kill -0` on its pid must fail once the exit is known.
     await standIn.kill();
-    const drained = this.#outputs
-      .then(() => stdio.finish())
-      .catch((error: unknown) => this.#report(error, 'cannot finish the output'));
-    await Promise.race([drained, delay(outputGraceMs, undefined, { ref: false })]);
+    await this.#io.settled(written);
     await this.#starting;
+    // No process outlives the init, whose end has killed the others.
+    await Promise.all(Array.from(this.#execs.values(), (exec) => exec.ended()));
     this.#state = afterExit(this.#state, exit);
-    const removed = drained.then(() => (vmLives ? this.#removeFromGuest() : undefined));
+    const execs = Array.from(this.#execs.values(), (exec) => exec.drained);
+    const removed = Promise.all([this.#io.drained, ...execs]).then(() =>
+      vmLives ? this.#removeFromGuest() : undefined,
+    );
     this.#woundUp = removed.then(() => this.#endVm());
     this.exit.set(exit);
   }
@@ -245,17 +289,25 @@ export class Container {
     await this.kill(sigkill, true).catch((error: unknown) => this.#report(error, 'cannot kill the container'));
   }
 
-  async #awaitStatus(): Promise<{ status: number; vmLives: boolean }> {
-    const { sandbox } = this.#resources;
+  async #awaitExit(): Promise<GuestExit> {
     try {
-      return { status: await sandbox.guest.waitExit(this.id), vmLives: true };
+      return await this.#resources.sandbox.guest.waitExit(this.#init);
     } catch (error) {
-      const end = await sandbox.end();
-      const level = this.#destruction === undefined ? 'error' : 'debug';
-      this.#logger[level]({ err: error, ...end }, 'the VM ended while the container was alive');
-      const killed = end.signal === 'SIGKILL' && !end.guestStopped && !end.agentLost;
-      return { status: killed ? vmKilledStatus : unknownStatus, vmLives: false };
+      return { status: await this.#lostStatus(error), written: { stdout: undefined, stderr: undefined } };
     }
+  }
+
+  /** The exit status of whatever was in the guest when it was lost; a VM that lives on without its agent is ended. */
+  #lostStatus(cause?: unknown): Promise<number> {
+    this.#lost ??= this.#awaitVmEnd(cause);
+    return this.#lost;
+  }
+
+  async #awaitVmEnd(cause: unknown): Promise<number> {
+    const end = await this.#resources.sandbox.end();
+    const level = this.#destruction === undefined ? 'error' : 'debug';
+    this.#logger[level]({ err: cause, ...end }, 'the VM ended while the container was alive');
+    return end.signal === 'SIGKILL' && !end.guestStopped && !end.agentLost ? vmKilledStatus : unknownStatus;
   }
 
   /** Flushes the container's filesystems. */
@@ -277,8 +329,8 @@ export class Container {
   }
 
   /** For what nobody awaits. That the connection is gone says nothing new: the VM has ended. */
-  #report(error: unknown, message: string): void {
+  readonly #report = (error: unknown, message: string): void => {
     const gone = error instanceof KilnError && (error.code === 'unavailable' || error.code === 'not-found');
     this.#logger[gone ? 'debug' : 'warn']({ err: forLog(error) }, message);
-  }
+  };
 }

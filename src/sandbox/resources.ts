@@ -1,4 +1,5 @@
 import type { KilnConfig } from '../config/config.ts';
+import type { TerminalSize } from '../guest/guest.ts';
 import type { HelperProcess } from '../host/helper-process.ts';
 import { startStandIn } from '../host/stand-in.ts';
 import type { Logger } from '../observe/logger.ts';
@@ -27,6 +28,10 @@ export interface ContainerRequest {
   readonly files: Pick<VmConfig, 'kernel' | 'initrd' | 'guestImage'>;
   readonly memoryMib: number;
   readonly vcpus: number;
+  /** The init process has a terminal. */
+  readonly terminal: boolean;
+  /** Undefined leaves it as the guest makes it. */
+  readonly terminalSize: TerminalSize | undefined;
   readonly openStdio: () => Promise<ContainerStdio>;
   readonly timeline: Timeline;
   readonly logger: Logger;

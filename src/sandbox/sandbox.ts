@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
 import { Guest, type GuestContainer } from '../guest/guest.ts';
@@ -62,7 +63,10 @@ export class Sandbox implements AsyncDisposable {
       const socket = await vm.acceptAgent(either);
       mark('agent-connected');
       guest = stack.use(
-        await abortable(Guest.connect(socket, { hostname: 'kiln', answerLimitMs: bootTimeoutMs }), either),
+        await abortable(
+          Guest.connect(socket, { hostname: 'kiln', answerLimitMs: bootTimeoutMs, session: randomUUID() }),
+          either,
+        ),
       );
     } catch (error) {
       if (signal.aborted || error !== timeout.reason) throw error;

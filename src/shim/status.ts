@@ -2,7 +2,7 @@ import { Status } from '../../gen/containerd/task_types.ts';
 import type { Timestamp } from '../../gen/google/protobuf/timestamp.ts';
 import { grpcStatus, KilnError } from '../errors.ts';
 import type { CallStatus } from '../rpc/ttrpc/index.ts';
-import type { ContainerState } from '../sandbox/container-state.ts';
+import type { ProcessState } from '../sandbox/process-state.ts';
 
 /** What containerd is told of a thrown value. */
 export function toTtrpcStatus(error: unknown): CallStatus {
@@ -16,7 +16,7 @@ export function toTimestamp(date: Date): Timestamp {
   return { seconds: BigInt(seconds), nanos: Math.round((ms - seconds * 1000) * 1e6) };
 }
 
-export function toTaskStatus(state: ContainerState): Status {
+export function toTaskStatus(state: ProcessState): Status {
   switch (state.kind) {
     case 'created':
     case 'starting':

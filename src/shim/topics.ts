@@ -2,7 +2,14 @@
  * The events that a runtime tells containerd, each with its topic: containerd core/runtime/events.go and README.md of
  * core/runtime/v2. The only place where a topic or an event's full name is written.
  */
-import { TaskCreate, TaskDelete, TaskExit, TaskStart } from '../../gen/containerd/events.ts';
+import {
+  TaskCreate,
+  TaskDelete,
+  TaskExecAdded,
+  TaskExecStarted,
+  TaskExit,
+  TaskStart,
+} from '../../gen/containerd/events.ts';
 
 interface Codec<T> {
   encode(message: T): { finish(): Uint8Array };
@@ -15,6 +22,8 @@ function event<T>(topic: string, codec: Codec<T>): { readonly topic: string; rea
 const events = {
   TaskCreate: event('/tasks/create', TaskCreate),
   TaskStart: event('/tasks/start', TaskStart),
+  TaskExecAdded: event('/tasks/exec-added', TaskExecAdded),
+  TaskExecStarted: event('/tasks/exec-started', TaskExecStarted),
   TaskExit: event('/tasks/exit', TaskExit),
   TaskDelete: event('/tasks/delete', TaskDelete),
 } as const;

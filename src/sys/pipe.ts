@@ -28,9 +28,24 @@ export function pipe2(): Pipe {
 
 /** Reading without a new buffer for every chunk; net.Socket's `onread`. */
 export interface ReadInto {
-  readonly buffer: Uint8Array;
+  /** Where to read the first chunk to, and after each call of `callback` the next one. */
+  readonly buffer: () => Uint8Array;
   /** The first `length` bytes have been read. False pauses the stream, until `resume`. */
   readonly callback: (length: number) => boolean;
+}
+
+/** ioctl_list(2): FIONREAD. */
+const FIONREAD = 0x541b;
+
+const cIoctl = declare<[fd: number, op: number, argument: Int32Array]>(
+  'int ioctl(int fd, unsigned long op, int *argument)',
+);
+
+/** How many bytes can be read from a pipe now. pipe(7), FIONREAD. @throws SysError */
+export function bytesInPipe(fd: number): number {
+  const count = new Int32Array(1);
+  check(cIoctl(fd, FIONREAD, count), 'ioctl', 'FIONREAD');
+  return count[0] ?? 0;
 }
 
 /**
@@ -39,7 +54,7 @@ export interface ReadInto {
  *
  * Errors of the descriptor are thrown here (Node recognises the kind of file: a regular file is refused).
  *
- * @param into read into this buffer, and emit no 'data'
+ * @param into read into its buffers, and emit no 'data'
  */
 export function socketFromFd(fd: number, direction: 'read' | 'write' | 'both', into?: ReadInto): Socket {
   return new Socket({

@@ -1,0 +1,58 @@
+/** What a program reads from its stdin, on its way from the host. */
+import { closeSync } from 'node:fs';
+import type { Socket } from 'node:net';
+import { countRelayed } from '../src/sys/garbage.ts';
+import { socketFromFd } from '../src/sys/pipe.ts';
+import { socketFromTerminal } from '../src/sys/terminal.ts';
+import { AgentError } from './errors.ts';
+
+export class Input implements Disposable {
+  readonly #fd: number;
+  readonly #kind: 'pipe' | 'terminal';
+  #sink: Socket | undefined;
+  #writing = false;
+  #closed = false;
+
+  constructor(fd: number, kind: 'pipe' | 'terminal' = 'pipe') {
+    this.#fd = fd;
+    this.#kind = kind;
+  }
+
+  /**
+   * Writes all chunks in order, then closes stdin; a terminal stays open, whose end of input is a character. A program
+   * that has closed its stdin, or has ended, is no error: the rest is read and dropped, as a shell's pipe would lose it.
+   *
+   * @throws AgentError failed-precondition when stdin has a writer or is closed; what `chunks` throws, and then stdin is
+   * as it was, for the next writer
+   */
+  async writeAll(chunks: AsyncIterable<Uint8Array>): Promise<void> {
+    if (this.#closed) throw new AgentError('failed-precondition', 'stdin is closed');
+    if (this.#writing) throw new AgentError('failed-precondition', 'stdin is being written already');
+    this.#sink ??= this.#open();
+    const sink = this.#sink;
+    this.#writing = true;
+    try {
+      for await (const chunk of chunks) {
+        countRelayed(chunk.length);
+        if (chunk.length > 0 && sink.writable) await new Promise<void>((written) => sink.write(chunk, () => written()));
+      }
+    } finally {
+      this.#writing = false;
+    }
+    if (this.#kind === 'terminal') return;
+    await new Promise<void>((ended) => (sink.writable ? sink.end(ended) : ended()));
+    this[Symbol.dispose]();
+  }
+
+  #open(): Socket {
+    const sink = this.#kind === 'pipe' ? socketFromFd(this.#fd, 'write') : socketFromTerminal(this.#fd, 'write');
+    return sink.on('error', () => {});
+  }
+
+  [Symbol.dispose](): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    if (this.#sink === undefined) closeSync(this.#fd);
+    else this.#sink.destroy();
+  }
+}

@@ -1,0 +1,160 @@
+/**
+ * What a program writes to one stream, on its way to the host.
+ *
+ * Bytes leave here only when the host has said that it delivered them; until then they are kept, so that a connection
+ * that breaks, or a host that dies, loses nothing: the next one says how far it got, and everything after that is sent
+ * again. What is kept is bounded by the window. When it is full the pipe is not read, fills, and the program waits in
+ * write(2). Nobody reading is the same as a slow reader: the bytes stay in the window and in the pipe, also after the
+ * program's end.
+ */
+import { closeSync } from 'node:fs';
+import type { Socket } from 'node:net';
+import { countRelayed } from '../src/sys/garbage.ts';
+import { bytesInPipe, socketFromFd } from '../src/sys/pipe.ts';
+import { socketFromTerminal } from '../src/sys/terminal.ts';
+import { AgentError } from './errors.ts';
+
+/** How much is read at once, in bytes: what a pipe holds (pipe(7)). */
+export const chunkSize = 64 * 1024;
+
+/** Chunks that the host need not have delivered yet. */
+const windowChunks = 4;
+
+/** Where output goes: the part of a gRPC server stream that is used here. */
+export interface OutputSink {
+  /** Sends a message, of which it keeps no reference. */
+  write(message: { data: Buffer }): unknown;
+  end(): void;
+}
+
+interface Chunk {
+  readonly memory: Buffer;
+  /** Offset in the stream of the first byte. */
+  readonly start: number;
+  readonly length: number;
+}
+
+export class Output implements Disposable {
+  readonly #fd: number;
+  readonly #kind: 'pipe' | 'terminal';
+  readonly #name: string;
+  /** Read and not delivered, in order. */
+  readonly #kept: Chunk[] = [];
+  /** Memory to read into next; made as it is needed, then used again. */
+  readonly #spare: Buffer[] = [];
+  #reading: Buffer = Buffer.alloc(0);
+  #source: Socket | undefined;
+  #sink: OutputSink | undefined;
+  /** Offsets in the stream: up to where it was read, sent to this sink, and delivered. */
+  #read = 0;
+  #sent = 0;
+  #delivered = 0;
+  #ended = false;
+  #disposed = false;
+
+  constructor(fd: number, name: string, kind: 'pipe' | 'terminal' = 'pipe') {
+    this.#fd = fd;
+    this.#name = name;
+    this.#kind = kind;
+  }
+
+  /**
+   * Sends everything from offset `from` on to `sink`, and ends it when the last writer has closed its end. Another sink
+   * that is at it is ended: its reader is gone, or about to be.
+   *
+   * @throws AgentError out-of-range when these bytes are not here: forgotten, or never written
+   */
+  relayTo(sink: OutputSink, from: number): void {
+    this.acknowledge(from);
+    if (from < this.#delivered) {
+      const kept = `${this.#delivered} are delivered already`;
+      throw new AgentError('out-of-range', `${this.#name} cannot be read from byte ${from}: ${kept}`);
+    }
+    this.#sink?.end();
+    this.#sink = sink;
+    this.#sent = from;
+    this.#source ??= this.#open();
+    this.#send();
+  }
+
+  /** The sink's reader is gone; what it has not acknowledged waits for the next one. */
+  detach(sink: OutputSink): void {
+    if (this.#sink === sink) this.#sink = undefined;
+  }
+
+  /** The first `offset` bytes of the stream are delivered. @throws AgentError out-of-range for what was never read */
+  acknowledge(offset: number): void {
+    if (!Number.isSafeInteger(offset) || offset < 0 || offset > this.#read) {
+      throw new AgentError(
+        'out-of-range',
+        `${this.#name} has ${this.#read} bytes so far, so byte ${offset} cannot be delivered`,
+      );
+    }
+    this.#delivered = Math.max(this.#delivered, offset);
+    let first = this.#kept[0];
+    for (; first !== undefined && first.start + first.length <= this.#delivered; first = this.#kept[0]) {
+      this.#kept.shift();
+      this.#spare.push(first.memory);
+      countRelayed(first.length);
+    }
+    if (this.#kept.length < windowChunks) this.#source?.resume();
+  }
+
+  /**
+   * How many bytes the program has written by now; undefined when that cannot be told (a terminal hands bytes on a little
+   * later).
+   */
+  written(): number | undefined {
+    if (this.#kind === 'terminal') return undefined;
+    // Its end has been read, so there is nothing in the pipe, whose descriptor is closed by now.
+    if (this.#ended || this.#disposed) return this.#read;
+    return this.#read + bytesInPipe(this.#fd);
+  }
+
+  #open(): Socket {
+    const into = { buffer: () => this.#nextMemory(), callback: (length: number) => this.#onRead(length) };
+    const source =
+      this.#kind === 'pipe' ? socketFromFd(this.#fd, 'read', into) : socketFromTerminal(this.#fd, 'read', into);
+    // 'close' follows the end of a pipe, and an error: of a pipe there is none, of a terminal EIO is the end.
+    source.on('error', () => {});
+    return source.on('close', () => {
+      this.#ended = true;
+      this.#send();
+    });
+  }
+
+  #nextMemory(): Buffer {
+    this.#reading = this.#spare.pop() ?? Buffer.allocUnsafeSlow(chunkSize);
+    return this.#reading;
+  }
+
+  #onRead(length: number): boolean {
+    this.#kept.push({ memory: this.#reading, start: this.#read, length });
+    this.#read += length;
+    this.#send();
+    return this.#kept.length < windowChunks;
+  }
+
+  #send(): void {
+    const sink = this.#sink;
+    if (sink === undefined) return;
+    for (const { memory, start, length } of this.#kept) {
+      if (start + length <= this.#sent) continue;
+      sink.write({ data: memory.subarray(Math.max(0, this.#sent - start), length) });
+      this.#sent = start + length;
+    }
+    if (!this.#ended) return;
+    this.#sink = undefined;
+    sink.end();
+  }
+
+  /** Closes the pipe; what is left in it is lost. */
+  [Symbol.dispose](): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    if (this.#source === undefined) closeSync(this.#fd);
+    else this.#source.destroy();
+    this.#sink?.end();
+    this.#sink = undefined;
+  }
+}

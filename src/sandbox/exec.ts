@@ -1,0 +1,190 @@
+import { setTimeout as delay } from 'node:timers/promises';
+import { KilnError } from '../errors.ts';
+import type { Guest, GuestExit, ProcessRef, TerminalSize } from '../guest/guest.ts';
+import { deleteDrainMs } from './limits.ts';
+import { guestStdio, ProcessIo } from './process-io.ts';
+import {
+  afterExit,
+  alreadyFinished,
+  type Exit,
+  type ProcessState,
+  requireDeletable,
+  requireSignalable,
+  requireStartable,
+  requireStarted,
+} from './process-state.ts';
+import type { ContainerStdio } from './stdio.ts';
+import { WaitableCell } from './waitable-cell.ts';
+
+/** Exit status of a process that was never started: nobody can tell another. */
+const neverStartedStatus = 255;
+
+export interface ExecRequest {
+  readonly execId: string;
+  /** The guest's runtime-spec `process`, JSON. */
+  readonly process: string;
+  readonly terminal: boolean;
+  /** Undefined leaves it as the guest makes it. */
+  readonly terminalSize: TerminalSize | undefined;
+  readonly openStdio: () => Promise<ContainerStdio>;
+}
+
+/** What an exec'd process needs of its container. */
+export interface ExecHost {
+  readonly id: string;
+  readonly guest: Guest;
+  /** Throws when the container's state allows no start now. */
+  requireExecable(): void;
+  /** After the guest was lost: the exit status of everything that was in it. */
+  lostStatus(): Promise<number>;
+  /** Called once the process is deleted. */
+  readonly forget: () => void;
+  readonly report: (error: unknown, message: string) => void;
+}
+
+/** A process that runs in a container beside its init. It exists in the guest from its start on. */
+export class Exec {
+  readonly execId: string;
+  readonly terminal: boolean;
+  /** Set once, when the process has ended and its output was delivered, or when it was deleted without a start. */
+  readonly exit = new WaitableCell<Exit>();
+  readonly #host: ExecHost;
+  readonly #request: ExecRequest;
+  #state: ProcessState = { kind: 'created' };
+  /** In the guest; 0 before the start. */
+  #pid = 0;
+  #io: ProcessIo | undefined;
+  #starting: Promise<void> = Promise.resolve();
+  #stdio: ContainerStdio | undefined;
+  /** What was asked for before the start. */
+  #size: TerminalSize | undefined;
+  #stdinClosed = false;
+
+  constructor(host: ExecHost, request: ExecRequest) {
+    this.execId = request.execId;
+    this.terminal = request.terminal;
+    this.#host = host;
+    this.#request = request;
+    this.#size = request.terminalSize;
+  }
+
+  get #name(): string {
+    return `exec ${this.execId} of container ${this.#host.id}`;
+  }
+
+  get #ref(): ProcessRef {
+    return { id: this.#host.id, execId: this.execId };
+  }
+
+  get state(): ProcessState {
+    return this.#state;
+  }
+
+  /** Its pid in the guest, 0 before its start: the host has no process of its own for it. */
+  get pid(): number {
+    return this.#pid;
+  }
+
+  /** Runs the program. When it fails, it has not run, and nothing of it is left in the guest. */
+  async start(): Promise<void> {
+    requireStartable(this.#name, this.#state);
+    this.#host.requireExecable();
+    const started = Promise.withResolvers<void>();
+    this.#starting = started.promise;
+    this.#state = { kind: 'starting' };
+    try {
+      const { guest } = this.#host;
+      const { process, terminal, openStdio } = this.#request;
+      await using undo = new AsyncDisposableStack();
+      const stdio = undo.adopt(await openStdio(), (opened) => opened.dispose());
+      stdio.startStdin();
+      if (this.#stdinClosed) stdio.closeStdin();
+      this.#pid = await guest.exec(this.#ref, process, guestStdio(stdio, terminal, this.#size));
+      undo.move();
+      this.#stdio = stdio;
+      const { report } = this.#host;
+      this.#io = new ProcessIo({ guest, process: this.#ref, stdio, terminal, report });
+      this.#state = { kind: 'running' };
+      void this.#supervise(this.#io);
+    } catch (error) {
+      this.#state = { kind: 'created' };
+      throw error;
+    } finally {
+      started.resolve();
+    }
+  }
+
+  /** Resolves when the process no longer runs, nor is about to. Never rejects. */
+  async ended(): Promise<void> {
+    await this.#starting;
+    if (this.#pid !== 0) await this.exit.wait();
+  }
+
+  /** Sends a signal; `not-found` when there is no process any more, `failed-precondition` before there is one. */
+  async kill(signal: number): Promise<void> {
+    requireSignalable(this.#name, this.#state);
+    requireStarted(this.#name, this.#state);
+    try {
+      await this.#host.guest.signal(this.#ref, signal, false);
+    } catch (error) {
+      const code = error instanceof KilnError ? error.code : undefined;
+      if (code !== 'unavailable' && code !== 'failed-precondition' && code !== 'not-found') throw error;
+      throw alreadyFinished(this.#name);
+    }
+  }
+
+  /** Sets the size of its terminal, if it has one; before the start, the size that it will have. */
+  async resize(size: TerminalSize): Promise<void> {
+    this.#size = size;
+    if (!this.terminal || this.#state.kind !== 'running') return;
+    await this.#host.guest.resize(this.#ref, size);
+  }
+
+  closeStdin(): void {
+    this.#stdinClosed = true;
+    this.#stdio?.closeStdin();
+  }
+
+  /** Removes a process that is not running, and returns its exit. */
+  async delete(): Promise<Exit> {
+    requireDeletable(this.#name, this.#state);
+    if (this.#state.kind === 'created') this.exit.set({ status: neverStartedStatus, at: new Date() });
+    const exit = await this.exit.wait();
+    this.#state = { kind: 'deleted', exit };
+    await Promise.race([this.drained, delay(deleteDrainMs, undefined, { ref: false })]);
+    await this.release();
+    this.#host.forget();
+    if (this.#pid === 0) return exit;
+    await this.#host.guest.removeProcess(this.#ref).catch((error: unknown) => {
+      this.#host.report(error, 'cannot remove the process from the guest');
+    });
+    return exit;
+  }
+
+  /** Resolves when its outputs have ended, or are dropped; at once before its start. Never rejects. */
+  get drained(): Promise<void> {
+    return this.#io?.drained ?? Promise.resolve();
+  }
+
+  /** Closes its stdio at once, in whatever state. Never rejects. */
+  async release(): Promise<void> {
+    await this.#io?.dispose();
+  }
+
+  /** Follows the process to its end. Never rejects. */
+  async #supervise(io: ProcessIo): Promise<void> {
+    const { status, written } = await this.#awaitExit();
+    await io.settled(written);
+    const exit: Exit = { status, at: new Date() };
+    this.#state = afterExit(this.#state, exit);
+    this.exit.set(exit);
+  }
+
+  async #awaitExit(): Promise<GuestExit> {
+    try {
+      return await this.#host.guest.waitExit(this.#ref);
+    } catch {
+      return { status: await this.#host.lostStatus(), written: { stdout: undefined, stderr: undefined } };
+    }
+  }
+}

@@ -1,0 +1,106 @@
+import { Writable } from 'node:stream';
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Guest, GuestExit, GuestStdio, ProcessRef, TerminalSize } from '../guest/guest.ts';
+import type { OutputName } from '../guest/streams.ts';
+import { outputGraceMs } from './limits.ts';
+import type { ContainerStdio } from './stdio.ts';
+
+/** What of each output stream has been delivered to its reader, in bytes. */
+export type Delivered = Readonly<Record<OutputName, number>>;
+
+/** What a process is given, in the guest's terms. */
+export function guestStdio(
+  { stdin, stdout, stderr }: ContainerStdio,
+  terminal: boolean,
+  size: TerminalSize | undefined,
+): GuestStdio {
+  return { stdin: stdin !== null, stdout: stdout !== null, stderr: stderr !== null, terminal, size };
+}
+
+/** Follows one output stream's progress. */
+class Progress {
+  delivered: number;
+  readonly #waiting: { readonly offset: number; readonly resolve: () => void }[] = [];
+
+  constructor(from: number) {
+    this.delivered = from;
+  }
+
+  readonly advance = (offset: number): void => {
+    this.delivered = offset;
+    for (const { offset: wanted, resolve } of this.#waiting) if (offset >= wanted) resolve();
+  };
+
+  /** Resolves when so many bytes are delivered. */
+  reached(offset: number): Promise<void> {
+    if (this.delivered >= offset) return Promise.resolve();
+    const { promise, resolve } = Promise.withResolvers<void>();
+    this.#waiting.push({ offset, resolve });
+    return promise;
+  }
+}
+
+/**
+ * The streams of one process between the guest and the host's stdio. None of its promises rejects: a stream that breaks
+ * is reported, and the others go on.
+ */
+export class ProcessIo {
+  readonly #stdio: ContainerStdio;
+  readonly #report: (error: unknown, message: string) => void;
+  readonly #outputs: { readonly name: OutputName; readonly progress: Progress; readonly ended: Promise<void> }[] = [];
+  /** Resolves when all outputs have ended and their readers see the end. */
+  readonly drained: Promise<void>;
+
+  /** Begins to relay; the process must exist in the guest. */
+  constructor(options: {
+    readonly guest: Guest;
+    readonly process: ProcessRef;
+    readonly stdio: ContainerStdio;
+    readonly terminal: boolean;
+    readonly from?: Delivered;
+    readonly report: (error: unknown, message: string) => void;
+  }) {
+    const { guest, process, stdio, terminal, from = { stdout: 0, stderr: 0 }, report } = options;
+    this.#stdio = stdio;
+    this.#report = report;
+    const broke = (error: unknown) => report(error, 'a stdio stream ended early');
+    if (stdio.stdin !== null) guest.pipeStdin(process, stdio.stdin).catch(broke);
+    const relay = (name: OutputName, sink: Writable | null) => {
+      if (sink === null) return;
+      const progress = new Progress(from[name]);
+      const request = { ...process, stream: name, from: from[name] };
+      const ended = guest.pipeOutput(request, sink, progress.advance).catch(broke);
+      this.#outputs.push({ name, progress, ended });
+    };
+    // A terminal that nobody reads would stop the program.
+    relay('stdout', terminal ? (stdio.stdout ?? nowhere()) : stdio.stdout);
+    relay('stderr', stdio.stderr);
+    this.drained = Promise.all(this.#outputs.map(({ ended }) => ended))
+      .then(() => stdio.finish())
+      .catch((error: unknown) => report(error, 'cannot finish the output'));
+  }
+
+  /**
+   * Resolves when everything that the process itself has written is delivered; children that it left behind may hold
+   * its pipes open and write on. A reader that stalls holds it back for a second and no longer.
+   */
+  async settled(written: GuestExit['written']): Promise<void> {
+    const all = this.#outputs.map(({ name, progress, ended }) => {
+      const offset = written[name];
+      return offset === undefined ? ended : Promise.race([ended, progress.reached(offset)]);
+    });
+    const timer = new AbortController();
+    const grace = delay(outputGraceMs, undefined, { signal: timer.signal, ref: false }).catch(() => {});
+    await Promise.race([Promise.all(all), grace]);
+    timer.abort();
+  }
+
+  /** Ends all streams at once; unwritten bytes are lost. Never rejects. */
+  async dispose(): Promise<void> {
+    await this.#stdio.dispose().catch((error: unknown) => this.#report(error, 'cannot release the stdio'));
+  }
+}
+
+function nowhere(): Writable {
+  return new Writable({ write: (_chunk, _encoding, done) => done() });
+}

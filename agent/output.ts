@@ -107,7 +107,7 @@ export class Output implements Disposable {
   written(): number | undefined {
     if (this.#kind === 'terminal') return undefined;
     // Its end has been read, so there is nothing in the pipe, whose descriptor is closed by now.
-    if (this.#ended || this.#disposed) return this.#read;
+    if (this.#disposed || this.#source?.destroyed) return this.#read;
     return this.#read + bytesInPipe(this.#fd);
   }
 

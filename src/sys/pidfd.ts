@@ -1,0 +1,67 @@
+/**
+ * Process file descriptors, pidfd_open(2): a handle on a process that is not our child, which names no other process when
+ * its pid is used again, and which epoll(7) reports as readable when the process has ended.
+ */
+import { closeSync } from 'node:fs';
+import koffi from 'koffi';
+import { SysError } from './error.ts';
+import { declare, errno } from './libc.ts';
+
+/** Numbers of system calls, the same on every architecture since Linux 5.1 (include/uapi/asm-generic/unistd.h). */
+const SYS_pidfd_send_signal = 424;
+const SYS_pidfd_open = 434;
+
+/** errno(3) on Linux. */
+const ESRCH = 3;
+
+const cSyscall = declare<[number: number, first: number, second: number, third: null, fourth: number]>(
+  'long syscall(long number, int first, int second, void *third, unsigned int fourth)',
+);
+
+/** koffi's poll on a descriptor, in libuv's loop. It says more than this to its callback, which nobody needs here. */
+interface Poll {
+  close(): void;
+}
+
+/** A process that somebody else started. Disposing it lets go of it, without a word to the process. */
+export class ProcessHandle implements Disposable {
+  readonly #fd: number;
+  readonly #ended = Promise.withResolvers<void>();
+  #poll: Poll | undefined;
+
+  private constructor(fd: number) {
+    this.#fd = fd;
+    this.#poll = koffi.node.poll(fd, { readable: true }, () => {
+      this[Symbol.dispose]();
+      this.#ended.resolve();
+    });
+  }
+
+  /** @returns undefined when there is no such process. @throws SysError for anything else */
+  static open(pid: number): ProcessHandle | undefined {
+    const fd = cSyscall(SYS_pidfd_open, pid, 0, null, 0);
+    if (fd !== -1) return new ProcessHandle(fd);
+    const error = errno();
+    if (error === ESRCH) return undefined;
+    throw new SysError(error, 'pidfd_open', `pid ${pid}`);
+  }
+
+  /** Resolves when the process has ended; never when the handle is disposed before. */
+  get ended(): Promise<void> {
+    return this.#ended.promise;
+  }
+
+  /** Sends a signal; a process that has ended is no error. @throws SysError */
+  kill(signal: number): void {
+    if (this.#poll === undefined || cSyscall(SYS_pidfd_send_signal, this.#fd, signal, null, 0) !== -1) return;
+    const error = errno();
+    if (error !== ESRCH) throw new SysError(error, 'pidfd_send_signal');
+  }
+
+  [Symbol.dispose](): void {
+    if (this.#poll === undefined) return;
+    this.#poll.close();
+    this.#poll = undefined;
+    closeSync(this.#fd);
+  }
+}

@@ -59,7 +59,12 @@ export async function createContainer(
       openStdio: () =>
         openStdio(
           { stdin, stdout, stderr, terminal },
-          { onError: (name, error) => logger.error({ err: error }, `output to ${name} is being lost`) },
+          {
+            id,
+            namespace: context.namespace,
+            directory: context.directory,
+            onError: (name, error) => logger.error({ err: error }, `output to ${name} is being lost`),
+          },
         ),
       timeline,
       logger,

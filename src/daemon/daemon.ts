@@ -26,6 +26,8 @@ const lingerMs = 5000;
 
 /** What a container gets from kilnd. */
 export interface ContainerContext {
+  /** containerd's. */
+  readonly namespace: string;
   /** A directory for the container alone; not yet existing. */
   readonly directory: string;
   readonly timeline: Timeline;
@@ -191,7 +193,8 @@ export class Daemon {
       createContainer: (create, signal) => {
         const timeline = new Timeline();
         timeline.mark('launcher', served.launchedAtMs);
-        return createContainer(create, { directory: path.join(paths.stateDir, 'c', key), timeline, logger }, signal);
+        const directory = path.join(paths.stateDir, 'c', key);
+        return createContainer(create, { namespace, directory, timeline, logger }, signal);
       },
     });
     const served = { endpoint, launchedAtMs };

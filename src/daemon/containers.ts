@@ -2,7 +2,6 @@ import path from 'node:path';
 import { applyAnnotations } from '../config/annotations.ts';
 import type { LoadedConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
-import type { Logger } from '../observe/logger.ts';
 import { parseProcess, readBundle } from '../oci/bundle.ts';
 import { terminalSize, toGuestProcess, toGuestSpec } from '../oci/guest-spec.ts';
 import { stringifyJson } from '../oci/json.ts';
@@ -62,7 +61,7 @@ export async function createContainer(
       vcpus,
       terminal,
       terminalSize: terminalSize(bundle.spec.process),
-      openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, logger),
+      openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, id }),
       timeline,
       logger,
     },
@@ -74,8 +73,9 @@ export async function createContainer(
 const processType = /(^|\/)opencontainers\/runtime-spec\/1\/Process$/;
 
 /** containerd's request as a process to start; everything that can be refused by reading alone is refused here. */
-export function prepareExec(request: ExecTaskRequest, logger: Logger): ExecRequest {
+export function prepareExec(request: ExecTaskRequest, context: Omit<ContainerContext, 'timeline'>): ExecRequest {
   const { id, execId, stdin, stdout, stderr, terminal, spec } = request;
+  const { logger } = context;
   const name = `exec ${execId} of container ${id}`;
   if (spec === undefined || !processType.test(spec.typeUrl)) {
     throw new KilnError('invalid-argument', `${name}: its spec is ${spec?.typeUrl || 'missing'}, not an OCI process`);
@@ -84,19 +84,24 @@ export function prepareExec(request: ExecTaskRequest, logger: Logger): ExecReque
   requireSameTerminal(name, terminal, given.terminal);
   const { process, warnings } = toGuestProcess(given, { id, rootfsPath: guestRootDirectory(id) });
   for (const warning of warnings) logger.warn({ execId }, warning);
+  const directory = path.join(context.directory, `exec-${execId}`);
   return {
     execId,
+    directory,
     process: stringifyJson(process),
     terminal,
     terminalSize: terminalSize(given),
-    openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, logger),
+    openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, id, directory }),
   };
 }
 
-function openStdioOf(paths: StdioPaths, logger: Logger) {
-  return openStdio(paths, {
-    onError: (name, error) => logger.error({ err: error }, `output to ${name} is being lost`),
-  });
+interface StdioContext extends Omit<ContainerContext, 'timeline'> {
+  readonly id: string;
+}
+
+function openStdioOf(paths: StdioPaths, { id, namespace, directory, logger }: StdioContext) {
+  const onError = (name: string, error: Error) => logger.error({ err: error }, `output to ${name} is being lost`);
+  return openStdio(paths, { id, namespace, directory, onError });
 }
 
 /** The request says how the client talks to the process, the spec what the process gets: they must be the same. */

@@ -32,6 +32,8 @@ const lingerMs = 5000;
 
 /** What a container gets from kilnd. */
 export interface ContainerContext {
+  /** containerd's. */
+  readonly namespace: string;
   /** A directory for the container alone; not yet existing. */
   readonly directory: string;
   readonly timeline: Timeline;
@@ -46,7 +48,7 @@ export interface DaemonOptions {
     context: ContainerContext,
     signal: AbortSignal,
   ) => Promise<TaskContainer>;
-  readonly prepareExec: (request: ExecTaskRequest, logger: Logger) => ExecRequest;
+  readonly prepareExec: (request: ExecTaskRequest, context: Omit<ContainerContext, 'timeline'>) => ExecRequest;
   /** Removes what no snapshot needs any more; called after each container. */
   readonly collectGarbage: () => Promise<unknown>;
   readonly log: DaemonLog;
@@ -187,6 +189,7 @@ export class Daemon {
     const publisher = this.#publisherFor(request.ttrpcAddress);
     const taskLog = new TaskLog(bundle, id);
     const logger = log.forTask(taskLog).child({ namespace, id });
+    const context = { namespace, directory: path.join(paths.stateDir, 'c', key), logger };
     const endpoint = await Endpoint.listen({
       socketPath: path.join(paths.stateDir, 's', key),
       namespace,
@@ -195,11 +198,11 @@ export class Daemon {
       publish: (event) => publisher.publish(namespace, event),
       onQuiet: () => this.#onQuiet(),
       onDeleted: () => taskLog.close(),
-      prepareExec: (request) => prepareExec(request, logger),
+      prepareExec: (exec) => prepareExec(exec, context),
       createContainer: (create, signal) => {
         const timeline = new Timeline();
         timeline.mark('launcher', served.launchedAtMs);
-        return createContainer(create, { directory: path.join(paths.stateDir, 'c', key), timeline, logger }, signal);
+        return createContainer(create, { ...context, timeline }, signal);
       },
     });
     const served = { endpoint, launchedAtMs };

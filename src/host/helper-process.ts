@@ -4,7 +4,7 @@ import path from 'node:path';
 import { Readable } from 'node:stream';
 import { KilnError } from '../errors.ts';
 import { resetOomScore } from './oom-score.ts';
-import { printable } from './printable.ts';
+import { lastLines } from './printable.ts';
 
 /** How a process ended. */
 export interface ProcessExit {
@@ -42,6 +42,8 @@ export interface HelperOptions {
   readonly hint: string;
   /** Give the program a pipe as its fd 3, on which it reports its start. */
   readonly statusPipe?: boolean;
+  /** Descriptors of ours that the program gets as its fds 3, 4 and so on; not together with `statusPipe`. */
+  readonly inherit?: readonly number[];
 }
 
 /** The variable in a helper's environment that says which sandbox's directory it works for. */
@@ -49,7 +51,6 @@ export const sandboxVariable = 'KILN_SANDBOX_DIR';
 
 /** What of a program's output goes into an error message. */
 const lastWordsBytes = 2048;
-const lastWordsLines = 5;
 
 /**
  * Starts a program in a session of its own, so that no signal of a terminal reaches it.
@@ -62,7 +63,7 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
   const log = openSync(logFile, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND, 0o600);
   let started: { child: ChildProcess; exited: Promise<ProcessExit> };
   try {
-    const status: 'pipe'[] = options.statusPipe ? ['pipe'] : [];
+    const more: readonly ('pipe' | number)[] = options.statusPipe ? ['pipe'] : (options.inherit ?? []);
     started = await spawned(options, {
       detached: true,
       cwd: '/',
@@ -70,7 +71,7 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
         PATH: process.env.PATH ?? '/usr/sbin:/usr/bin:/sbin:/bin',
         [sandboxVariable]: options.directory,
       },
-      stdio: ['ignore', log, log, ...status],
+      stdio: ['ignore', log, log, ...more],
     });
   } finally {
     closeSync(log);
@@ -84,11 +85,17 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
     if (child.exitCode === null && child.signalCode === null) child.kill('SIGKILL');
     await exited;
   };
-  return { pid, exited, status, lastWords: () => lastLines(logFile), kill, [Symbol.asyncDispose]: kill };
+  return { pid, exited, status, lastWords: () => endOf(logFile), kill, [Symbol.asyncDispose]: kill };
 }
 
-/** The process once it runs: a program that ends at once can be told from one that was not found. */
-async function spawned(options: HelperOptions, how: SpawnOptions) {
+/**
+ * The process once it runs: a program that ends at once can be told from one that was not found.
+ * Throws `failed-precondition` naming the program when it cannot be executed.
+ */
+export async function spawned(
+  options: Pick<HelperOptions, 'program' | 'args' | 'title' | 'hint'>,
+  how: SpawnOptions,
+): Promise<{ child: ChildProcess; exited: Promise<ProcessExit> }> {
   const { promise, resolve, reject } = Promise.withResolvers<void>();
   try {
     // Some errors (the path is a directory, no memory) are thrown, the others are events.
@@ -109,18 +116,14 @@ async function spawned(options: HelperOptions, how: SpawnOptions) {
 }
 
 /** The end of a log, which can be long: a guest can make its VMM complain. */
-function lastLines(logFile: string): string {
+function endOf(logFile: string): string {
   let fd: number | undefined;
   try {
     fd = openSync(logFile, 'r');
     const size = fstatSync(fd).size;
     const bytes = Buffer.alloc(Math.min(size, lastWordsBytes));
     const length = readSync(fd, bytes, 0, bytes.length, size - bytes.length);
-    return printable(bytes.toString('utf8', 0, length))
-      .trim()
-      .split('\n')
-      .slice(-lastWordsLines)
-      .join('; ');
+    return lastLines(bytes.toString('utf8', 0, length));
   } catch {
     return ''; // The sandbox's directory is gone.
   } finally {

@@ -9,3 +9,11 @@ export function printable(text: string): string {
       .replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f]/g, '')
   );
 }
+
+/** What of a program's output goes into an error message. */
+const lastLinesCount = 5;
+
+/** The last lines of a text on one, fit to be shown. */
+export function lastLines(text: string): string {
+  return printable(text).trim().split('\n').slice(-lastLinesCount).join('; ');
+}

@@ -1,3 +1,4 @@
+import { mkdir, rm } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
 import type { Guest, GuestExit, ProcessRef, TerminalSize } from '../guest/guest.ts';
@@ -21,6 +22,8 @@ const neverStartedStatus = 255;
 
 export interface ExecRequest {
   readonly execId: string;
+  /** A directory of its own, not yet existing; it is removed with the process. */
+  readonly directory: string;
   /** The guest's runtime-spec `process`, JSON. */
   readonly process: string;
   readonly terminal: boolean;
@@ -94,8 +97,10 @@ export class Exec {
     this.#state = { kind: 'starting' };
     try {
       const { guest } = this.#host;
-      const { process, terminal, openStdio } = this.#request;
+      const { directory, process, terminal, openStdio } = this.#request;
       await using undo = new AsyncDisposableStack();
+      await mkdir(directory, { mode: 0o700 });
+      undo.defer(() => rm(directory, { recursive: true, force: true }));
       const stdio = undo.adopt(await openStdio(), (opened) => opened.dispose());
       stdio.startStdin();
       if (this.#stdinClosed) stdio.closeStdin();
@@ -169,6 +174,7 @@ export class Exec {
   /** Closes its stdio at once, in whatever state. Never rejects. */
   async release(): Promise<void> {
     await this.#io?.dispose();
+    if (this.#pid !== 0) await rm(this.#request.directory, { recursive: true, force: true });
   }
 
   /** Follows the process to its end. Never rejects. */

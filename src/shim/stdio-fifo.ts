@@ -28,6 +28,8 @@ const openToWrite = (path: string): number => openSync(path, constants.O_WRONLY 
 export class FifoWriter extends Writable {
   readonly #socket: Socket;
   #spareReader: number | undefined;
+  #discarding = false;
+  #writing: ((error?: Error | null) => void) | undefined;
 
   /** @throws the error of open(2) */
   constructor(path: string) {
@@ -43,8 +45,27 @@ export class FifoWriter extends Writable {
     this.#socket.on('error', (error) => this.destroy(error));
   }
 
+  /** For when nobody will ever read again: what is written from now on is lost, and holds nobody back. */
+  discard(): void {
+    this.#discarding = true;
+    this.#release();
+    this.#written(null);
+  }
+
   override _write(chunk: Buffer, _encoding: BufferEncoding, callback: (error?: Error | null) => void): void {
-    this.#socket.write(chunk, callback);
+    if (this.#discarding) {
+      callback();
+      return;
+    }
+    this.#writing = callback;
+    this.#socket.write(chunk, (error) => this.#written(error ?? null));
+  }
+
+  /** Once a chunk: `discard` comes before the answer of a write that is under way. */
+  #written(error: Error | null): void {
+    const callback = this.#writing;
+    this.#writing = undefined;
+    callback?.(error);
   }
 
   override _final(callback: () => void): void {

@@ -17,8 +17,10 @@ import { dirname, isAbsolute } from 'node:path';
 import type { Readable, Writable } from 'node:stream';
 import { fileURLToPath } from 'node:url';
 import { KilnError } from '../errors.ts';
+import type { LoggerLimits } from '../host/logger-process.ts';
 import { FifoReader, FifoWriter } from './stdio-fifo.ts';
 import { FileWriter } from './stdio-file.ts';
+import { ContainerLogger, parseLoggerUri } from './stdio-logger.ts';
 
 /** As in containerd's CreateTaskRequest and ExecProcessRequest. */
 export interface StdioPaths {
@@ -30,7 +32,14 @@ export interface StdioPaths {
 }
 
 export interface StdioOptions {
-  /** Told when output to a file is being lost. The process is not disturbed by it. */
+  /** What a logger is told of: the container's id; of an exec, the exec's, as under runc. */
+  readonly id: string;
+  readonly namespace: string;
+  /** Private to the container or exec, existing, and there until `dispose`: for a logger's FIFOs and record. */
+  readonly directory: string;
+  /** How long a logger may take; for tests. */
+  readonly loggerLimits?: LoggerLimits;
+  /** Told when output to a file or a logger is being lost. The process is not disturbed by it. */
   readonly onError?: (name: StreamName, error: Error) => void;
 }
 
@@ -54,40 +63,76 @@ export interface Stdio extends AsyncDisposable {
   closeStdin(): void;
   /**
    * After the last write: resolves when every byte is in the pipe or file and the readers have seen the end. Waits for as
-   * long as a reader stalls; `dispose` ends the wait.
+   * long as a reader stalls; `dispose` ends the wait. A logger may still be at work on what it has read.
    */
   finish(): Promise<void>;
-  /** Closes everything at once; unwritten bytes are lost. Any time, any number. Resolves when nothing is open. */
+  /**
+   * Closes everything at once; unwritten bytes are lost. Any time, any number. Resolves when nothing is open and a logger
+   * has ended, which takes up to 14 s with one that does not want to.
+   */
   dispose(): Promise<void>;
 }
 
 /**
- * Opens stdout and stderr, and checks stdin.
+ * Opens stdout and stderr, and checks stdin. A logger is ready when this resolves.
  *
- * @throws KilnError not-found for a path that does not exist, unimplemented for an unknown URI scheme, invalid-argument
+ * @throws KilnError not-found for a path that does not exist, unimplemented for an unknown URI scheme, invalid-argument;
+ *   for a logger failed-precondition and deadline-exceeded
  */
-export async function openStdio(paths: StdioPaths, options: StdioOptions = {}): Promise<Stdio> {
+export async function openStdio(paths: StdioPaths, options: StdioOptions): Promise<Stdio> {
   const stdin = paths.stdin === '' ? null : await checkStdin(paths.stdin);
+  const logger = await startLogger(paths, options);
+  if (logger !== null) {
+    return new OpenStdio({ stdin, stdout: logger.stdout, stderr: paths.terminal ? null : logger.stderr, logger });
+  }
   const stdout = await openOutput('stdout', paths.stdout, options);
-  if (paths.terminal || paths.stderr === '') return new OpenStdio(stdin, stdout, null);
-  if (paths.stderr === paths.stdout) return new OpenStdio(stdin, stdout, stdout);
+  if (paths.terminal || paths.stderr === '') return new OpenStdio({ stdin, stdout, stderr: null });
+  if (paths.stderr === paths.stdout) return new OpenStdio({ stdin, stdout, stderr: stdout });
   try {
-    return new OpenStdio(stdin, stdout, await openOutput('stderr', paths.stderr, options));
+    return new OpenStdio({ stdin, stdout, stderr: await openOutput('stderr', paths.stderr, options) });
   } catch (error) {
     stdout?.destroy();
     throw error;
   }
 }
 
+/** As under runc, stdout decides: a logger that it names gets stderr too, unless that goes elsewhere. */
+async function startLogger(paths: StdioPaths, options: StdioOptions): Promise<ContainerLogger | null> {
+  const uri = parseLoggerUri(paths.stdout);
+  const stderr = paths.terminal ? '' : paths.stderr;
+  if (stderr !== '' && stderr !== paths.stdout && (uri !== null || parseLoggerUri(stderr) !== null)) {
+    const hint = 'one logger gets both outputs: name it for both';
+    throw new KilnError('invalid-argument', `stdout is ${paths.stdout}, but stderr is ${stderr}`, { hint });
+  }
+  if (uri === null) return null;
+  const { id, namespace, directory, loggerLimits, onError } = options;
+  return ContainerLogger.start(uri, {
+    id,
+    namespace,
+    directory,
+    onError: (error) => onError?.('stdout', error),
+    ...(loggerLimits === undefined ? {} : { limits: loggerLimits }),
+  });
+}
+
+interface Opened {
+  readonly stdin: FifoReader | null;
+  readonly stdout: Writable | null;
+  readonly stderr: Writable | null;
+  readonly logger?: ContainerLogger;
+}
+
 class OpenStdio implements Stdio {
   readonly stdin: FifoReader | null;
   readonly stdout: Writable | null;
   readonly stderr: Writable | null;
+  readonly #logger: ContainerLogger | undefined;
 
-  constructor(stdin: FifoReader | null, stdout: Writable | null, stderr: Writable | null) {
+  constructor({ stdin, stdout, stderr, logger }: Opened) {
     this.stdin = stdin;
     this.stdout = stdout;
     this.stderr = stderr;
+    this.#logger = logger;
     // A stream that fails is destroyed, which whoever uses it sees; without a listener it would end the daemon.
     for (const stream of this.#streams()) stream.on('error', () => {});
   }
@@ -105,6 +150,7 @@ class OpenStdio implements Stdio {
   }
 
   async finish(): Promise<void> {
+    await this.#logger?.release();
     for (const stream of this.#streams()) {
       if (stream === this.stdin) stream.destroy();
       else (stream as Writable).end();
@@ -115,6 +161,7 @@ class OpenStdio implements Stdio {
   async dispose(): Promise<void> {
     for (const stream of this.#streams()) stream.destroy();
     await this.#allClosed();
+    await this.#logger?.end();
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -122,7 +169,8 @@ class OpenStdio implements Stdio {
   }
 
   #streams(): Set<Readable | Writable> {
-    return new Set([this.stdin, this.stdout, this.stderr].filter((stream) => stream !== null));
+    const streams = [this.stdin, this.stdout, this.stderr, this.#logger?.stderr ?? null];
+    return new Set(streams.filter((stream) => stream !== null));
   }
 
   async #allClosed(): Promise<void> {
@@ -151,7 +199,11 @@ function majorOf(device: number): number {
   return (device >>> 8) & 0xfff;
 }
 
-async function openOutput(name: StreamName, target: string, { onError }: StdioOptions): Promise<Writable | null> {
+async function openOutput(
+  name: StreamName,
+  target: string,
+  { onError }: Pick<StdioOptions, 'onError'>,
+): Promise<Writable | null> {
   if (target === '') return null;
   const { path, create } = outputPath(name, target);
   const report = (error: Error): void => onError?.(name, error);
@@ -182,7 +234,7 @@ function outputPath(name: StreamName, target: string): { path: string; create: b
   }
   if (scheme !== 'file') {
     throw new KilnError('unimplemented', `${name}: ${scheme}:// is not supported yet: ${target}`, {
-      hint: 'FIFOs, files and file:// are',
+      hint: 'FIFOs, files, file://, binary:// and binary-v2:// are',
     });
   }
   try {

@@ -7,6 +7,7 @@ import { parseArgs } from 'node:util';
 import { projectRoot } from '../support/paths.ts';
 import { Scene } from '../support/scene.ts';
 import { type MemoryUse, measureMemory, measureStart, type StartTimes } from './measure.ts';
+import { measureOutput, type OutputUse } from './output.ts';
 import { table } from './statistics.ts';
 
 const { values } = parseArgs({
@@ -14,6 +15,8 @@ const { values } = parseArgs({
     runs: { type: 'string', default: '10' },
     idle: { type: 'string', default: '10' },
     kernel: { type: 'string' },
+    only: { type: 'string', multiple: true, default: ['start', 'memory', 'output'] },
+    mib: { type: 'string', default: '1024' },
   },
 });
 const say = (text: string): void => void process.stdout.write(`${text}\n`);
@@ -62,6 +65,23 @@ function printMemory({ kilnd, perContainer }: MemoryUse): void {
   );
 }
 
+function printOutput({ mib: size, mibPerS, slow }: OutputUse): void {
+  say(`\na container that writes ${size} MiB to stdout, through ctr, in MiB/s`);
+  say(
+    table([
+      ['kiln', mib(mibPerS.kiln)],
+      ['runc', mib(mibPerS.runc)],
+    ]),
+  );
+  const { stalledS, readerMibPerS, kilndRss, vmmPss } = slow;
+  say(`\nthe same with a reader that stalls ${stalledS} s and then takes ${mib(readerMibPerS)} MiB/s, in MiB`);
+  const row = (name: string, { before, most, after }: OutputUse['slow']['kilndRss']): string[] => {
+    return [name, mib(before), mib(most), mib(after)];
+  };
+  say(table([['', 'before', 'most', 'at the end'], row('kilnd (RSS)', kilndRss), row('VMM (PSS)', vmmPss)]));
+  say(`  the container wrote ${mib(slow.mibPerS)} MiB/s, and ${mib(slow.heldBackMib)} MiB while the reader stalled`);
+}
+
 async function machine(): Promise<Record<string, unknown>> {
   const load = (await readFile('/proc/loadavg', 'utf8')).trim();
   const [cpu] = cpus();
@@ -82,17 +102,19 @@ const scene = new Scene({ version: containerdVersion });
 try {
   await scene.setUp();
   const start: Record<string, StartTimes> = {};
-  for (const kernel of built) {
+  for (const kernel of values.only.includes('start') ? built : []) {
     await scene.configure(`[vm]\nkernel = "${kernel}"\n`);
     start[kernel] = await measureStart(scene, Number(values.runs));
     printStart(kernel, start[kernel]);
   }
-  const memory = await measureMemory(scene, Number(values.idle));
-  printMemory(memory);
+  const memory = values.only.includes('memory') ? await measureMemory(scene, Number(values.idle)) : undefined;
+  if (memory !== undefined) printMemory(memory);
+  const output = values.only.includes('output') ? await measureOutput(scene, Number(values.mib)) : undefined;
+  if (output !== undefined) printOutput(output);
   const folder = join(projectRoot, 'dist', 'bench');
   const file = join(folder, `${startedAt.toISOString().slice(0, 19).replaceAll(':', '-')}Z.json`);
   await mkdir(folder, { recursive: true });
-  await writeFile(file, `${JSON.stringify({ startedAt, machine: facts, start, memory }, null, 2)}\n`);
+  await writeFile(file, `${JSON.stringify({ startedAt, machine: facts, start, memory, output }, null, 2)}\n`);
   say(`\nwritten to ${file}`);
 } catch (error) {
   process.exitCode = 1;

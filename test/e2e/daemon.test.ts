@@ -1,15 +1,32 @@
-import { watch } from 'node:fs';
-import { mkdir, mkdtemp, readFile, rm, stat } from 'node:fs/promises';
+import { constants, openSync, watch } from 'node:fs';
+import { mkdir, mkdtemp, readdir, readFile, rm, stat } from 'node:fs/promises';
+import { Socket } from 'node:net';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { kilndPids } from '../support/leftovers.ts';
 import { containerdVersions, distBin, underKiln } from '../support/paths.ts';
 import type { Scene } from '../support/scene.ts';
-import { Lines, type RunningProgram, run, stream } from '../support/spawn.ts';
+import { bytes, Lines, type RunningProgram, run, stream } from '../support/spawn.ts';
 import { useScene } from '../support/use-scene.ts';
 import { signal, waitForEnd } from '../support/wait-for-end.ts';
 
 const waiting = ['sh', '-c', 'trap "exit 143" TERM; echo up; while :; do sleep 1000 & wait $!; done'];
+
+/** The reading end of a FIFO, opened without waiting for a writer. */
+function openFifo(path: string): Socket {
+  return new Socket({ fd: openSync(path, constants.O_RDONLY | constants.O_NONBLOCK), readable: true, writable: false });
+}
+
+/** Reads until so many lines have come, and leaves: all that was taken out of the FIFO. */
+async function readLines(fifo: string, count: number): Promise<string> {
+  const reader = openFifo(fifo);
+  let read = '';
+  for await (const chunk of reader as AsyncIterable<Buffer>) {
+    read += chunk;
+    if (read.split('\n').length > count) break;
+  }
+  return read;
+}
 
 describe.each(containerdVersions)('a restart of containerd %s', (version) => {
   const scene = useScene({ version });
@@ -66,6 +83,34 @@ describe.each(containerdVersions)('a restart of containerd %s', (version) => {
     await events.waitFor('/tasks/exit', id);
     await scene.remove(id);
     expect(await readFile(file, 'utf8')).toBe('before\nafter\n');
+  });
+
+  it('loses no byte of a FIFO whose reader comes late, leaves and comes back', async () => {
+    const id = scene.id();
+    const script = [
+      'trap "go=1" USR1; trap "echo end; exit 0" TERM',
+      'while [ -z "$go" ]; do sleep 1000 & wait $!; done',
+      'i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done',
+    ].join('; ');
+    // Not ctr's own copying, which ends with ctr.
+    await scene.run(id, ['sh', '-c', script], { flags: ['-d'] });
+    await scene.ctr(['task', 'kill', '--signal', 'SIGUSR1', id]);
+    const names = await readdir(scene.fifoDir, { recursive: true });
+    const fifo = join(scene.fifoDir, names.find((name) => name.endsWith(`/${id}-stdout`)) ?? '');
+
+    let read = await readLines(fifo, 5);
+    await scene.containerd.stop();
+    read += await readLines(fifo, 5);
+    const reader = openFifo(fifo);
+    await scene.containerd.restart();
+    await scene.ctr(['task', 'kill', '--signal', 'SIGTERM', id]);
+    read += (await bytes(reader)).toString();
+    await scene.remove(id);
+
+    const lines = read.trimEnd().split('\n');
+    expect(lines.pop()).toBe('end');
+    expect(lines.length).toBeGreaterThan(10);
+    expect(lines).toEqual(lines.map((_line, n) => `line ${n}`));
   });
 });
 

@@ -1,11 +1,23 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
+import {
+  closeSync,
+  constants,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+  writeSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import { type HelperProcess, startHelper } from '../../../src/host/helper-process.ts';
+import { readLoggerRecords, writeLoggerRecord } from '../../../src/host/logger-record.ts';
 import { killProcessesOf } from '../../../src/host/stale.ts';
+import { Lines, stream } from '../../support/spawn.ts';
 
 let folder: string;
 let started: HelperProcess[];
@@ -87,4 +99,78 @@ test('a helper that has become another program is found just the same', async ()
   started.push(helper);
   await helper.status;
   expect(await killProcessesOf(`${folder}/c`)).toEqual([helper.pid]);
+});
+
+/** Another process that has a container's stdio open towards a logger, as kilnd has. It says when. */
+function startOwner(directory: string, logger: string) {
+  const stdio = path.resolve(import.meta.dirname, '../../../src/shim/stdio.ts');
+  const script = `
+    const { openStdio } = await import(${JSON.stringify(stdio)});
+    const uri = 'binary://' + ${JSON.stringify(logger)};
+    const paths = { stdin: '', stdout: uri, stderr: uri, terminal: false };
+    const stdio = await openStdio(paths, { id: 'c1', namespace: 'default', directory: ${JSON.stringify(directory)} });
+    stdio.stdout.write('before ', () => console.log('open'));
+    setInterval(() => {}, 1000);`;
+  return stream(process.execPath, ['--no-warnings', '--input-type=module', '-e', script]);
+}
+
+function makeLogger(script: string): string {
+  const file = `${folder}/logger`;
+  writeFileSync(file, `#!/bin/sh\nexec 5>&-\n${script}\n`, { mode: 0o755 });
+  return file;
+}
+
+test('a logger outlives a kilnd that is killed, reads on, and is ended after it has read all', async () => {
+  const directory = `${folder}/c/one/execs/two`;
+  mkdirSync(directory, { recursive: true });
+  await using owner = startOwner(directory, makeLogger(`cat <&3 >${folder}/out; exit 0`));
+  await new Lines(owner.stdout).waitFor((line) => line === 'open', 'open');
+  const [logger] = readLoggerRecords(`${folder}/c`);
+  owner.kill('SIGKILL');
+  await owner.exit;
+  const writer = openSync(`${directory}/logger-stdout`, constants.O_WRONLY | constants.O_NONBLOCK);
+  writeSync(writer, 'after');
+  closeSync(writer);
+  expect(isAlive(logger!.pid)).toBe(true);
+  const killed = await killProcessesOf(`${folder}/c`);
+  expect(killed).toHaveLength(2);
+  expect(killed).toContain(logger!.pid);
+  expect(readFileSync(`${folder}/out`, 'utf8')).toBe('before after');
+});
+
+test('a logger that ends neither with its streams nor by SIGTERM is killed', async () => {
+  const directory = `${folder}/c/one`;
+  mkdirSync(directory, { recursive: true });
+  await using owner = startOwner(directory, makeLogger('trap "" TERM; while :; do sleep 1000; done'));
+  await new Lines(owner.stdout).waitFor((line) => line === 'open', 'open');
+  owner.kill('SIGKILL');
+  await owner.exit;
+  const [logger] = readLoggerRecords(`${folder}/c`);
+  expect(await killProcessesOf(`${folder}/c`, 100)).toContain(logger!.pid);
+  expect(await killProcessesOf(`${folder}/c`)).toEqual([]);
+});
+
+test('a process that has the pid of a logger of before lives on', async () => {
+  const directory = `${folder}/c/one`;
+  mkdirSync(directory, { recursive: true });
+  const stranger = spawn('sleep', ['1000'], { stdio: 'ignore', detached: true });
+  await once(stranger, 'spawn');
+  try {
+    writeLoggerRecord(directory, stranger.pid!);
+    const file = `${directory}/logger.json`;
+    const record = JSON.parse(readFileSync(file, 'utf8')) as Record<string, unknown>;
+    for (const other of [{ startTime: '1' }, { bootId: 'another boot' }]) {
+      writeFileSync(file, JSON.stringify({ ...record, ...other }));
+      expect(await killProcessesOf(`${folder}/c`)).toEqual([]);
+    }
+    for (const broken of ['', '{"pid":', '{"pid":-1}', 'null']) {
+      writeFileSync(file, broken);
+      expect(await killProcessesOf(`${folder}/c`)).toEqual([]);
+    }
+    expect(isAlive(stranger.pid!)).toBe(true);
+    writeFileSync(file, JSON.stringify(record));
+    expect(await killProcessesOf(`${folder}/c`, 100)).toEqual([stranger.pid]);
+  } finally {
+    stranger.kill('SIGKILL');
+  }
 });

@@ -36,6 +36,8 @@ afterEach(async () => {
   rmSync(folder, { recursive: true });
 });
 
+const owner = () => ({ id: 'c1', namespace: 'default', directory: folder });
+
 function mkfifo(name: string): string {
   const path = join(folder, name);
   execFileSync('mkfifo', [path]);
@@ -43,7 +45,7 @@ function mkfifo(name: string): string {
 }
 
 async function open(paths: Partial<StdioPaths>): Promise<Stdio> {
-  return stack.use(await openStdio({ stdin: '', stdout: '', stderr: '', terminal: false, ...paths }));
+  return stack.use(await openStdio({ stdin: '', stdout: '', stderr: '', terminal: false, ...paths }, owner()));
 }
 
 /** The client's end of an output FIFO, by epoll like ours so that a failing test hangs no thread. */
@@ -215,7 +217,7 @@ describe('output to files', () => {
     const stdio = stack.use(
       await openStdio(
         { stdin: '', stdout: path, stderr: '', terminal: false },
-        { onError: (name, error) => errors.push(`${name}: ${error.message}`) },
+        { ...owner(), onError: (name, error) => errors.push(`${name}: ${error.message}`) },
       ),
     );
     for (let i = 0; i < 100; i += 1) await writeOut(stdio.stdout, randomBytes(64 * 1024));
@@ -369,18 +371,13 @@ describe('stdin', () => {
 
 describe('openStdio', () => {
   const refusal = async (paths: Partial<StdioPaths>): Promise<unknown> => {
-    return openStdio({ stdin: '', stdout: '', stderr: '', terminal: false, ...paths }).then(
+    return openStdio({ stdin: '', stdout: '', stderr: '', terminal: false, ...paths }, owner()).then(
       () => 'opened',
       (error: unknown) => error,
     );
   };
 
   test.each([
-    [
-      'binary:///usr/bin/nerdctl?a=b',
-      'unimplemented',
-      'stdout: binary:// is not supported yet: binary:///usr/bin/nerdctl',
-    ],
     ['ttrpc+unix:///run/x?streaming_id=1', 'unimplemented', 'stdout: ttrpc+unix:// is not supported yet'],
     ['file://elsewhere/log', 'invalid-argument', 'stdout: file://elsewhere/log does not name a file of this host'],
     ['out', 'invalid-argument', 'stdout: out is neither an absolute path nor a URI'],

@@ -1,0 +1,53 @@
+import { readFileSync } from 'node:fs';
+
+/** A process that can be told from any other that has had the same pid, or will. */
+export interface ProcessIdentity {
+  readonly pid: number;
+  /** Clock ticks between the host's boot and the process's start. proc_pid_stat(5), field 22. */
+  readonly startTime: string;
+  /** Of the host's boot: start times begin anew with each. random(4). */
+  readonly bootId: string;
+}
+
+/** Flag of a process that has begun to end; set before its descriptors are closed. Linux include/linux/sched.h. */
+const PF_EXITING = 0x4;
+
+interface ProcessStat {
+  readonly startTime: string;
+  readonly ending: boolean;
+}
+
+/** Undefined when there is no such process, or it has ended. */
+export function identityOf(pid: number): ProcessIdentity | undefined {
+  const stat = statOf(pid);
+  return stat === undefined ? undefined : { pid, startTime: stat.startTime, bootId: bootId() };
+}
+
+/** False once the process has ended, also before its parent took notice. */
+export function isAlive(identity: ProcessIdentity): boolean {
+  return identity.bootId === bootId() && statOf(identity.pid)?.startTime === identity.startTime;
+}
+
+/** Whether the process has ended, or is past the point where it closes its descriptors. */
+export function isEnding(pid: number): boolean {
+  return statOf(pid)?.ending ?? true;
+}
+
+function bootId(): string {
+  return readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim();
+}
+
+/** proc_pid_stat(5). */
+function statOf(pid: number): ProcessStat | undefined {
+  let text: string;
+  try {
+    text = readFileSync(`/proc/${pid}/stat`, 'utf8');
+  } catch {
+    return undefined;
+  }
+  // The name may hold spaces and brackets; state, the third field, follows the last bracket.
+  const fields = text.slice(text.lastIndexOf(')') + 2).split(' ');
+  const field = (number: number): string => fields[number - 3] ?? '';
+  if (field(3) === 'Z' || field(3) === 'X') return undefined;
+  return { startTime: field(22), ending: (Number(field(9)) & PF_EXITING) !== 0 };
+}

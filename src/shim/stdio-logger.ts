@@ -1,0 +1,160 @@
+/**
+ * A program as stdout and stderr: `binary:///usr/bin/logger?key=value&other=value2` runs `logger key value other value2`
+ * and gives it both streams; see host/logger-process.ts for what the two of them agree on.
+ *
+ * Each stream is a FIFO in the container's private directory. It has a name, and a process of its own holds a write end,
+ * so that logger and FIFO can outlive kilnd, and the next kilnd can open it again.
+ */
+import { closeSync, constants, openSync, rmSync } from 'node:fs';
+import path from 'node:path';
+import { KilnError } from '../errors.ts';
+import { type FifoKeeper, startFifoKeeper } from '../host/fifo-keeper.ts';
+import { describeExit } from '../host/helper-process.ts';
+import { type LoggerLimits, type LoggerProcess, startLogger } from '../host/logger-process.ts';
+import { mkfifo } from '../sys/fifo.ts';
+import { FifoWriter } from './stdio-fifo.ts';
+
+export interface LoggerUri {
+  readonly program: string;
+  readonly args: readonly string[];
+  /** binary-v2:// insists on the byte. */
+  readonly ready: 'byte' | 'byte-or-end';
+}
+
+export interface LoggerOptions {
+  readonly id: string;
+  readonly namespace: string;
+  /** Private, and existing. */
+  readonly directory: string;
+  readonly limits?: LoggerLimits;
+  /** Told when the logger ends too early or badly: output is lost then. */
+  readonly onError: (error: Error) => void;
+}
+
+const loggerSchemes = { 'binary:': 'byte-or-end', 'binary-v2:': 'byte' } as const;
+
+/**
+ * Null for what is no logger's URI. As in runc's shim a key's first value counts, and the order is that of the URI.
+ *
+ * @throws KilnError invalid-argument
+ */
+export function parseLoggerUri(target: string): LoggerUri | null {
+  const scheme = /^(binary|binary-v2):\/\//i.exec(target)?.[1]?.toLowerCase();
+  if (scheme === undefined) return null;
+  const invalid = (reason: string, cause?: unknown): KilnError =>
+    new KilnError('invalid-argument', `${target}: ${reason}`, {
+      hint: `${scheme}:///path/of/program?key=value names a logger`,
+      cause,
+    });
+  try {
+    const { protocol, host, pathname, searchParams } = new URL(target);
+    if (host !== '') throw invalid(`"${host}" is where a host stands, and the path must be absolute`);
+    const program = decodeURIComponent(pathname);
+    if (program === '' || program.endsWith('/')) throw invalid('it names no program');
+    const args = [...new Set(searchParams.keys())].flatMap((key) => [key, searchParams.get(key) ?? '']);
+    return { program, args, ready: loggerSchemes[protocol as keyof typeof loggerSchemes] };
+  } catch (error) {
+    throw error instanceof KilnError ? error : invalid('it is not a valid URI', error);
+  }
+}
+
+/** A logger with its two streams. */
+export class ContainerLogger {
+  readonly stdout: FifoWriter;
+  /** Also when there is nothing to write to it: descriptor 4 must not end before descriptor 3. */
+  readonly stderr: FifoWriter;
+  readonly #program: string;
+  readonly #process: LoggerProcess;
+  readonly #keeper: FifoKeeper;
+  readonly #files: readonly string[];
+
+  private constructor(program: string, process: LoggerProcess, keeper: FifoKeeper, streams: readonly Stream[]) {
+    const [stdout, stderr] = streams as [Stream, Stream];
+    this.stdout = stdout.writer;
+    this.stderr = stderr.writer;
+    this.#program = program;
+    this.#process = process;
+    this.#keeper = keeper;
+    this.#files = streams.map(({ file }) => file);
+  }
+
+  /**
+   * Starts the logger and waits until it is ready.
+   *
+   * @throws KilnError when it cannot be run, ends or does not get ready; nothing is left then
+   */
+  static async start(uri: LoggerUri, options: LoggerOptions): Promise<ContainerLogger> {
+    const { directory, onError } = options;
+    const streams: Stream[] = [];
+    try {
+      for (const name of ['stdout', 'stderr']) streams.push(makeStream(path.join(directory, `logger-${name}`)));
+      const [stdout, stderr] = streams as [Stream, Stream];
+      const running = await startLogger({ ...uri, ...options, stdout: stdout.reader, stderr: stderr.reader });
+      try {
+        const keeper = await startFifoKeeper({ directory, fds: streams.map(({ spareWriter }) => spareWriter) });
+        const logger = new ContainerLogger(uri.program, running, keeper, streams);
+        void logger.#watch(onError);
+        return logger;
+      } catch (error) {
+        for (const { writer } of streams) writer.destroy();
+        await running.end();
+        throw error;
+      }
+    } catch (error) {
+      for (const { writer, file } of streams) {
+        writer.destroy();
+        rmSync(file, { force: true });
+      }
+      throw error;
+    } finally {
+      // The two processes have their own.
+      for (const { reader, spareWriter } of streams) [reader, spareWriter].forEach(closeSync);
+    }
+  }
+
+  /** Gives up the write ends that are not ours, so that each stream ends when its writer does. */
+  async release(): Promise<void> {
+    await this.#keeper.release();
+  }
+
+  /** After the end of both streams: resolves when the logger has ended. Safe to call twice; never rejects. */
+  async end(): Promise<void> {
+    await this.release();
+    await this.#process.end();
+    for (const file of this.#files) rmSync(file, { force: true });
+  }
+
+  async #watch(onError: LoggerOptions['onError']): Promise<void> {
+    const { code, signal } = await this.#process.exited;
+    const early = !this.stdout.closed || !this.stderr.closed;
+    // SIGTERM is ours, for one that does not end with its streams. That is allowed.
+    if (early || (code !== 0 && signal !== 'SIGTERM')) {
+      const what = `the logger "${this.#program}" ended ${describeExit({ code, signal })}`;
+      const words = [early ? `${what} before the output did` : what, this.#process.lastWords()];
+      onError(new KilnError('unavailable', words.filter(Boolean).join(': ')));
+    }
+    this.stdout.discard();
+    this.stderr.discard();
+  }
+}
+
+interface Stream {
+  readonly file: string;
+  readonly writer: FifoWriter;
+  /** For the logger: it blocks when there is nothing to read, as programs expect. */
+  readonly reader: number;
+  /** For the keeper. */
+  readonly spareWriter: number;
+}
+
+function makeStream(file: string): Stream {
+  mkfifo(file, 0o600);
+  using stack = new DisposableStack();
+  const writer = stack.adopt(new FifoWriter(file), (stream) => void stream.destroy());
+  writer.on('error', () => {});
+  // Neither waits for its other end: the writer holds both.
+  const reader = stack.adopt(openSync(file, constants.O_RDONLY), closeSync);
+  const spareWriter = openSync(file, constants.O_WRONLY);
+  stack.move();
+  return { file, writer, reader, spareWriter };
+}

@@ -3,10 +3,12 @@ import { closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';
 import path from 'node:path';
 import { Readable } from 'node:stream';
 import { KilnError } from '../errors.ts';
+import { ProcessHandle } from '../sys/pidfd.ts';
 import { resetOomScore } from './oom-score.ts';
 import { lastLines } from './printable.ts';
+import { identityOf, isAlive, type ProcessIdentity } from './process-identity.ts';
 
-/** How a process ended. */
+/** How a process ended; both null of one that was not our child. */
 export interface ProcessExit {
   readonly code: number | null;
   readonly signal: NodeJS.Signals | null;
@@ -14,12 +16,15 @@ export interface ProcessExit {
 
 /** "(SIGKILL)" or "(exit code 1)". */
 export function describeExit({ code, signal }: ProcessExit): string {
+  if (code === null && signal === null) return '(nobody knows how)';
   return `(${signal ?? `exit code ${code}`})`;
 }
 
 /** A long-running program of the host that belongs to one sandbox: a VMM, its vsock backend, the stand-in. */
 export interface HelperProcess extends AsyncDisposable {
   readonly pid: number;
+  /** By which a later kilnd knows the process again; undefined for one that has ended. */
+  readonly identity: ProcessIdentity | undefined;
   /** Resolves when the process has ended; never rejects. */
   readonly exited: Promise<ProcessExit>;
   /** Everything the program wrote to its fd 3 until it closed it; empty without a status pipe. */
@@ -48,6 +53,9 @@ export interface HelperOptions {
 
 /** The variable in a helper's environment that says which sandbox's directory it works for. */
 export const sandboxVariable = 'KILN_SANDBOX_DIR';
+
+/** signal(7). */
+const SIGKILL = 9;
 
 /** What of a program's output goes into an error message. */
 const lastWordsBytes = 2048;
@@ -85,7 +93,36 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
     if (child.exitCode === null && child.signalCode === null) child.kill('SIGKILL');
     await exited;
   };
-  return { pid, exited, status, lastWords: () => endOf(logFile), kill, [Symbol.asyncDispose]: kill };
+  const identity = identityOf(pid);
+  return { pid, identity, exited, status, lastWords: () => endOf(logFile), kill, [Symbol.asyncDispose]: kill };
+}
+
+/** Takes over a helper that an earlier kilnd has started; undefined when it has ended. */
+export function adoptHelper(
+  identity: ProcessIdentity,
+  { directory, logName }: Pick<HelperOptions, 'directory' | 'logName'>,
+): HelperProcess | undefined {
+  const handle = ProcessHandle.open(identity.pid);
+  if (handle === undefined) return undefined;
+  // Looked at with the handle open, so that it is this process and no other.
+  if (!isAlive(identity)) {
+    handle[Symbol.dispose]();
+    return undefined;
+  }
+  const exited = handle.ended.then(() => ({ code: null, signal: null }));
+  const kill = async () => {
+    handle.kill(SIGKILL);
+    await exited;
+  };
+  return {
+    pid: identity.pid,
+    identity,
+    exited,
+    status: Promise.resolve(''),
+    lastWords: () => endOf(path.join(directory, logName)),
+    kill,
+    [Symbol.asyncDispose]: kill,
+  };
 }
 
 /**

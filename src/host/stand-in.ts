@@ -1,6 +1,9 @@
 import { KilnError } from '../errors.ts';
 import { type HelperProcess, startHelper } from './helper-process.ts';
 
+/** What the stand-in says, in the sandbox's directory. */
+export const standInLogName = 'standin.log';
+
 export interface StandInOptions {
   /** The kiln-standin program. */
   readonly program: string;
@@ -21,7 +24,7 @@ export async function startStandIn(options: StandInOptions): Promise<HelperProce
     // "-": a new network namespace. The directory is where the root is mounted, for the stand-in alone to see.
     args: ['-', options.directory, options.id],
     directory: options.directory,
-    logName: 'standin.log',
+    logName: standInLogName,
     title: 'the stand-in',
     hint: 'run `npm run build`',
     statusPipe: true,

@@ -7,4 +7,11 @@ export {
   type SnapshotMount,
   type WritableSource,
 } from './plan.ts';
-export { type Disk, type PreparedRootfs, type PrepareOptions, RootfsStore, type RootfsStoreOptions } from './store.ts';
+export {
+  type Disk,
+  type DiskFiles,
+  type PreparedRootfs,
+  type PrepareOptions,
+  RootfsStore,
+  type RootfsStoreOptions,
+} from './store.ts';

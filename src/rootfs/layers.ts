@@ -1,7 +1,7 @@
 import { randomUUID } from 'node:crypto';
 import { mkdirSync, readdirSync, renameSync, rmSync } from 'node:fs';
 import { mkdir, open, opendir, readFile, rm, stat, writeFile } from 'node:fs/promises';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import type { Logger } from 'pino';
 import { KilnError } from '../errors.ts';
 import { convertToErofs, type Tree } from './convert.ts';
@@ -28,6 +28,9 @@ export interface LayerCacheOptions {
 
 const scratchPrefix = 'tmp-';
 
+/** Begins the name of an image that is for one container only. */
+const freshPrefix = 'fresh-';
+
 /**
  * The folder of erofs images. An image of committed snapshots is made once and shared; one of directories that somebody
  * may write to is made for one container, and removed with its last lease.
@@ -53,7 +56,7 @@ export class LayerCache {
   /** The image of a source; converts it if there is none. */
   async acquire(source: LowerSource, signal: AbortSignal): Promise<Lease> {
     const { tree, sources, shared } = await inspect(source);
-    const key = shared ? chainKey(sources, source.kind === 'overlay' && source.userxattr) : `fresh-${randomUUID()}`;
+    const key = shared ? chainKey(sources, source.kind === 'overlay' && source.userxattr) : freshPrefix + randomUUID();
     const file = join(this.#directory, `${key}.erofs`);
     // Before the first look at the file, or collectGarbage could remove it in between.
     const taken = this.#lease(file, !shared);
@@ -67,6 +70,11 @@ export class LayerCache {
       taken.release();
       throw error;
     }
+  }
+
+  /** The image that a container of an earlier kilnd has. */
+  adopt(file: string): Lease {
+    return this.#lease(file, basename(file).startsWith(freshPrefix));
   }
 
   /** Removes the images without lease whose sources are gone or were made anew; returns the removed files. */

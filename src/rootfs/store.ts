@@ -21,6 +21,12 @@ export interface PreparedRootfs extends AsyncDisposable {
   release(): Promise<void>;
 }
 
+/** The files of a container's disks. */
+export interface DiskFiles {
+  readonly lower: string;
+  readonly writable: string | null;
+}
+
 export interface RootfsStoreOptions {
   /** Images go into `layers/` in there, writable layers without a snapshot folder of their own into `writable/`. */
   readonly cacheDir: string;
@@ -80,6 +86,12 @@ export class RootfsStore {
     }
     for (const step of [writable, lower]) if (step.status === 'fulfilled') step.value?.release();
     throw either.reason;
+  }
+
+  /** The disks that a container of an earlier kilnd has. To be called before `collectGarbage`. */
+  adopt({ lower, writable }: DiskFiles): PreparedRootfs {
+    const claimed = writable === null ? null : this.#writable.adopt(writable);
+    return prepared(this.#layers.adopt(lower), claimed);
   }
 
   /**

@@ -75,6 +75,11 @@ export class WritableLayers {
     }
   }
 
+  /** The layer that a container of an earlier kilnd has. Throws `failed-precondition` when somebody uses it already. */
+  adopt(file: string): Lease {
+    return this.#claim(file);
+  }
+
   /** Removes the layers in the cache folder whose snapshot is gone and that nobody uses; returns the removed files. */
   async collectGarbage(): Promise<string[]> {
     const names = await readdir(this.#directory);

@@ -1,14 +1,16 @@
 import { mkdir, rm } from 'node:fs/promises';
+import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
 import type { GuestExit, ProcessRef, TerminalSize } from '../guest/guest.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import { guestMounts } from '../rootfs/index.ts';
-import { Exec, type ExecRequest } from './exec.ts';
+import { Exec, type ExecHost, type ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
 import { deleteDrainMs, destroyGraceMs } from './limits.ts';
 import { assertNoInterfaces } from './network-check.ts';
+import { Positions } from './positions.ts';
 import { guestStdio, ProcessIo } from './process-io.ts';
 import {
   afterExit,
@@ -20,7 +22,16 @@ import {
   requireSignalable,
   requireStartable,
 } from './process-state.ts';
-import { acquire, type ContainerRequest, type HostServices, type Resources } from './resources.ts';
+import { type ContainerRecord, writeContainerRecord } from './record.ts';
+import {
+  type AdoptRequest,
+  acquire,
+  adoptResources,
+  type ContainerRequest,
+  type HostServices,
+  type Resources,
+} from './resources.ts';
+import { Sandbox } from './sandbox.ts';
 import { WaitableCell } from './waitable-cell.ts';
 
 /** Signal numbers, as in signal(7). */
@@ -35,6 +46,22 @@ export interface ContainerProcess {
   readonly pid: number;
   /** Of a process that was exec'd; else empty. */
   readonly execId: string;
+}
+
+/** Releases a container's resources in the order in which `create` does. */
+function disposalOf(directory: string, { sandbox, standIn, rootfs, stdio }: Resources): AsyncDisposableStack {
+  const stack = new AsyncDisposableStack();
+  stack.defer(() => rm(directory, { recursive: true, force: true }));
+  stack.defer(() => stdio.dispose());
+  for (const resource of [standIn, rootfs, sandbox]) stack.use(resource);
+  return stack;
+}
+
+/** What a container is made of, new or taken over. */
+interface ContainerParts
+  extends Pick<ContainerRequest, 'id' | 'directory' | 'vmm' | 'terminal' | 'timeline' | 'logger'> {
+  readonly resources: Resources;
+  readonly disposal: AsyncDisposableStack;
 }
 
 /**
@@ -55,6 +82,8 @@ export class Container {
   readonly #resources: Resources;
   readonly #disposal: AsyncDisposableStack;
   readonly #logger: Logger;
+  readonly #directory: string;
+  readonly #vmm: string;
   readonly #io: ProcessIo;
   readonly #execs = new Map<string, Exec>();
   #starting: Promise<void> = Promise.resolve();
@@ -67,21 +96,26 @@ export class Container {
   /** Settled when output, guest and VM are done with; set before `exit`. Never rejects. */
   #woundUp: Promise<void> | undefined;
 
-  private constructor(id: string, resources: Resources, disposal: AsyncDisposableStack, request: ContainerRequest) {
+  private constructor(parts: ContainerParts) {
+    const { id, resources, directory, vmm, terminal } = parts;
     this.id = id;
     this.pid = resources.standIn.pid;
-    this.terminal = request.terminal;
-    this.timeline = request.timeline;
+    this.terminal = terminal;
+    this.timeline = parts.timeline;
     this.#resources = resources;
-    this.#disposal = disposal;
-    this.#logger = request.logger;
+    this.#disposal = parts.disposal;
+    this.#logger = parts.logger;
+    this.#directory = directory;
+    this.#vmm = vmm.name;
     this.#io = new ProcessIo({
       guest: resources.sandbox.guest,
       process: this.#init,
       stdio: resources.stdio,
-      terminal: request.terminal,
+      terminal,
+      positions: new Positions(path.join(directory, 'positions')),
       report: this.#report,
     });
+    this.#save();
     void this.#supervise();
     void this.#followStandIn();
   }
@@ -121,7 +155,42 @@ export class Container {
     await sandbox.createContainer(container, signal);
     timeline.mark('created');
     faultPoint('container-create');
-    return new Container(id, resources, stack.move(), request);
+    return new Container({ ...request, resources, disposal: stack.move() });
+  }
+
+  /**
+   * Takes over a container that was created under an earlier kilnd, with the processes that were exec'd in it. When that
+   * fails, its VM is ended, and what is left of it on the host stays.
+   */
+  static async adopt(
+    host: HostServices,
+    request: AdoptRequest,
+    signal: AbortSignal,
+  ): Promise<{ container: Container; execs: Map<string, Exec> }> {
+    const { record, directory, vmm, logger } = request;
+    await using stack = new AsyncDisposableStack();
+    const sandbox = stack.use(await Sandbox.adopt({ vmm, record, directory, logger }, signal));
+    const { started, execIds } = await sandbox.guest.describe(record.id);
+    const resources = await adoptResources(host, request, sandbox, stack);
+    if (started) resources.stdio.startStdin({ clientMayReturn: true });
+    stack.move();
+    const { id, terminal } = record;
+    const disposal = disposalOf(directory, resources);
+    const container = new Container({ ...request, id, terminal, resources, disposal });
+    if (started) container.#state = { kind: 'running' };
+    const execs = new Map<string, Exec>();
+    for (const exec of request.execs) {
+      const pid = record.execs[exec.execId];
+      if (pid === undefined || !execIds.includes(exec.execId)) continue;
+      execs.set(exec.execId, await container.#adoptExec(exec, pid));
+    }
+    return { container, execs };
+  }
+
+  async #adoptExec(request: ExecRequest, pid: number): Promise<Exec> {
+    const exec = await Exec.adopt(this.#execHost(), request, pid);
+    this.#execs.set(request.execId, exec);
+    return exec;
   }
 
   /** Runs the user's program. When it fails, the program has not run, as far as the guest has told. */
@@ -165,19 +234,47 @@ export class Container {
   /** Registers one more process; it runs when it is started. The caller keeps its exec id unique, and deletes it. */
   exec(request: ExecRequest): Exec {
     requireExecable(this.#name, this.#state);
-    const exec = new Exec(
-      {
-        id: this.id,
-        guest: this.#resources.sandbox.guest,
-        requireExecable: () => requireExecable(this.#name, this.#state),
-        lostStatus: () => this.#lostStatus(),
-        forget: () => this.#execs.delete(request.execId),
-        report: this.#report,
-      },
-      request,
-    );
+    const exec = new Exec(this.#execHost(), request);
     this.#execs.set(request.execId, exec);
     return exec;
+  }
+
+  #execHost(): ExecHost {
+    return {
+      id: this.id,
+      guest: this.#resources.sandbox.guest,
+      requireExecable: () => requireExecable(this.#name, this.#state),
+      lostStatus: () => this.#lostStatus(),
+      changed: (exec) => {
+        if (exec.state.kind === 'deleted') this.#execs.delete(exec.execId);
+        this.#save();
+      },
+      report: this.#report,
+    };
+  }
+
+  /** Writes down what the next kilnd needs, should this one be killed. */
+  #save(): void {
+    const { sandbox, standIn, rootfs } = this.#resources;
+    // It has ended already: then there is nothing to be taken over by that.
+    if (standIn.identity === undefined) return;
+    const exit = this.exit.peek();
+    const running = [...this.#execs.values()].filter(
+      ({ state }) => state.kind === 'running' || state.kind === 'stopped',
+    );
+    const record: ContainerRecord = {
+      ...{ version: 1, id: this.id, terminal: this.terminal, vmm: this.#vmm },
+      ...sandbox.record(),
+      standIn: standIn.identity,
+      disks: { lower: rootfs.lower.file, writable: rootfs.writable?.file ?? null },
+      ...(exit === undefined ? {} : { exit: { status: exit.status, atMs: exit.at.getTime() } }),
+      execs: Object.fromEntries(running.map(({ execId, pid }) => [execId, pid])),
+    };
+    try {
+      writeContainerRecord(this.#directory, record);
+    } catch (error) {
+      this.#logger.error({ err: error }, 'cannot write down the state of the container: it would not outlive kilnd');
+    }
   }
 
   /** The processes of the container. */
@@ -279,6 +376,7 @@ export class Container {
     );
     this.#woundUp = removed.then(() => this.#endVm());
     this.exit.set(exit);
+    this.#save();
   }
 
   /** Who ends the stand-in, which is all that the host sees of the container, means the container. */

@@ -1,8 +1,10 @@
 import { mkdir, rm } from 'node:fs/promises';
+import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
 import type { Guest, GuestExit, ProcessRef, TerminalSize } from '../guest/guest.ts';
 import { deleteDrainMs } from './limits.ts';
+import { Positions } from './positions.ts';
 import { guestStdio, ProcessIo } from './process-io.ts';
 import {
   afterExit,
@@ -40,8 +42,8 @@ export interface ExecHost {
   requireExecable(): void;
   /** After the guest was lost: the exit status of everything that was in it. */
   lostStatus(): Promise<number>;
-  /** Called once the process is deleted. */
-  readonly forget: () => void;
+  /** Called once the process runs, and once it is deleted. */
+  readonly changed: (exec: Exec) => void;
   readonly report: (error: unknown, message: string) => void;
 }
 
@@ -106,11 +108,7 @@ export class Exec {
       if (this.#stdinClosed) stdio.closeStdin();
       this.#pid = await guest.exec(this.#ref, process, guestStdio(stdio, terminal, this.#size));
       undo.move();
-      this.#stdio = stdio;
-      const { report } = this.#host;
-      this.#io = new ProcessIo({ guest, process: this.#ref, stdio, terminal, report });
-      this.#state = { kind: 'running' };
-      void this.#supervise(this.#io);
+      this.#run(stdio);
     } catch (error) {
       this.#state = { kind: 'created' };
       throw error;
@@ -123,6 +121,28 @@ export class Exec {
   async ended(): Promise<void> {
     await this.#starting;
     if (this.#pid !== 0) await this.exit.wait();
+  }
+
+  /** Takes over a process that was started under an earlier kilnd. */
+  static async adopt(host: ExecHost, request: ExecRequest, pid: number): Promise<Exec> {
+    const exec = new Exec(host, request);
+    await mkdir(request.directory, { recursive: true, mode: 0o700 });
+    const stdio = await request.openStdio();
+    stdio.startStdin({ clientMayReturn: true });
+    exec.#pid = pid;
+    exec.#run(stdio);
+    return exec;
+  }
+
+  #run(stdio: ContainerStdio): void {
+    const { guest, report } = this.#host;
+    const { directory, terminal } = this.#request;
+    this.#stdio = stdio;
+    const positions = new Positions(path.join(directory, 'positions'));
+    this.#io = new ProcessIo({ guest, process: this.#ref, stdio, terminal, positions, report });
+    this.#state = { kind: 'running' };
+    this.#host.changed(this);
+    void this.#supervise(this.#io);
   }
 
   /** Sends a signal; `not-found` when there is no process any more, `failed-precondition` before there is one. */
@@ -158,7 +178,7 @@ export class Exec {
     this.#state = { kind: 'deleted', exit };
     await Promise.race([this.drained, delay(deleteDrainMs, undefined, { ref: false })]);
     await this.release();
-    this.#host.forget();
+    this.#host.changed(this);
     if (this.#pid === 0) return exit;
     await this.#host.guest.removeProcess(this.#ref).catch((error: unknown) => {
       this.#host.report(error, 'cannot remove the process from the guest');

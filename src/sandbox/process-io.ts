@@ -3,10 +3,8 @@ import { setTimeout as delay } from 'node:timers/promises';
 import type { Guest, GuestExit, GuestStdio, ProcessRef, TerminalSize } from '../guest/guest.ts';
 import type { OutputName } from '../guest/streams.ts';
 import { outputGraceMs } from './limits.ts';
+import type { Positions } from './positions.ts';
 import type { ContainerStdio } from './stdio.ts';
-
-/** What of each output stream has been delivered to its reader, in bytes. */
-export type Delivered = Readonly<Record<OutputName, number>>;
 
 /** What a process is given, in the guest's terms. */
 export function guestStdio(
@@ -19,21 +17,21 @@ export function guestStdio(
 
 /** Follows one output stream's progress. */
 class Progress {
-  delivered: number;
+  #delivered: number;
   readonly #waiting: { readonly offset: number; readonly resolve: () => void }[] = [];
 
   constructor(from: number) {
-    this.delivered = from;
+    this.#delivered = from;
   }
 
-  readonly advance = (offset: number): void => {
-    this.delivered = offset;
+  advance(offset: number): void {
+    this.#delivered = offset;
     for (const { offset: wanted, resolve } of this.#waiting) if (offset >= wanted) resolve();
-  };
+  }
 
   /** Resolves when so many bytes are delivered. */
   reached(offset: number): Promise<void> {
-    if (this.delivered >= offset) return Promise.resolve();
+    if (this.#delivered >= offset) return Promise.resolve();
     const { promise, resolve } = Promise.withResolvers<void>();
     this.#waiting.push({ offset, resolve });
     return promise;
@@ -46,6 +44,7 @@ class Progress {
  */
 export class ProcessIo {
   readonly #stdio: ContainerStdio;
+  readonly #positions: Positions;
   readonly #report: (error: unknown, message: string) => void;
   readonly #outputs: { readonly name: OutputName; readonly progress: Progress; readonly ended: Promise<void> }[] = [];
   /** Resolves when all outputs have ended and their readers see the end. */
@@ -57,11 +56,14 @@ export class ProcessIo {
     readonly process: ProcessRef;
     readonly stdio: ContainerStdio;
     readonly terminal: boolean;
-    readonly from?: Delivered;
+    /** Where an earlier kilnd came to, and where we write down how far we are. */
+    readonly positions: Positions;
     readonly report: (error: unknown, message: string) => void;
   }) {
-    const { guest, process, stdio, terminal, from = { stdout: 0, stderr: 0 }, report } = options;
+    const { guest, process, stdio, terminal, positions, report } = options;
+    const from = positions.read();
     this.#stdio = stdio;
+    this.#positions = positions;
     this.#report = report;
     const broke = (error: unknown) => report(error, 'a stdio stream ended early');
     if (stdio.stdin !== null) guest.pipeStdin(process, stdio.stdin).catch(broke);
@@ -69,7 +71,11 @@ export class ProcessIo {
       if (sink === null) return;
       const progress = new Progress(from[name]);
       const request = { ...process, stream: name, from: from[name] };
-      const ended = guest.pipeOutput(request, sink, progress.advance).catch(broke);
+      const onDelivered = (offset: number) => {
+        positions.write(name, offset);
+        progress.advance(offset);
+      };
+      const ended = guest.pipeOutput(request, sink, onDelivered).catch(broke);
       this.#outputs.push({ name, progress, ended });
     };
     // A terminal that nobody reads would stop the program.
@@ -98,6 +104,7 @@ export class ProcessIo {
   /** Ends all streams at once; unwritten bytes are lost. Never rejects. */
   async dispose(): Promise<void> {
     await this.#stdio.dispose().catch((error: unknown) => this.#report(error, 'cannot release the stdio'));
+    this.#positions[Symbol.dispose]();
   }
 }
 

@@ -1,12 +1,15 @@
 import type { KilnConfig } from '../config/config.ts';
+import { KilnError } from '../errors.ts';
 import type { TerminalSize } from '../guest/guest.ts';
-import type { HelperProcess } from '../host/helper-process.ts';
-import { startStandIn } from '../host/stand-in.ts';
+import { adoptHelper, type HelperProcess } from '../host/helper-process.ts';
+import { standInLogName, startStandIn } from '../host/stand-in.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import type { PreparedRootfs, RootfsPlan, RootfsStore } from '../rootfs/index.ts';
 import type { VmConfig, Vmm } from '../vmm/vmm.ts';
+import type { ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
+import type { ContainerRecord } from './record.ts';
 import { Sandbox } from './sandbox.ts';
 import type { ContainerStdio } from './stdio.ts';
 
@@ -35,6 +38,14 @@ export interface ContainerRequest {
   readonly openStdio: () => Promise<ContainerStdio>;
   readonly timeline: Timeline;
   readonly logger: Logger;
+}
+
+/** A container of an earlier kilnd. */
+export interface AdoptRequest
+  extends Pick<ContainerRequest, 'directory' | 'vmm' | 'openStdio' | 'timeline' | 'logger'> {
+  readonly record: ContainerRecord;
+  /** Those that were exec'd in it, as they were asked for. */
+  readonly execs: readonly ExecRequest[];
 }
 
 export interface Resources {
@@ -112,4 +123,21 @@ function bootSandbox(request: ContainerRequest, signal: AbortSignal): Promise<Sa
     },
     signal,
   );
+}
+
+/** The resources of a container whose VM was taken over, on the stack as `acquire` puts them. */
+export async function adoptResources(
+  host: HostServices,
+  { record, directory, openStdio }: AdoptRequest,
+  sandbox: Sandbox,
+  stack: AsyncDisposableStack,
+): Promise<Resources> {
+  const stdio = stack.adopt(await openStdio(), (opened) => opened.dispose());
+  const standIn = adoptHelper(record.standIn, { directory, logName: standInLogName });
+  if (standIn === undefined) {
+    throw new KilnError('not-found', `the process that stands for container ${record.id} has ended`);
+  }
+  stack.use(standIn);
+  const rootfs = stack.use(host.rootfs.adopt(record.disks));
+  return { sandbox, standIn, rootfs, stdio };
 }

@@ -11,6 +11,7 @@ import {
   type VmConfig,
   type VmExit,
   type Vmm,
+  type VmRecord,
   writableSlots,
 } from '../vmm/vmm.ts';
 import { faultPoint } from './faults.ts';
@@ -29,6 +30,22 @@ export interface SandboxOptions {
   readonly mark: (name: 'vmm-spawned' | 'kernel-up' | 'agent-connected', atMs?: number) => void;
 }
 
+/** What a later kilnd needs to take a sandbox over. */
+export interface SandboxRecord {
+  readonly session: string;
+  /** Time for each answer of VMM and agent, in ms. */
+  readonly answerLimitMs: number;
+  readonly vm: VmRecord;
+}
+
+export interface AdoptOptions {
+  readonly vmm: Vmm;
+  readonly record: SandboxRecord;
+  /** The VM's directory. */
+  readonly directory: string;
+  readonly logger: Logger;
+}
+
 /** How a sandbox's VM ended. */
 export interface SandboxEnd extends VmExit {
   /** The VM lived on without its agent, and so was killed. */
@@ -40,17 +57,49 @@ export class Sandbox implements AsyncDisposable {
   readonly vm: Vm;
   readonly guest: Guest;
   readonly #freeSlots = { ro: [...readOnlySlots], rw: [...writableSlots] };
+  readonly #session: string;
   readonly #answerLimitMs: number;
 
-  private constructor(vm: Vm, guest: Guest, answerLimitMs: number) {
+  private constructor(vm: Vm, guest: Guest, { session, answerLimitMs }: { session: string; answerLimitMs: number }) {
     this.vm = vm;
     this.guest = guest;
+    this.#session = session;
     this.#answerLimitMs = answerLimitMs;
+  }
+
+  /** The sandbox as it is now, for `adopt`. */
+  record(): SandboxRecord {
+    return { session: this.#session, answerLimitMs: this.#answerLimitMs, vm: this.vm.record() };
+  }
+
+  /**
+   * Takes over the VM of an earlier kilnd: its agent dials again. Throws `not-found` when it has ended, and whatever
+   * else makes it useless; the VM is ended then.
+   */
+  static async adopt({ vmm, record, directory, logger }: AdoptOptions, signal: AbortSignal): Promise<Sandbox> {
+    const { session, answerLimitMs } = record;
+    await using stack = new AsyncDisposableStack();
+    const either = AbortSignal.any([signal, AbortSignal.timeout(answerLimitMs)]);
+    const vm = stack.use(await vmm.adopt(record.vm, directory, either));
+    for (;;) {
+      const socket = await vm.acceptAgent(either);
+      try {
+        const hello = Guest.connect(socket, { hostname: '', answerLimitMs, session, returning: true });
+        const guest = await abortable(hello, either);
+        logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is taken over');
+        stack.move();
+        return new Sandbox(vm, guest, record);
+      } catch (error) {
+        if (!(error instanceof KilnError && error.code === 'permission-denied')) throw error;
+        logger.warn({ err: error }, 'a program in the guest has dialled the port of the agent');
+      }
+    }
   }
 
   /** Boots the VM and waits for its agent. A failure carries the guest's last console lines and leaves nothing. */
   static async boot(options: SandboxOptions, signal: AbortSignal): Promise<Sandbox> {
     const { vmm, mark, bootTimeoutMs } = options;
+    const session = randomUUID();
     await using stack = new AsyncDisposableStack();
     const timeout = AbortSignal.timeout(bootTimeoutMs);
     const either = AbortSignal.any([signal, timeout]);
@@ -63,10 +112,7 @@ export class Sandbox implements AsyncDisposable {
       const socket = await vm.acceptAgent(either);
       mark('agent-connected');
       guest = stack.use(
-        await abortable(
-          Guest.connect(socket, { hostname: 'kiln', answerLimitMs: bootTimeoutMs, session: randomUUID() }),
-          either,
-        ),
+        await abortable(Guest.connect(socket, { hostname: 'kiln', answerLimitMs: bootTimeoutMs, session }), either),
       );
     } catch (error) {
       if (signal.aborted || error !== timeout.reason) throw error;
@@ -77,7 +123,7 @@ export class Sandbox implements AsyncDisposable {
     faultPoint('agent-connect');
     options.logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is up');
     stack.move();
-    return new Sandbox(vm, guest, bootTimeoutMs);
+    return new Sandbox(vm, guest, { session, answerLimitMs: bootTimeoutMs });
   }
 
   /** Puts a file behind a free drive slot and returns the slot, which is the disk's serial in the guest. */

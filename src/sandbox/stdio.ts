@@ -5,8 +5,11 @@ export interface ContainerStdio {
   readonly stdin: Readable | null;
   readonly stdout: Writable | null;
   readonly stderr: Writable | null;
-  /** The program starts: from here on `stdin` flows. */
-  startStdin(): void;
+  /**
+   * The program starts: from here on `stdin` flows. A client that is not there has nothing to send, unless it may return:
+   * to a program that was started under an earlier kilnd.
+   */
+  startStdin(options?: { readonly clientMayReturn?: boolean }): void;
   /** No more input will come: `stdin` ends once what was written before is read. */
   closeStdin(): void;
   /** No more output will come: resolves when everything is written and the readers will see the end. */

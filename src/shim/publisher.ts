@@ -54,6 +54,7 @@ interface QueuedEvent {
   readonly topic: string;
   /** An encoded ForwardRequest. */
   readonly payload: Uint8Array;
+  readonly onSent: () => void;
   timeouts: number;
 }
 
@@ -94,8 +95,12 @@ export class EventPublisher {
     return this.#queue.length;
   }
 
-  /** Queues an event, stamped with the time of now. Never waits, never throws. Dropped after `close`. */
-  publish(namespace: string, event: TaskEvent): void {
+  /**
+   * Queues an event, stamped with the time of now. Never waits, never throws. Dropped after `close`.
+   *
+   * @param onSent called when containerd has taken the event, or has refused it for good
+   */
+  publish(namespace: string, event: TaskEvent, onSent: () => void = () => {}): void {
     const { topic, typeUrl, value } = encodeEvent(event);
     if (this.#closing.signal.aborted || this.#queue.length >= this.#capacity) {
       this.#dropped += 1;
@@ -106,7 +111,7 @@ export class EventPublisher {
     const payload = ForwardRequest.encode({
       envelope: { timestamp: timestampOf(Date.now()), namespace, topic, event: { typeUrl, value: Buffer.from(value) } },
     }).finish();
-    this.#queue.push({ namespace, topic, payload, timeouts: 0 });
+    this.#queue.push({ namespace, topic, payload, onSent, timeouts: 0 });
     this.#sending ??= this.#sendAll();
   }
 
@@ -143,6 +148,7 @@ export class EventPublisher {
       if (signal.aborted) break;
       if (result === 'done') {
         this.#queue.shift();
+        event.onSent();
         this.#reportDropped();
         pauseMs = this.#retryMs.first;
       } else {

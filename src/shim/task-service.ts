@@ -8,7 +8,9 @@ import type { ContainerProcess } from '../sandbox/container.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
 import type { Exit, ProcessState } from '../sandbox/process-state.ts';
 import type { WaitableCell } from '../sandbox/waitable-cell.ts';
+import { Announcer, type AnnouncerOptions } from './announcer.ts';
 import { toTaskStatus, toTimestamp } from './status.ts';
+import type { TaskState } from './task-record.ts';
 import type { TaskEvent } from './topics.ts';
 
 /*
@@ -35,8 +37,12 @@ export function unknownTaskDeleted(): Uint8Array {
   return deleteReply({ pid: 0, exit: { status: killedStatus, at: new Date() } });
 }
 
-function deleteReply({ pid, exit }: { pid: number; exit: Exit }): Uint8Array {
-  return api.DeleteResponse.encode({ pid, exitStatus: exit.status, exitedAt: toTimestamp(exit.at) }).finish();
+function deleteReply(last: { pid: number; exit: Exit }): Uint8Array {
+  return api.DeleteResponse.encode(toDeleteResponse(last)).finish();
+}
+
+function toDeleteResponse({ pid, exit }: { pid: number; exit: Exit }): api.DeleteResponse {
+  return { pid, exitStatus: exit.status, exitedAt: toTimestamp(exit.at) };
 }
 
 /** Answers that belong to the conversation, such as a Kill that comes after the exit. */
@@ -74,14 +80,26 @@ export interface TaskServiceOptions {
   readonly createContainer: (request: TaskRequest, signal: AbortSignal) => Promise<TaskContainer>;
   /** Checks and translates an Exec; throws what is wrong with it. */
   readonly prepareExec: (request: ExecTaskRequest) => ExecRequest;
-  readonly publish: (event: TaskEvent) => void;
+  /** `onSent` is to be called when containerd has the event. */
+  readonly publish: (event: TaskEvent, onSent: () => void) => void;
+  /** Called with every change that the next kilnd has to know of. */
+  readonly save: (state: TaskState) => void;
   readonly logger: Logger;
+}
+
+/** A task of an earlier kilnd. */
+export interface RestoredTask {
+  readonly container: TaskContainer;
+  /** Those that are in the state; the others are registered, and not started. */
+  readonly execs: ReadonlyMap<string, TaskProcess>;
 }
 
 /** A process as containerd knows it: the init, or an exec. */
 interface Tracked {
   readonly execId: string;
   readonly process: TaskProcess;
+  /** As containerd sent it: CreateTaskRequest or ExecProcessRequest. */
+  readonly request: Buffer;
   /** What State echoes. */
   readonly stdio: Pick<api.StateResponse, 'stdin' | 'stdout' | 'stderr' | 'terminal'>;
   /** Settled when no start event can come any more, so that TaskExit never overtakes it. */
@@ -107,10 +125,42 @@ export class TaskService {
   #task: Task | undefined;
   #creating: { abort: AbortController; done: Promise<unknown> } | undefined;
   #lastExit: { pid: number; exit: Exit } | undefined;
+  readonly #announcing: AnnouncerOptions;
+  /** Of the task that is there, or was last. */
+  #announcer: Announcer;
   #closed = false;
 
   constructor(options: TaskServiceOptions) {
     this.#options = options;
+    this.#announcing = { publish: options.publish, onChange: () => this.#save() };
+    this.#announcer = new Announcer(this.#announcing);
+  }
+
+  /** Takes over what an earlier kilnd has written down; `task` is absent when it was deleted. */
+  restore(state: TaskState, task: RestoredTask | undefined): void {
+    this.#announcer = new Announcer(this.#announcing, state.announced);
+    const { create, lastExit } = state;
+    if (lastExit !== undefined) {
+      const { pid, status, atMs } = lastExit;
+      this.#lastExit = { pid, exit: { status, at: new Date(atMs) } };
+    }
+    if (create === undefined || task === undefined) return;
+    const { container } = task;
+    const request = api.CreateTaskRequest.decode(create);
+    const restored: Task = {
+      container,
+      bundle: request.bundle,
+      init: track('', container, request, create),
+      execs: new Map(),
+      silenced: false,
+    };
+    for (const [execId, bytes] of Object.entries(state.execs)) {
+      const exec = api.ExecProcessRequest.decode(bytes);
+      const process = task.execs.get(execId) ?? container.exec(this.#options.prepareExec(exec));
+      restored.execs.set(execId, track(execId, process, exec, bytes));
+    }
+    this.#task = restored;
+    for (const tracked of [...restored.execs.values(), restored.init]) this.#followExit(restored, tracked);
   }
 
   /** True while there is something that must not be lost. */
@@ -195,12 +245,17 @@ export class TaskService {
     return { task, tracked };
   }
 
-  async #create(request: TaskRequest, { signal }: CallContext): Promise<api.CreateTaskResponse> {
+  async #create(request: TaskRequest, { signal, replayed }: CallContext): Promise<api.CreateTaskResponse> {
     const { id } = this.#options;
     if (request.id !== id) {
       throw new KilnError('invalid-argument', `this endpoint serves container ${id}, not ${request.id}`);
     }
     if (this.#closed) throw new KilnError('unavailable', `container ${id} is being deleted`);
+    // An earlier kilnd may have got so far, and no further.
+    if (replayed && this.#task !== undefined) {
+      this.#announceCreate(this.#task, request);
+      return { pid: this.#task.container.pid };
+    }
     if (this.busy) throw new KilnError('already-exists', `container ${id} already exists`);
     if (request.checkpoint !== '' || request.parentCheckpoint !== '') {
       throw new KilnError('unimplemented', `container ${id}: restoring from a checkpoint is not supported`);
@@ -224,17 +279,39 @@ export class TaskService {
       await container.destroy();
       throw signal.reason;
     }
+    const bytes = Buffer.from(api.CreateTaskRequest.encode(request).finish());
+    const init = track('', container, request, bytes);
+    const task: Task = { container, bundle: request.bundle, init, execs: new Map(), silenced: false };
+    this.#task = task;
+    this.#announcer = new Announcer(this.#announcing);
+    this.#save();
+    this.#announceCreate(task, request);
+    this.#followExit(task, init);
+    return task;
+  }
+
+  #announceCreate({ container: { pid } }: Task, request: TaskRequest): void {
     const { id, bundle, rootfs, stdin, stdout, stderr, terminal } = request;
-    const { pid } = container;
     const io = { stdin, stdout, stderr, terminal };
-    this.#options.publish({
+    this.#announcer.announce('create', {
       type: 'TaskCreate',
       message: { containerId: id, bundle, rootfs, io, checkpoint: '', pid },
     });
-    const task: Task = { container, bundle, init: track('', container, io), execs: new Map(), silenced: false };
-    this.#followExit(task, task.init);
-    this.#task = task;
-    return task;
+  }
+
+  #save(): void {
+    const task = this.#task;
+    const execs = [...(task?.execs.values() ?? [])];
+    const lastExit = this.#lastExit;
+    this.#options.save({
+      create: task?.init.request,
+      execs: Object.fromEntries(execs.map(({ execId, request }) => [execId, request])),
+      pids: Object.fromEntries(execs.map(({ execId, process }) => [execId, process.pid])),
+      announced: this.#announcer.sent,
+      ...(lastExit === undefined
+        ? {}
+        : { lastExit: { pid: lastExit.pid, status: lastExit.exit.status, atMs: lastExit.exit.at.getTime() } }),
+    });
   }
 
   #followExit(task: Task, tracked: Tracked): void {
@@ -252,52 +329,67 @@ export class TaskService {
     if (tracked === task.init) await allExited(task);
     if (task.silenced) return;
     const { id } = task.container;
-    this.#options.publish({
-      type: 'TaskExit',
-      message: {
-        containerId: id,
-        id: execId === '' ? id : execId,
-        pid: process.pid,
-        exitStatus: status,
-        exitedAt: toTimestamp(at),
-      },
-    });
+    const message = {
+      containerId: id,
+      id: execId || id,
+      pid: process.pid,
+      exitStatus: status,
+      exitedAt: toTimestamp(at),
+    };
+    this.#announcer.announce(`exit ${execId}`, { type: 'TaskExit', message }, () => isCurrent(task, tracked));
   }
 
-  async #start({ id, execId }: api.StartRequest): Promise<api.StartResponse> {
+  async #start({ id, execId }: api.StartRequest, { replayed }: CallContext): Promise<api.StartResponse> {
     const { task, tracked } = this.#findProcess(id, execId);
+    const { process } = tracked;
     const announced = Promise.withResolvers<void>();
     // Behind an earlier Start that is still under way, if this is a second one.
     tracked.startAnnounced = Promise.all([tracked.startAnnounced, announced.promise]).then(() => {});
     try {
-      await tracked.process.start();
-      const { pid } = tracked.process;
-      if (!task.silenced) {
-        const started = { containerId: id, pid };
-        this.#options.publish(
-          execId === ''
-            ? { type: 'TaskStart', message: started }
-            : { type: 'TaskExecStarted', message: { ...started, execId } },
-        );
-      }
-      return { pid };
+      // An earlier kilnd may have got so far, and no further.
+      if (!replayed || process.state.kind === 'created') await process.start();
+      this.#save();
+      if (!task.silenced) this.#announceStart(task, tracked);
+      return { pid: process.pid };
     } finally {
       announced.resolve();
     }
   }
 
-  async #exec(request: ExecTaskRequest): Promise<Empty> {
-    const { id, execId, stdin, stdout, stderr, terminal } = request;
+  #announceStart(task: Task, tracked: Tracked): void {
+    const { execId, process } = tracked;
+    const started = { containerId: task.container.id, pid: process.pid };
+    const event: TaskEvent =
+      execId === ''
+        ? { type: 'TaskStart', message: started }
+        : { type: 'TaskExecStarted', message: { ...started, execId } };
+    this.#announcer.announce(`start ${execId}`, event, () => isCurrent(task, tracked));
+  }
+
+  async #exec(request: ExecTaskRequest, { replayed }: CallContext): Promise<Empty> {
+    const { id, execId } = request;
     const task = this.#find(id);
     if (execId === '') throw new KilnError('invalid-argument', `container ${id}: a process needs an exec id`);
-    if (task.execs.has(execId))
+    const bytes = Buffer.from(api.ExecProcessRequest.encode(request).finish());
+    const known = task.execs.get(execId);
+    if (known !== undefined && !(replayed && known.request.equals(bytes))) {
       throw new KilnError('already-exists', `container ${id} has a process ${execId} already`);
-    const process = task.container.exec(this.#options.prepareExec(request));
-    const tracked = track(execId, process, { stdin, stdout, stderr, terminal });
-    task.execs.set(execId, tracked);
-    this.#options.publish({ type: 'TaskExecAdded', message: { containerId: id, execId } });
-    this.#followExit(task, tracked);
+    }
+    const tracked = known ?? this.#addExec(task, request, bytes);
+    const event: TaskEvent = { type: 'TaskExecAdded', message: { containerId: id, execId } };
+    this.#announcer.announce(`added ${execId}`, event, () => isCurrent(task, tracked));
     return {};
+  }
+
+  #addExec(task: Task, request: ExecTaskRequest, bytes: Buffer): Tracked {
+    const { execId } = request;
+    const process = task.container.exec(this.#options.prepareExec(request));
+    const tracked = track(execId, process, request, bytes);
+    task.execs.set(execId, tracked);
+    this.#announcer.forget(`added ${execId}`, `start ${execId}`, `exit ${execId}`);
+    this.#save();
+    this.#followExit(task, tracked);
+    return tracked;
   }
 
   async #state({ id, execId }: api.StateRequest): Promise<api.StateResponse> {
@@ -316,8 +408,13 @@ export class TaskService {
     return { exitStatus: exit.status, exitedAt: toTimestamp(exit.at) };
   }
 
-  async #kill({ id, execId, signal, all }: api.KillRequest): Promise<Empty> {
-    await this.#findProcess(id, execId).tracked.process.kill(signal, all);
+  async #kill({ id, execId, signal, all }: api.KillRequest, { replayed }: CallContext): Promise<Empty> {
+    try {
+      await this.#findProcess(id, execId).tracked.process.kill(signal, all);
+    } catch (error) {
+      // The process may have ended by this very signal, when an earlier kilnd sent it.
+      if (!(replayed && error instanceof KilnError && error.code === 'not-found')) throw error;
+    }
     return {};
   }
 
@@ -326,7 +423,11 @@ export class TaskService {
     return {};
   }
 
-  async #delete({ id, execId }: api.DeleteRequest): Promise<api.DeleteResponse> {
+  async #delete({ id, execId }: api.DeleteRequest, { replayed }: CallContext): Promise<api.DeleteResponse> {
+    // Done by an earlier kilnd, whose answer got lost.
+    if (replayed && execId === '' && this.#task === undefined && this.#lastExit !== undefined) {
+      return this.#announceDelete(id, this.#lastExit);
+    }
     for (;;) {
       const { task, tracked } = this.#findProcess(id, execId);
       if (tracked.deletion === undefined) {
@@ -345,16 +446,24 @@ export class TaskService {
     const exit = await process.delete();
     await tracked.exitAnnounced;
     const { pid } = process;
-    const reply = { pid, exitStatus: exit.status, exitedAt: toTimestamp(exit.at) };
     if (execId !== '') {
       task.execs.delete(execId);
-      return reply;
+      this.#save();
+      return toDeleteResponse({ pid, exit });
     }
     if (this.#task === task) this.#task = undefined;
     this.#lastExit = { pid, exit };
-    if (!task.silenced) {
-      this.#options.publish({ type: 'TaskDelete', message: { containerId: task.container.id, id: '', ...reply } });
+    if (task.silenced) {
+      this.#save();
+      return toDeleteResponse({ pid, exit });
     }
+    return this.#announceDelete(task.container.id, { pid, exit });
+  }
+
+  #announceDelete(containerId: string, last: { pid: number; exit: Exit }): api.DeleteResponse {
+    const reply = toDeleteResponse(last);
+    this.#save();
+    this.#announcer.announce('delete', { type: 'TaskDelete', message: { containerId, id: '', ...reply } });
     return reply;
   }
 
@@ -378,9 +487,16 @@ export class TaskService {
   }
 }
 
-function track(execId: string, process: TaskProcess, stdio: Tracked['stdio']): Tracked {
+function track(execId: string, process: TaskProcess, asked: Tracked['stdio'], request: Buffer): Tracked {
+  const { stdin, stdout, stderr, terminal } = asked;
+  const stdio = { stdin, stdout, stderr, terminal };
   const settled = Promise.resolve();
-  return { execId, process, stdio, startAnnounced: settled, exitAnnounced: settled, deletion: undefined };
+  return { execId, process, request, stdio, startAnnounced: settled, exitAnnounced: settled, deletion: undefined };
+}
+
+/** Whether the exec id still means this process. */
+function isCurrent({ execs }: Task, tracked: Tracked): boolean {
+  return tracked.execId === '' || execs.get(tracked.execId) === tracked;
 }
 
 /** Resolves when the exit of each process that runs beside the init is announced. */

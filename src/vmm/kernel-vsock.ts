@@ -24,15 +24,18 @@ export function randomCid(): number {
   return randomInt(firstCid, lastCid + 1);
 }
 
-/** Listens for the agent of the VM with this CID. Throws `failed-precondition` where the host has no AF_VSOCK. */
-export function listenKernel(cid: number): AgentListener {
-  const { server, port } = listen();
+/**
+ * Listens for the agent of the VM with this CID, on a port of the kernel's choice unless one is given. Throws
+ * `failed-precondition` where the host has no AF_VSOCK, or somebody else has the port.
+ */
+export function listenKernel(cid: number, wantedPort: number = VMADDR_PORT_ANY): AgentListener {
+  const { server, port } = listen(wantedPort);
   return { port, ...firstConnection(server, 'the agent', (socket) => peerCid(socket) === cid) };
 }
 
-function listen() {
+function listen(port: number) {
   try {
-    return listenVsock(VMADDR_CID_ANY, VMADDR_PORT_ANY);
+    return listenVsock(VMADDR_CID_ANY, port);
   } catch (cause) {
     throw new KilnError('failed-precondition', `cannot listen for the agent on AF_VSOCK: ${(cause as Error).message}`, {
       hint: 'load the kernel module with `modprobe vhost_vsock`, or set vm.channel = "hybrid-vsock"',

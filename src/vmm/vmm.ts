@@ -40,11 +40,17 @@ export interface VmExit {
   readonly consoleTail: string;
 }
 
+/** What a later kilnd needs to find a VM again: JSON, and nobody's business but the driver's. */
+export type VmRecord = Readonly<Record<string, unknown>>;
+
 /** A running VM. Whoever got it from `boot` must call `kill` in the end. */
 export interface Vm extends AsyncDisposable {
   readonly pid: number;
+  /** The VM as it is now, for `Vmm.adopt`. */
+  record(): VmRecord;
   /**
-   * The connection that the agent in the guest dials when it is up.
+   * The connection that the agent in the guest dials when it is up, or, of an adopted VM, dials again. Of an adopted VM
+   * it may be called again for the next one, since a program in the guest may have dialled before the agent.
    * Rejects with `unavailable` when the VM ends first, or with the signal's reason when that aborts.
    */
   acceptAgent(signal: AbortSignal): Promise<net.Socket>;
@@ -68,4 +74,9 @@ export interface Vmm {
    * On failure nothing is left behind, and the error carries the VMM's own last words.
    */
   boot(config: VmConfig, signal: AbortSignal): Promise<Vm>;
+  /**
+   * Takes over a VM that an earlier kilnd has booted, from its record and its directory.
+   * Throws `not-found` when it has ended, and then ends what is left of it; `invalid-argument` for a record that is none.
+   */
+  adopt(record: VmRecord, directory: string, signal: AbortSignal): Promise<Vm>;
 }

@@ -1,19 +1,22 @@
 import { accessSync, constants } from 'node:fs';
+import { rm } from 'node:fs/promises';
 import path from 'node:path';
 import { KilnError } from '../../errors.ts';
-import { describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
+import { adoptHelper, describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
+import type { ProcessIdentity } from '../../host/process-identity.ts';
 import { listenUnix } from '../../host/unix-socket.ts';
 import { abortable } from '../abortable.ts';
 import { type AgentListener, type Channel, chooseChannel, type FirstConnection, firstConnection } from '../channel.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
-import { listenHybrid } from '../hybrid-vsock.ts';
+import { hostSocketFor, listenHybrid } from '../hybrid-vsock.ts';
 import { listenKernel, randomCid } from '../kernel-vsock.ts';
-import { agentPort, type Vm, type VmConfig, type Vmm } from '../vmm.ts';
+import { agentPort, type Vm, type VmConfig, type Vmm, type VmRecord } from '../vmm.ts';
 import { type Accelerator, chooseAccelerator, hostTscKhz } from './accelerator.ts';
 import { qemuArguments, type VsockDevice } from './command-line.ts';
 import { QmpClient } from './qmp.ts';
+import { type ChannelRecord, parseQemuRecord } from './record.ts';
 import { QemuVm } from './vm.ts';
-import { startVsockBackend } from './vsock-backend.ts';
+import { startVsockBackend, vsockLogName, vsockSocketName } from './vsock-backend.ts';
 
 export interface QemuOptions {
   /** Program name (found on PATH) or path. */
@@ -36,6 +39,7 @@ export function createQemu(options: QemuOptions, devices: HostDevices = hostDevi
   return {
     name: 'qemu',
     boot: (config, signal) => bootQemu(options, devices, config, signal),
+    adopt: adoptQemu,
   };
 }
 
@@ -83,7 +87,7 @@ interface Launch {
 async function launch(request: Launch, signal: AbortSignal): Promise<Vm> {
   const { options, config, accelerator, tscKhz } = request;
   await using stack = new AsyncDisposableStack();
-  const qmpSocket = path.join(config.directory, 'qmp.sock');
+  const qmpSocket = qmpSocketIn(config.directory);
   const control = stack.use(firstConnection(await listenUnix(qmpSocket), 'QEMU'));
   const { agent, device, backend } = await openChannel(request, stack, signal);
   const args = { config, accelerator, tscKhz, qmpSocket, vsock: device, agentPort: agent.port };
@@ -92,13 +96,14 @@ async function launch(request: Launch, signal: AbortSignal): Promise<Vm> {
       program: options.qemu,
       args: qemuArguments(args),
       directory: config.directory,
-      logName: 'vmm.log',
+      logName: vmmLogName,
       title: 'QEMU (vm.qemu in the config file)',
       hint: 'install the package qemu-system-x86, or run `npm run setup`',
     }),
   );
   const qmp = await connectQmp(control, qemu, signal);
-  return new QemuVm({ qemu, qmp, agent, backend, resources: stack.move() });
+  const channel = channelRecord(device, agent);
+  return new QemuVm({ qemu, qmp, agent, channel, backend, resources: stack.move() });
 }
 
 interface OpenChannel {
@@ -117,7 +122,7 @@ async function openChannel(
     const cid = randomCid();
     return { agent: stack.use(listenKernel(cid)), device: { kind: 'vhost-kernel', cid }, backend: undefined };
   }
-  const udsPath = path.join(config.directory, 'vsock');
+  const udsPath = udsPathIn(config.directory);
   const agent = stack.use(await listenHybrid(udsPath, agentPort));
   const backend = stack.use(
     await startVsockBackend({ program: options.vsockBackend, directory: config.directory, udsPath }, signal),
@@ -148,4 +153,59 @@ async function connectQmp(control: FirstConnection, qemu: HelperProcess, signal:
       `QEMU took no commands within ${startLimitMs / 1000} s: ${qemu.lastWords()}`,
     );
   }
+}
+
+/**
+ * Takes over a VM whose kilnd is gone. QEMU dials its control socket again within a second (`reconnect=1`), the agent
+ * its own; both sockets are made anew where they were.
+ */
+async function adoptQemu(given: VmRecord, directory: string, signal: AbortSignal): Promise<Vm> {
+  const record = parseQemuRecord(given);
+  await using stack = new AsyncDisposableStack();
+  for (const file of [udsPathIn(directory), path.join(directory, vsockSocketName)]) {
+    stack.defer(() => rm(file, { force: true }));
+  }
+  const backend = record.backend && adoptHelper(record.backend, { directory, logName: vsockLogName });
+  const qemu = adoptHelper(record.qemu, { directory, logName: vmmLogName });
+  for (const helper of [backend, qemu]) if (helper !== undefined) stack.use(helper);
+  if (qemu === undefined) throw hasEnded('QEMU', record.qemu);
+  if (backend === undefined && record.backend !== undefined) throw hasEnded('the vsock backend', record.backend);
+  const qmpSocket = qmpSocketIn(directory);
+  await rm(qmpSocket, { force: true });
+  const control = stack.use(firstConnection(await listenUnix(qmpSocket), 'QEMU'));
+  const qmp = await connectQmp(control, qemu, signal);
+  const { channel, usedSlots } = record;
+  const resources = stack.move();
+  const accept = async (accepting: AbortSignal) => {
+    const listener = resources.use(await listenAgain(channel, directory));
+    return listener.accept(accepting);
+  };
+  return new QemuVm({ qemu, qmp, agent: { accept }, channel, usedSlots, backend, resources });
+}
+
+function hasEnded(what: string, { pid }: ProcessIdentity): KilnError {
+  return new KilnError('not-found', `${what} (pid ${pid}) has ended`);
+}
+
+async function listenAgain(channel: ChannelRecord, directory: string): Promise<AgentListener> {
+  if (channel.kind === 'kernel-vsock') return listenKernel(channel.cid, channel.port);
+  const udsPath = udsPathIn(directory);
+  await rm(hostSocketFor(udsPath, agentPort), { force: true });
+  return listenHybrid(udsPath, agentPort);
+}
+
+function channelRecord(device: VsockDevice, { port }: AgentListener): ChannelRecord {
+  return device.kind === 'vhost-user' ? { kind: 'hybrid-vsock' } : { kind: 'kernel-vsock', cid: device.cid, port };
+}
+
+const vmmLogName = 'vmm.log';
+
+/** QEMU dials this for its commands. */
+function qmpSocketIn(directory: string): string {
+  return path.join(directory, 'qmp.sock');
+}
+
+/** See hybrid-vsock.ts. */
+function udsPathIn(directory: string): string {
+  return path.join(directory, 'vsock');
 }

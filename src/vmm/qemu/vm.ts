@@ -1,11 +1,12 @@
 import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
 import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
-import type { AgentListener } from '../channel.ts';
-import type { SlotName, Vm, VmExit } from '../vmm.ts';
+import type { FirstConnection } from '../channel.ts';
+import type { SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
 import { slotNode } from './command-line.ts';
 import { GuestConsole } from './console.ts';
 import type { QmpClient } from './qmp.ts';
+import type { ChannelRecord } from './record.ts';
 
 /** Characters of console kept for an exit report: what fits an error message. */
 const consoleTailChars = 4096;
@@ -17,7 +18,11 @@ const finalStates = ['shutdown', 'guest-panicked', 'internal-error', 'io-error']
 export interface QemuParts {
   readonly qemu: HelperProcess;
   readonly qmp: QmpClient;
-  readonly agent: AgentListener;
+  /** Where the agent calls. */
+  readonly agent: Pick<FirstConnection, 'accept'>;
+  readonly channel: ChannelRecord;
+  /** Drive slots that have a file already. */
+  readonly usedSlots?: readonly SlotName[];
   /** The program that carries the channel, where there is one. */
   readonly backend: HelperProcess | undefined;
   /** Releases all of the above. */
@@ -29,12 +34,13 @@ export class QemuVm implements Vm {
   readonly #parts: QemuParts;
   readonly #console: GuestConsole;
   readonly #exit: Promise<VmExit>;
-  readonly #usedSlots = new Set<SlotName>();
+  readonly #usedSlots: Set<SlotName>;
   #killed: Promise<void> | undefined;
 
   constructor(parts: QemuParts) {
     this.pid = parts.qemu.pid;
     this.#parts = parts;
+    this.#usedSlots = new Set(parts.usedSlots);
     this.#console = new GuestConsole(parts.qmp);
     this.#exit = this.#awaitExit();
   }
@@ -69,6 +75,12 @@ export class QemuVm implements Vm {
 
   async #report({ code, signal }: ProcessExit, guestStopped: boolean): Promise<VmExit> {
     return { code, signal, guestStopped, consoleTail: await this.consoleTail(consoleTailChars) };
+  }
+
+  record(): VmRecord {
+    const { qemu, backend, channel } = this.#parts;
+    // Without an identity it has ended, which whoever adopts the VM will find.
+    return { version: 1, qemu: qemu.identity, backend: backend?.identity, channel, usedSlots: [...this.#usedSlots] };
   }
 
   async acceptAgent(signal: AbortSignal): Promise<net.Socket> {

@@ -9,6 +9,10 @@ import { abortable } from '../abortable.ts';
 /** The guest's own CID. Each VM has a backend process of its own, so the number need not differ between VMs. */
 const guestCid = 3;
 
+/** In the sandbox's directory: what the backend makes and QEMU connects to, and what the backend says. */
+export const vsockSocketName = 'vu.sock';
+export const vsockLogName = 'vsock.log';
+
 /** How long the backend may take to make its socket: milliseconds in fact, so this only bounds a wrong program. */
 const startLimitMs = 30_000;
 
@@ -34,7 +38,7 @@ export interface VsockBackend extends AsyncDisposable {
  */
 export async function startVsockBackend(options: VsockBackendOptions, signal: AbortSignal): Promise<VsockBackend> {
   const { program, directory, udsPath } = options;
-  const socket = path.join(directory, 'vu.sock');
+  const socket = path.join(directory, vsockSocketName);
   requireSocketPath(socket);
   signal.throwIfAborted();
   await using stack = new AsyncDisposableStack();
@@ -46,7 +50,7 @@ export async function startVsockBackend(options: VsockBackendOptions, signal: Ab
       program,
       args: ['--guest-cid', String(guestCid), '--socket', socket, '--uds-path', udsPath],
       directory,
-      logName: 'vsock.log',
+      logName: vsockLogName,
       title: 'the vsock backend',
       hint: 'run `npm run setup`, or install the package vhost-device-vsock',
     }),

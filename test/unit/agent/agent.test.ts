@@ -1,11 +1,10 @@
-import { once } from 'node:events';
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { status } from '@grpc/grpc-js';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { type AgentClient, type Mount, OutputStream } from '../../../gen/kiln/agent/v1/agent.ts';
+import type { AgentClient, Mount } from '../../../gen/kiln/agent/v1/agent.ts';
 import { kilnVersion } from '../../../src/version.ts';
-import { create, hello, read, remove, signal, start, TestAgent, unary, wait, write } from './agent.ts';
+import { create, hello, list, OutputReader, read, remove, signal, start, TestAgent, wait, write } from './agent.ts';
 
 describe('a new connection', () => {
   let agent: TestAgent;
@@ -93,7 +92,7 @@ describe('a container', () => {
     await expect(remove(client, 'ghost')).rejects.toMatchObject(missing);
     await expect(read(client, 'ghost')).rejects.toMatchObject(missing);
     await expect(write(client, 'ghost', 'x')).rejects.toMatchObject(missing);
-    await expect(unary((done) => client.listProcesses({ id: 'ghost' }, done))).rejects.toMatchObject(missing);
+    await expect(list(client, 'ghost')).rejects.toMatchObject(missing);
   });
 
   it('whose program does not exist fails in create with a clear message and leaves nothing', async () => {
@@ -110,12 +109,12 @@ describe('a container', () => {
     const target = join(agent.directory, 'deep/mount/point');
     const mount = { target, type: 'nosuchfs', options: ['ro'], directories: [] };
     const disk: Mount = { ...mount, source: { $case: 'disk', value: 'ro99' } };
-    await expect(create(client, 'c', 'exit 0', [disk])).rejects.toMatchObject({
+    await expect(create(client, 'c', 'exit 0', { mounts: [disk] })).rejects.toMatchObject({
       code: status.INTERNAL,
       details: expect.stringContaining('no disk with serial "ro99"'),
     });
     const device: Mount = { ...mount, source: { $case: 'device', value: 'none' } };
-    await expect(create(client, 'c', 'exit 0', [device])).rejects.toMatchObject({
+    await expect(create(client, 'c', 'exit 0', { mounts: [device] })).rejects.toMatchObject({
       code: status.INTERNAL,
       details: expect.stringContaining(`cannot mount nosuchfs none at ${target} (ro): E`),
     });
@@ -173,29 +172,39 @@ describe('a container', () => {
     expect(agent.leftovers()).toEqual([]);
   });
 
-  it('gives its output to a reader that comes after its end, once', async () => {
+  it('gives its output to readers that come after its end, until they have acknowledged it', async () => {
     await create(client, 'h', 'echo early');
     await start(client, 'h');
-    await wait(client, 'h');
+    expect(await wait(client, 'h')).toMatchObject({ stdoutBytes: 6n, stderrBytes: 0n });
+    const hasty = new OutputReader(client, 'h');
+    expect((await hasty.take(6)).toString()).toBe('early\n');
+    expect(await hasty.next()).toBeUndefined();
     expect((await read(client, 'h')).toString()).toBe('early\n');
     await expect(read(client, 'h')).rejects.toMatchObject({
-      code: status.FAILED_PRECONDITION,
-      details: 'stdout has been read',
+      code: status.OUT_OF_RANGE,
+      details: 'stdout cannot be read from byte 0: 6 are delivered already',
+    });
+    expect((await read(client, 'h', 'stdout', 6)).length).toBe(0);
+    await expect(read(client, 'h', 'stdout', 7)).rejects.toMatchObject({
+      code: status.OUT_OF_RANGE,
+      details: 'stdout has 6 bytes so far, so byte 7 cannot be delivered',
     });
     await remove(client, 'h');
   });
 
-  it('lets another reader go on where the first has left', async () => {
+  it('lets another reader go on where the first has left, and the latest reader takes over', async () => {
     await create(client, 'm', 'echo first; read -r line; echo $line');
     await start(client, 'm');
-    const first = client.readOutput({ id: 'm', stream: OutputStream.OUTPUT_STREAM_STDOUT });
-    await expect(read(client, 'm')).rejects.toMatchObject({ details: 'stdout is being read already' });
-    expect((await once(first, 'data'))[0].data.toString()).toBe('first\n');
-    first.on('error', () => {}).cancel();
-    await unary((done) => client.listProcesses({ id: 'm' }, done));
-    const second = read(client, 'm');
+    const first = new OutputReader(client, 'm');
+    expect((await first.take(6)).toString()).toBe('first\n');
+    const second = new OutputReader(client, 'm', 'stdout', 3);
+    expect((await second.take(3)).toString()).toBe('st\n');
+    expect(await first.next()).toBeUndefined();
+    second.call.cancel();
+    await list(client, 'm');
+    const third = read(client, 'm', 'stdout', 6);
     await write(client, 'm', 'second\n');
-    expect((await second).toString()).toBe('second\n');
+    expect((await third).toString()).toBe('second\n');
     await wait(client, 'm');
     await remove(client, 'm');
   });
@@ -219,8 +228,8 @@ describe('a container', () => {
   it('writes 64 MiB that arrive byte for byte, while another is read slowly', async () => {
     await create(client, 'slow', 'yes slow');
     await start(client, 'slow');
-    const stalled = client.readOutput({ id: 'slow', stream: 1 });
-    await once(stalled, 'readable');
+    const stalled = new OutputReader(client, 'slow');
+    await stalled.take(1);
     await create(
       client,
       'k',
@@ -232,21 +241,29 @@ describe('a container', () => {
     expect(output.subarray(64 << 20).toString()).toBe('end\n');
     expect(output.subarray(0, 64 << 20).every((byte) => byte === 0)).toBe(true);
     await remove(client, 'k');
-    stalled.cancel();
-    stalled.on('error', () => {});
+    stalled.call.cancel();
     await remove(client, 'slow', true);
   }, 60_000);
 
-  it('ends the stdin of its program when the writer is cancelled', async () => {
+  it('keeps its stdin open when a writer is cancelled, for the next one, whose end closes it', async () => {
     await create(client, 'l', 'cat; exit 9');
     await start(client, 'l');
-    const call = client.writeStdin(() => {});
-    call.write({ id: 'l', data: Buffer.from('before') });
-    const output = client.readOutput({ id: 'l', stream: 1 });
-    const [message] = await once(output, 'data');
-    expect(message.data.toString()).toBe('before');
-    call.cancel();
+    const cancelled = new Promise((resolve) => {
+      const call = client.writeStdin(resolve);
+      call.on('error', () => {});
+      call.write({ id: 'l', execId: '', data: Buffer.from('before ') });
+      const busy = write(client, 'l', 'x');
+      busy.catch(() => {}).finally(() => call.cancel());
+      void expect(busy).rejects.toMatchObject({ details: 'stdin is being written already' });
+    });
+    const output = new OutputReader(client, 'l');
+    expect((await output.take(7)).toString()).toBe('before ');
+    expect(await cancelled).toMatchObject({ code: status.CANCELLED });
+    await list(client, 'l');
+    await write(client, 'l', 'after');
+    expect((await output.take(5)).toString()).toBe('after');
     expect(await wait(client, 'l')).toMatchObject({ exitStatus: 9 });
+    await expect(write(client, 'l', 'x')).rejects.toMatchObject({ details: 'stdin is closed' });
     await remove(client, 'l');
   });
 

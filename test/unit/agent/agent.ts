@@ -2,28 +2,41 @@
  * An agent as the tests have it: the real main.ts under the real Node, dialling a Unix socket instead of vsock, with
  * fake-crun.sh in place of crun.
  */
-import { type ChildProcess, spawn } from 'node:child_process';
+import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { createServer, type Server, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import type { ClientUnaryCall, ServiceError } from '@grpc/grpc-js';
+import type { ClientDuplexStream, ClientUnaryCall, ServiceError } from '@grpc/grpc-js';
+import type { ProcessName } from '../../../agent/containers.ts';
 import {
   AgentClient,
-  CreateContainerRequest,
+  type DescribeContainerResponse,
   HelloRequest,
   type HelloResponse,
+  type ListProcessesResponse,
   type Mount,
   OutputStream,
   Protocol,
+  type ReadOutputRequest,
+  type ReadOutputResponse,
+  type Stdio,
+  type WaitProcessResponse,
 } from '../../../gen/kiln/agent/v1/agent.ts';
 import { clientOverSocket, type SocketClient } from '../../../src/rpc/grpc/client-transport.ts';
 
 const repository = join(import.meta.dirname, '../../..');
 
+/** Compiled once for each test file that needs terminals. */
+export function compileFakeConsole(out: string): void {
+  execFileSync('gcc', ['-O1', '-Wall', '-Werror', '-o', out, join(import.meta.dirname, 'fake-console.c')]);
+}
+
 export class TestAgent implements AsyncDisposable {
   readonly directory = mkdtempSync(join(tmpdir(), 'kiln-agent-'));
+  /** What makes the fake crun's terminals; see `compileFakeConsole`. */
+  readonly fakeConsole = join(this.directory, 'fake-console');
   readonly #listener: Server;
   readonly #process: ChildProcess;
   #connection: SocketClient<AgentClient> | undefined;
@@ -37,6 +50,7 @@ export class TestAgent implements AsyncDisposable {
         KILN_AGENT_SOCKET: socket,
         KILN_AGENT_DIR: this.directory,
         KILN_CRUN: join(import.meta.dirname, 'fake-crun.sh'),
+        FAKE_CONSOLE: this.fakeConsole,
       },
       stdio: ['ignore', 'inherit', 'inherit'],
     });
@@ -92,36 +106,117 @@ export function unary<Response>(
   });
 }
 
+/** How a process of these tests reads and writes unless it says otherwise. */
+const pipes: Stdio = { stdin: true, stdout: true, stderr: true, terminal: false, width: 0, height: 0 };
+
 /** Creates a container whose program is a shell script (without quotes and newlines). */
-export async function create(client: AgentClient, id: string, script: string, mounts: Mount[] = []): Promise<number> {
+export async function create(
+  client: AgentClient,
+  id: string,
+  script: string,
+  { mounts = [], stdio = {} }: { mounts?: Mount[]; stdio?: Partial<Stdio> } = {},
+): Promise<number> {
   const spec = Buffer.from(JSON.stringify({ script }));
-  const request = CreateContainerRequest.fromPartial({ id, spec, stdin: true, stdout: true, stderr: true });
-  const response = await unary<{ pid: number }>((done) => client.createContainer({ ...request, mounts }, done));
-  return response.pid;
+  const request = { id, spec, mounts, stdio: { ...pipes, ...stdio } };
+  return (await unary<{ pid: number }>((done) => client.createContainer(request, done))).pid;
+}
+
+/** Runs one more shell script (without quotes and newlines) in a container. */
+export async function exec(
+  client: AgentClient,
+  name: ProcessName,
+  script: string,
+  stdio: Partial<Stdio> = {},
+): Promise<number> {
+  const process = Buffer.from(JSON.stringify({ args: [script.split(' ')[0]], script }));
+  const request = { ...name, process, stdio: { ...pipes, ...stdio } };
+  return (await unary<{ pid: number }>((done) => client.execProcess(request, done))).pid;
+}
+
+/** A process: a container's init by the container's id, another by both ids. */
+export type ProcessId = string | ProcessName;
+
+function named(process: ProcessId): ProcessName {
+  return typeof process === 'string' ? { id: process, execId: '' } : process;
 }
 
 export const start = (client: AgentClient, id: string) => unary((done) => client.startContainer({ id }, done));
-export const wait = (client: AgentClient, id: string) =>
-  unary<{ exitStatus: number; exitedAtNs: bigint }>((done) => client.waitContainer({ id }, done));
+export const wait = (client: AgentClient, process: ProcessId) =>
+  unary<WaitProcessResponse>((done) => client.waitProcess(named(process), done));
 export const remove = (client: AgentClient, id: string, force = false) =>
   unary((done) => client.removeContainer({ id, force, guestEnds: false }, done));
-export const signal = (client: AgentClient, id: string, number: number, all = false) =>
-  unary((done) => client.signalContainer({ id, signal: number, all }, done));
+export const removeProcess = (client: AgentClient, name: ProcessName) =>
+  unary((done) => client.removeProcess(name, done));
+export const signal = (client: AgentClient, process: ProcessId, number: number, all = false) =>
+  unary((done) => client.signalProcess({ ...named(process), signal: number, all }, done));
+export const list = async (client: AgentClient, id: string) =>
+  (await unary<ListProcessesResponse>((done) => client.listProcesses({ id }, done))).processes;
+export const describeContainer = (client: AgentClient, id: string) =>
+  unary<DescribeContainerResponse>((done) => client.describeContainer({ id }, done));
 
-/** Everything that comes on a stream until it ends. */
-export async function read(client: AgentClient, id: string, stream: 'stdout' | 'stderr' = 'stdout'): Promise<Buffer> {
-  const which = stream === 'stdout' ? OutputStream.OUTPUT_STREAM_STDOUT : OutputStream.OUTPUT_STREAM_STDERR;
+/** One call of ReadOutput, which acknowledges nothing by itself. */
+export class OutputReader {
+  readonly call: ClientDuplexStream<ReadOutputRequest, ReadOutputResponse>;
+  readonly #messages: AsyncIterator<ReadOutputResponse>;
+  /** The offset of what comes next. */
+  at: number;
+
+  constructor(client: AgentClient, process: ProcessId, stream: 'stdout' | 'stderr' = 'stdout', from = 0) {
+    const which = stream === 'stdout' ? OutputStream.OUTPUT_STREAM_STDOUT : OutputStream.OUTPUT_STREAM_STDERR;
+    this.call = client.readOutput();
+    this.call.on('error', () => {});
+    this.call.write({ ...named(process), stream: which, delivered: BigInt(from) });
+    this.#messages = this.call[Symbol.asyncIterator]() as AsyncIterator<ReadOutputResponse>;
+    this.at = from;
+  }
+
+  /** The next bytes; undefined at the end. */
+  async next(): Promise<Buffer | undefined> {
+    const { done, value } = await this.#messages.next();
+    if (done) return undefined;
+    this.at += value.data.length;
+    return value.data;
+  }
+
+  /** Reads until so many bytes have come. */
+  async take(length: number): Promise<Buffer> {
+    const parts: Buffer[] = [];
+    for (let left = length; left > 0; ) {
+      const data = await this.next();
+      if (data === undefined) throw new Error(`the stream ended ${left} bytes early`);
+      left -= data.length;
+      parts.push(data);
+    }
+    return Buffer.concat(parts);
+  }
+
+  acknowledge(offset = this.at): void {
+    this.call.write({ id: '', execId: '', stream: 0, delivered: BigInt(offset) });
+  }
+}
+
+/** Everything that comes on a stream until it ends, acknowledged as it comes. */
+export async function read(
+  client: AgentClient,
+  process: ProcessId,
+  stream: 'stdout' | 'stderr' = 'stdout',
+  from = 0,
+): Promise<Buffer> {
+  const reader = new OutputReader(client, process, stream, from);
   const received: Buffer[] = [];
-  for await (const message of client.readOutput({ id, stream: which })) received.push(message.data);
+  for (let data = await reader.next(); data !== undefined; data = await reader.next()) {
+    received.push(data);
+    reader.acknowledge();
+  }
   return Buffer.concat(received);
 }
 
 /** Writes to stdin and closes it. */
-export function write(client: AgentClient, id: string, ...chunks: (string | Buffer)[]): Promise<void> {
+export function write(client: AgentClient, process: ProcessId, ...chunks: (string | Buffer)[]): Promise<void> {
   return new Promise((resolve, reject) => {
     const call = client.writeStdin((error) => (error === null ? resolve() : reject(error)));
-    call.write({ id, data: Buffer.alloc(0) });
-    for (const chunk of chunks) call.write({ id: '', data: Buffer.from(chunk) });
+    call.write({ ...named(process), data: Buffer.alloc(0) });
+    for (const chunk of chunks) call.write({ id: '', execId: '', data: Buffer.from(chunk) });
     call.end();
   });
 }

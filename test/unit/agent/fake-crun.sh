@@ -1,6 +1,7 @@
 #!/bin/sh
 # Stands in for crun where there is no root: the same command line, real processes, no namespaces. The "container" is
-# the spec's third argument, a shell script; its init waits on a FIFO until `start`, as crun's does.
+# the script in its spec, for sh; its init waits on a FIFO until `start`, as crun's does. An exec'd process is a
+# script as well, that does not wait. A terminal is made by fake-console.c ($FAKE_CONSOLE).
 root=$2
 log=$5
 shift 7
@@ -10,30 +11,57 @@ fail() {
   echo "$1" >"$log"
   exit 1
 }
+# In any order: --bundle B, --process P, --pid-file F, --console-socket S, --detach, --force; then the id.
+console=
+while [ $# -gt 1 ]; do
+  case $1 in
+  --bundle) spec=$2/config.json && shift ;;
+  --process) spec=$2 && shift ;;
+  --pid-file) pid_file=$2 && shift ;;
+  --console-socket) console=$2 && shift ;;
+  esac
+  shift
+done
+id=$1
+# Sets `script`; a program that does not exist is refused as crun does it.
+read_script() {
+  script=$(sed -n 's/.*"script":"\([^"]*\)".*/\1/p' "$spec")
+  case $script in
+  nosuch) fail 'executable file `nosuch` not found in $PATH: No such file or directory' ;;
+  esac
+}
+# Leaves a process behind and writes its id: with this shell's stdio, or with a terminal.
+spawn() {
+  if [ -n "$console" ]; then
+    pid=$("$FAKE_CONSOLE" "$console" "$@") || fail "no terminal at $console"
+  else
+    # A shell gives its background processes /dev/null as stdin unless told otherwise.
+    exec 3<&0
+    "$@" <&3 3<&- &
+    pid=$!
+  fi
+  echo "$pid" >"$pid_file"
+}
 case $verb in
 create)
-  bundle=$2
-  pid_file=$4
-  id=$5
+  read_script
   mkdir -p "$root/$id"
-  script=$(sed -n 's/.*"script":"\([^"]*\)".*/\1/p' "$bundle/config.json")
-  case $script in
-  nosuch) rm -r "$root/$id"; fail 'executable file `nosuch` not found in $PATH: No such file or directory' ;;
-  esac
   mkfifo "$root/$id/exec"
-  # A shell gives its background processes /dev/null as stdin unless told otherwise.
-  exec 3<&0
-  sh -c 'read -r _ <"$0"; exec sh -c "$1" 3<&-' "$root/$id/exec" "$script" <&3 &
-  echo $! >"$root/$id/pid"
-  cp "$root/$id/pid" "$pid_file"
+  spawn sh -c 'read -r _ <"$0"; exec sh -c "$1"' "$root/$id/exec" "$script"
+  cp "$pid_file" "$root/$id/pid"
+  ;;
+exec)
+  [ -e "$root/$id/pid" ] || fail "container \`$id\` does not exist"
+  read_script
+  spawn sh -c "$script"
   ;;
 start)
-  [ -e "$root/$1/exec" ] || fail "container \`$1\` does not exist"
-  echo >"$root/$1/exec"
+  [ -e "$root/$id/exec" ] || fail "container \`$id\` does not exist"
+  echo >"$root/$id/exec"
   ;;
 delete)
-  [ -e "$root/$2/pid" ] || exit 0
-  kill -9 "$(cat "$root/$2/pid")" 2>/dev/null
-  rm -r "$root/$2"
+  [ -e "$root/$id/pid" ] || exit 0
+  kill -9 "$(cat "$root/$id/pid")" 2>/dev/null
+  rm -r "$root/$id"
   ;;
 esac

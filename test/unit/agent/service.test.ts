@@ -1,7 +1,7 @@
 import fc from 'fast-check';
 import { expect, it } from 'vitest';
+import { chunkSize } from '../../../agent/output.ts';
 import { encodeOutput } from '../../../agent/service.ts';
-import { chunkSize } from '../../../agent/stdio.ts';
 import { ReadOutputResponse } from '../../../gen/kiln/agent/v1/agent.ts';
 
 it('encodes output as protobuf does, whatever its length', () => {

@@ -3,7 +3,7 @@ import { explain } from '../../../agent/crun.ts';
 import { AgentError, describe, grpcStatusOf } from '../../../agent/errors.ts';
 import { ContainerState } from '../../../agent/state.ts';
 
-const exit = { status: 0, atNs: 1n };
+const exit = { status: 0, atNs: 1n, stdoutBytes: undefined, stderrBytes: undefined };
 
 it('takes a container through its life', () => {
   const state = new ContainerState('a');

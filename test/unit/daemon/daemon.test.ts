@@ -61,6 +61,9 @@ class Bench {
         this.containers.push(container);
         return container;
       },
+      prepareExec: () => {
+        throw new KilnError('invalid-argument', 'these tests run one process');
+      },
       collectGarbage: () => {
         this.collections += 1;
         return setup.collectGarbage?.() ?? Promise.resolve();

@@ -7,8 +7,15 @@ import { afterEach, describe, expect, it } from 'vitest';
 import { OutputStream, Protocol } from '../../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../../../src/errors.ts';
 import { Guest, type GuestContainer } from '../../../src/guest/guest.ts';
+import type { OutputRequest } from '../../../src/guest/streams.ts';
 import { kilnVersion } from '../../../src/version.ts';
-import { failure, helloResponse, type Script, ScriptedAgent, socketPair } from './scripted-agent.ts';
+import { failure, guestProcesses, helloResponse, type Script, ScriptedAgent, socketPair } from './scripted-agent.ts';
+
+const session = 'the secret of the sandbox';
+/** The init process of the container. */
+const init = { id: 'c1', execId: '' };
+const stdout: OutputRequest = { ...init, stream: 'stdout', from: 0 };
+const ignore = () => {};
 
 const cleanups: (() => void)[] = [];
 afterEach(() => {
@@ -29,7 +36,7 @@ async function connect(script: Script = {}, answerLimitMs = 30_000): Promise<End
     agent.disconnect();
     socket.destroy();
   });
-  return { agent, socket, guest: await Guest.connect(socket, { hostname: 'kiln', answerLimitMs }) };
+  return { agent, socket, guest: await Guest.connect(socket, { hostname: 'kiln', answerLimitMs, session }) };
 }
 
 const container: GuestContainer = {
@@ -39,9 +46,7 @@ const container: GuestContainer = {
     { source: { disk: 'ro0' }, target: '/l', type: 'erofs', options: ['ro'], directories: [] },
     { source: { device: 'overlay' }, target: '/r', type: 'overlay', options: [], directories: ['upper'] },
   ],
-  stdin: true,
-  stdout: false,
-  stderr: true,
+  stdio: { stdin: true, stdout: false, stderr: true, terminal: false, size: undefined },
 };
 
 async function failureOf(promise: Promise<unknown>): Promise<KilnError> {
@@ -110,7 +115,7 @@ describe('Hello', () => {
     const closed = once(socket, 'close');
     const agent = new ScriptedAgent({ hello: (_call, done) => done(failure('INTERNAL', 'no')) });
     agent.serve(theirs);
-    const error = await failureOf(Guest.connect(socket, { hostname: '', answerLimitMs: 30_000 }));
+    const error = await failureOf(Guest.connect(socket, { hostname: '', answerLimitMs: 30_000, session }));
     expect(error).toMatchObject({ code: 'internal', message: 'no' });
     await closed;
   });
@@ -120,7 +125,7 @@ describe('Hello', () => {
     cleanups.push(() => theirs.destroy());
     theirs.on('error', () => {});
     theirs.write('HTTP/1.1 400 Bad Request\r\n\r\n');
-    const error = await failureOf(Guest.connect(socket, { hostname: '', answerLimitMs: 30_000 }));
+    const error = await failureOf(Guest.connect(socket, { hostname: '', answerLimitMs: 30_000, session }));
     expect(error.code).toBe('unavailable');
   });
 });
@@ -148,9 +153,7 @@ describe('a call', () => {
           directories: ['upper'],
         },
       ],
-      stdin: true,
-      stdout: false,
-      stderr: true,
+      stdio: { stdin: true, stdout: false, stderr: true, terminal: false, width: 0, height: 0 },
     });
   });
 
@@ -175,12 +178,12 @@ describe('a call', () => {
   });
 
   it('that waits for an exit has no time limit', async () => {
-    const { guest, agent } = await connect({ signalContainer: () => {} }, 50);
-    const exit = guest.waitExit('c1');
+    const { guest, agent } = await connect({ signalProcess: () => {} }, 50);
+    const exit = guest.waitExit(init);
     // A call with a limit that starts later ends earlier.
-    expect((await failureOf(guest.signal('c1', 15, false))).code).toBe('deadline-exceeded');
+    expect((await failureOf(guest.signal(init, 15, false))).code).toBe('deadline-exceeded');
     agent.exit(42);
-    expect(await exit).toBe(42);
+    expect((await exit).status).toBe(42);
   });
 
   it('that is given up rejects with the reason, and the agent hears of it', async () => {
@@ -206,9 +209,13 @@ describe('a call', () => {
   const silent: Script = {
     createContainer: never,
     startContainer: never,
-    signalContainer: never,
-    waitContainer: never,
+    signalProcess: never,
+    waitProcess: never,
     listProcesses: never,
+    execProcess: never,
+    describeContainer: never,
+    resizeTerminal: never,
+    removeProcess: never,
     removeContainer: never,
     readOutput: never,
     writeStdin: never,
@@ -216,12 +223,16 @@ describe('a call', () => {
   const calls: Record<string, (guest: Guest) => Promise<unknown>> = {
     createContainer: (guest) => guest.createContainer(container),
     startContainer: (guest) => guest.startContainer('c1'),
-    signalContainer: (guest) => guest.signal('c1', 9, true),
-    waitContainer: (guest) => guest.waitExit('c1'),
+    signalProcess: (guest) => guest.signal(init, 9, true),
+    waitProcess: (guest) => guest.waitExit(init),
     listProcesses: (guest) => guest.processes('c1'),
+    execProcess: (guest) => guest.exec({ id: 'c1', execId: 'e1' }, '{}', container.stdio),
+    describeContainer: (guest) => guest.describe('c1'),
+    resizeTerminal: (guest) => guest.resize(init, { width: 1, height: 1 }),
+    removeProcess: (guest) => guest.removeProcess({ id: 'c1', execId: 'e1' }),
     removeContainer: (guest) => guest.removeContainer('c1', { force: true, guestEnds: false }),
-    readOutput: (guest) => guest.pipeOutput('c1', 'stdout', new PassThrough()),
-    writeStdin: (guest) => guest.pipeStdin('c1', new PassThrough()),
+    readOutput: (guest) => guest.pipeOutput(stdout, new PassThrough(), ignore),
+    writeStdin: (guest) => guest.pipeStdin(init, new PassThrough()),
   };
 
   it.each(Object.keys(calls))('%s fails with unavailable when the connection is lost during it', async (name) => {
@@ -238,7 +249,7 @@ describe('a call', () => {
 
   it('fails with unavailable when we close the connection ourselves', async () => {
     const { guest } = await connect(silent);
-    const result = failureOf(guest.waitExit('c1'));
+    const result = failureOf(guest.waitExit(init));
     guest[Symbol.dispose]();
     expect((await result).code).toBe('unavailable');
   });
@@ -278,7 +289,7 @@ describe('output', () => {
     });
     cleanups.push(() => agent.disconnect());
     await once(agent, 'message');
-    const guest = await Guest.connect(dial(`\0${name}`), { hostname: '', answerLimitMs: 30_000 });
+    const guest = await Guest.connect(dial(`\0${name}`), { hostname: '', answerLimitMs: 30_000, session });
     cleanups.push(() => guest[Symbol.dispose]());
     const before = process.memoryUsage().arrayBuffers;
     let received = 0;
@@ -291,7 +302,7 @@ describe('output', () => {
         setImmediate(done);
       },
     });
-    await guest.pipeOutput('c1', 'stdout', sink);
+    await guest.pipeOutput(stdout, sink, ignore);
     expect(received).toBe(total);
     // Measured: 25 to 30 MiB; without collecting what has been relayed, about all of it.
     expect(growth).toBeLessThan(45 << 20);
@@ -308,7 +319,7 @@ describe('output', () => {
         void resume.promise.then(() => done());
       },
     });
-    const relay = guest.pipeOutput('c1', 'stdout', sink);
+    const relay = guest.pipeOutput(stdout, sink, ignore);
     await stalled.promise;
     // Other calls go through meanwhile, each a round trip in which the flood could go on.
     for (let round = 0; round < 100; round++) await guest.processes('c1');
@@ -321,15 +332,17 @@ describe('output', () => {
   it('asks for the stream that is meant', async () => {
     const asked: unknown[] = [];
     const readOutput: Script['readOutput'] = (call) => {
-      asked.push(call.request);
-      call.end();
+      call.once('data', (request) => {
+        asked.push(request);
+        call.end();
+      });
     };
     const { guest } = await connect({ readOutput });
-    await guest.pipeOutput('c1', 'stdout', new PassThrough());
-    await guest.pipeOutput('c1', 'stderr', new PassThrough());
+    await guest.pipeOutput(stdout, new PassThrough(), ignore);
+    await guest.pipeOutput({ ...stdout, stream: 'stderr' }, new PassThrough(), ignore);
     expect(asked).toEqual([
-      { id: 'c1', stream: OutputStream.OUTPUT_STREAM_STDOUT },
-      { id: 'c1', stream: OutputStream.OUTPUT_STREAM_STDERR },
+      { ...init, stream: OutputStream.OUTPUT_STREAM_STDOUT, delivered: 0n },
+      { ...init, stream: OutputStream.OUTPUT_STREAM_STDERR, delivered: 0n },
     ]);
   });
 
@@ -338,20 +351,20 @@ describe('output', () => {
     const { guest } = await connect(script);
     const stalled = Promise.withResolvers<void>();
     const sink = new Writable({ write: () => stalled.resolve() });
-    const relay = guest.pipeOutput('c1', 'stdout', sink);
+    const relay = guest.pipeOutput(stdout, sink, ignore);
     await stalled.promise;
     sink.destroy();
     await relay;
     await progress.cancelled.promise;
     // The connection is as good as before.
-    expect(await guest.processes('c1')).toEqual({ pids: [12, 13], initPid: 12 });
+    expect(await guest.processes('c1')).toEqual(guestProcesses);
   });
 
   it('ends when the sink is destroyed while there is nothing to write', async () => {
     const cancelled = Promise.withResolvers<void>();
     const { guest } = await connect({ readOutput: (call) => void call.on('cancelled', () => cancelled.resolve()) });
     const sink = new PassThrough();
-    const relay = guest.pipeOutput('c1', 'stdout', sink);
+    const relay = guest.pipeOutput(stdout, sink, ignore);
     await guest.processes('c1');
     sink.destroy();
     await relay;
@@ -361,7 +374,7 @@ describe('output', () => {
   it('that the agent refuses is its error', async () => {
     const readOutput: Script['readOutput'] = (call) => call.emit('error', failure('FAILED_PRECONDITION', 'read'));
     const { guest } = await connect({ readOutput });
-    const error = await failureOf(guest.pipeOutput('c1', 'stdout', slowSink(1)));
+    const error = await failureOf(guest.pipeOutput(stdout, slowSink(1), ignore));
     expect(error).toMatchObject({ code: 'failed-precondition', message: 'read' });
   });
 });
@@ -370,7 +383,7 @@ describe('stdin', () => {
   it('arrives in order, in messages of at most 128 KiB, and ends with its source', async () => {
     const bytes = Buffer.alloc(3_000_000, 'abcdefg');
     const { guest, agent } = await connect();
-    await guest.pipeStdin('c1', Readable.from([bytes.subarray(0, 5), bytes.subarray(5)]));
+    await guest.pipeStdin(init, Readable.from([bytes.subarray(0, 5), bytes.subarray(5)]));
     expect(Buffer.concat(agent.stdin).equals(bytes)).toBe(true);
     expect(Math.max(...agent.stdin.map((data) => data.length))).toBe(128 * 1024);
   });
@@ -384,7 +397,7 @@ describe('stdin', () => {
       },
     });
     const source = new PassThrough();
-    const relay = guest.pipeStdin('c1', source);
+    const relay = guest.pipeStdin(init, source);
     expect(await named.promise).toBe('c1');
     source.end();
     await relay;
@@ -407,7 +420,7 @@ describe('stdin', () => {
         this.push(given > total ? null : Buffer.alloc(64 * 1024));
       },
     });
-    const relay = guest.pipeStdin('c1', source);
+    const relay = guest.pipeStdin(init, source);
     for (let round = 0; round < 100; round++) await guest.processes('c1');
     expect(given).toBeLessThan(128);
     taken.resolve();
@@ -419,7 +432,7 @@ describe('stdin', () => {
     const { guest, agent } = await connect();
     const source = new PassThrough();
     source.write('left');
-    const relay = guest.pipeStdin('c1', source);
+    const relay = guest.pipeStdin(init, source);
     await guest.processes('c1');
     source.destroy();
     await relay;
@@ -435,7 +448,7 @@ describe('stdin', () => {
       const { guest } = await connect({ writeStdin });
       const source = new PassThrough();
       const closed = once(source, 'close');
-      const outcome = await guest.pipeStdin('c1', source).catch((error: KilnError) => error.message);
+      const outcome = await guest.pipeStdin(init, source).catch((error: KilnError) => error.message);
       await closed;
       expect([undefined, 'stdin is closed']).toContain(outcome);
     }
@@ -444,7 +457,7 @@ describe('stdin', () => {
   it('whose source breaks is that error', async () => {
     const { guest } = await connect();
     const source = new PassThrough();
-    const relay = guest.pipeStdin('c1', source);
+    const relay = guest.pipeStdin(init, source);
     await guest.processes('c1');
     source.destroy(new Error('EIO'));
     await expect(relay).rejects.toThrow('EIO');

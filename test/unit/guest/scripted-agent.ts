@@ -7,6 +7,8 @@ import {
   AgentService,
   HelloResponse,
   Protocol,
+  type ReadOutputRequest,
+  WaitProcessResponse,
   type WriteStdinRequest,
 } from '../../../gen/kiln/agent/v1/agent.ts';
 import { type ServedSocket, serveOverSocket } from '../../../src/rpc/grpc/server-transport.ts';
@@ -23,18 +25,27 @@ export async function socketPair(): Promise<[Socket, Socket]> {
   return [ours, theirs];
 }
 
+/** What the scripted agent's container consists of: its init, and a child of it. */
+export const guestProcesses = [
+  { pid: 12, execId: '', init: true },
+  { pid: 13, execId: '', init: false },
+];
+
 /** Handlers in the form of the generated service; what is left out is answered as below. */
 export type Script = Partial<AgentServer>;
 
 /**
  * An agent that says Hello, creates, starts, removes and lists containers, and whose one container runs until a signal
- * comes; it then exits with 128 + the signal. stdin is read and dropped, both outputs end with the exit.
+ * comes; it then exits with 128 + the signal. So does each process that is exec'd; the end of the container's own is the
+ * end of all. stdin is read and dropped, outputs end with the exit of their process.
  */
 export class ScriptedAgent {
   readonly calls: string[] = [];
   readonly stdin: Buffer[] = [];
-  readonly #exit = Promise.withResolvers<number>();
+  /** By exec id; the container's own has the empty one. */
+  readonly #exits = new Map<string, PromiseWithResolvers<number>>();
   readonly #script: Script;
+  #pid = 100;
   #served: ServedSocket | undefined;
   #socket: Socket | undefined;
 
@@ -42,13 +53,22 @@ export class ScriptedAgent {
     this.#script = script;
   }
 
-  /** The program ends. */
-  exit(status: number): void {
-    this.#exit.resolve(status);
+  /** A process ends; with the container's own, all do. */
+  exit(status: number, execId = ''): void {
+    this.#exitOf(execId).resolve(status);
+    if (execId === '') for (const exit of this.#exits.values()) exit.resolve(137);
   }
 
-  get exited(): Promise<number> {
-    return this.#exit.promise;
+  exited(execId = ''): Promise<number> {
+    return this.#exitOf(execId).promise;
+  }
+
+  #exitOf(execId: string): PromiseWithResolvers<number> {
+    const known = this.#exits.get(execId);
+    if (known !== undefined) return known;
+    const exit = Promise.withResolvers<number>();
+    this.#exits.set(execId, exit);
+    return exit;
   }
 
   /** The connection breaks, as it does when the VM or the agent dies. */
@@ -77,20 +97,31 @@ export class ScriptedAgent {
       hello: (_call, done) => done(null, helloResponse()),
       createContainer: (_call, done) => done(null, { pid: 12 }),
       startContainer: (_call, done) => done(null, {}),
-      signalContainer: (call, done) => {
-        this.exit(128 + call.request.signal);
+      execProcess: (call, done) => {
+        this.#exits.delete(call.request.execId);
+        this.#pid += 1;
+        done(null, { pid: this.#pid });
+      },
+      signalProcess: ({ request }, done) => {
+        this.exit(128 + request.signal, request.execId);
         done(null, {});
       },
-      waitContainer: (_call, done) => {
-        void this.exited.then((exitStatus) => done(null, { exitStatus, exitedAtNs: 0n }));
+      waitProcess: ({ request }, done) => {
+        void this.exited(request.execId).then((exitStatus) => done(null, waitResponse({ exitStatus })));
       },
-      listProcesses: (_call, done) => done(null, { pids: [12, 13], initPid: 12 }),
+      describeContainer: (_call, done) => done(null, { started: true, execIds: [] }),
+      resizeTerminal: (_call, done) => done(null, {}),
+      removeProcess: (_call, done) => done(null, {}),
+      listProcesses: (_call, done) => done(null, { processes: guestProcesses }),
       writeStdin: (call, done) => {
         call.on('data', (message: WriteStdinRequest) => this.stdin.push(message.data));
         call.on('end', () => done(null, {}));
         call.on('error', () => {});
       },
-      readOutput: (call) => void this.exited.then(() => call.end()),
+      readOutput: (call) => {
+        call.once('data', ({ execId }: ReadOutputRequest) => void this.exited(execId).then(() => call.end()));
+        call.on('error', () => {});
+      },
       removeContainer: (_call, done) => done(null, {}),
     };
   }
@@ -108,6 +139,10 @@ export function helloResponse(fields: Parameters<typeof HelloResponse.fromPartia
     answeredNs: 3_500_000_000n,
     ...fields,
   });
+}
+
+export function waitResponse(fields: Parameters<typeof WaitProcessResponse.fromPartial>[0]): WaitProcessResponse {
+  return WaitProcessResponse.fromPartial(fields);
 }
 
 /** What a handler passes to its callback to fail. */

@@ -128,7 +128,7 @@ it('says UNIMPLEMENTED for a method that the server does not have', async () => 
 it('streams 64 MiB from the server, byte for byte', async () => {
   const { client } = await open();
   let count = 0;
-  for await (const { data } of client.readOutput({ id: '', stream: 1 }) as AsyncIterable<ReadOutputResponse>) {
+  for await (const { data } of client.readOutput() as AsyncIterable<ReadOutputResponse>) {
     if (!data.equals(Buffer.alloc(chunkSize, count % 251))) expect.unreachable(`chunk ${count} differs`);
     count += 1;
   }
@@ -137,7 +137,7 @@ it('streams 64 MiB from the server, byte for byte', async () => {
 
 it('holds the writer back while the reader does not read, and other calls go on', async () => {
   const ends = await open();
-  const call = ends.client.readOutput({ id: '', stream: 1 });
+  const call = ends.client.readOutput();
   await once(call, 'readable');
   // Each answer is a round trip in which the server could write more; it stops when the windows are full.
   let before = -1;
@@ -157,7 +157,7 @@ it('streams 64 MiB to the server', async () => {
   const answer = Promise.withResolvers<ServiceError | null>();
   const call = client.writeStdin((error) => answer.resolve(error));
   for (let i = 0; i < chunkCount; i++) {
-    if (!call.write({ id: '', data: Buffer.alloc(chunkSize) })) await once(call, 'drain');
+    if (!call.write({ id: '', execId: '', data: Buffer.alloc(chunkSize) })) await once(call, 'drain');
   }
   call.end();
   expect((await answer.promise)?.details).toBe(`${chunkSize * chunkCount} bytes`);
@@ -169,7 +169,7 @@ it('takes a message of several MiB, and refuses one that is too large', async ()
     new Promise<ServiceError | null>((resolve) => {
       const call = client.writeStdin((error) => resolve(error));
       call.on('error', () => {});
-      call.end({ id: '', data: Buffer.alloc(size) });
+      call.end({ id: '', execId: '', data: Buffer.alloc(size) });
     });
   expect((await send(8 << 20))?.details).toBe(`${8 << 20} bytes`);
   expect((await send(17 << 20))?.code).toBe(status.RESOURCE_EXHAUSTED);
@@ -202,10 +202,10 @@ it.each([
 ])('fails every call with UNAVAILABLE when the connection %s', async (_how, end) => {
   const ends = await open();
   const unary = hello(ends.client, { hostname: 'never', timeout: 600_000 });
-  const output = ends.client.readOutput({ id: '', stream: 1 });
+  const output = ends.client.readOutput();
   const outputError = once(output, 'error');
   const input = new Promise<ServiceError | null>((resolve) => {
-    ends.client.writeStdin((error) => resolve(error)).write({ id: '', data: Buffer.alloc(10) });
+    ends.client.writeStdin((error) => resolve(error)).write({ id: '', execId: '', data: Buffer.alloc(10) });
   });
   await settled(ends.client);
   end(ends);

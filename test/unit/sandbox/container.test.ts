@@ -55,7 +55,10 @@ describe.skipIf(!canMakeNetns)('a container', () => {
     expect(existsSync(made.directory)).toBe(true);
     await container.start();
     expect(container.state).toEqual({ kind: 'running' });
-    expect(await container.processes()).toEqual([container.pid, 13]);
+    expect(await container.processes()).toEqual([
+      { pid: container.pid, execId: '' },
+      { pid: 13, execId: '' },
+    ]);
     expect(isAlive(container.pid)).toBe(true);
     made.agent.exit(42);
     const exit = await container.exit.wait();
@@ -66,7 +69,7 @@ describe.skipIf(!canMakeNetns)('a container', () => {
     expect(await container.delete()).toBe(exit);
     expect(container.state).toEqual({ kind: 'deleted', exit });
     expect(made.agent.calls).toEqual([
-      ...['hello', 'createContainer', 'writeStdin', 'readOutput', 'waitContainer'],
+      ...['hello', 'createContainer', 'writeStdin', 'readOutput', 'waitProcess'],
       ...['startContainer', 'listProcesses', 'removeContainer'],
     ]);
     expect(made.events).toEqual(['stdin started', 'vm killed', 'rootfs released']);
@@ -203,7 +206,7 @@ describe.skipIf(!canMakeNetns)('a container', () => {
     await container.start();
     process.kill(container.pid, 'SIGTERM');
     expect((await container.exit.wait()).status).toBe(137);
-    expect(made.agent.calls).toContain('signalContainer');
+    expect(made.agent.calls).toContain('signalProcess');
   });
 });
 
@@ -211,7 +214,7 @@ describe.skipIf(!canMakeNetns)('a signal', () => {
   it.each(['FAILED_PRECONDITION', 'NOT_FOUND'] as const)(
     'that the guest refuses with %s, since the process has ended, finds no process',
     async (status) => {
-      const made = bench({ signalContainer: (_call, done) => done(failure(status, 'it is stopped')) });
+      const made = bench({ signalProcess: (_call, done) => done(failure(status, 'it is stopped')) });
       const container = await made.create();
       expect(await errorOf(container.kill(15, false))).toBe('not-found: container c1: process already finished');
       made.agent.exit(0);
@@ -220,7 +223,7 @@ describe.skipIf(!canMakeNetns)('a signal', () => {
 
   it("that does not exist is the guest's error", async () => {
     const made = bench({
-      signalContainer: (_call, done) => done(failure('INVALID_ARGUMENT', 'there is no signal 99')),
+      signalProcess: (_call, done) => done(failure('INVALID_ARGUMENT', 'there is no signal 99')),
     });
     const container = await made.create();
     expect(await errorOf(container.kill(99, false))).toBe('invalid-argument: there is no signal 99');
@@ -228,7 +231,7 @@ describe.skipIf(!canMakeNetns)('a signal', () => {
   });
 
   it('to a container whose VM was killed finds no process, after the exit', async () => {
-    const made = bench({ signalContainer: () => made.vm?.end({ signal: 'SIGKILL' }) });
+    const made = bench({ signalProcess: () => made.vm?.end({ signal: 'SIGKILL' }) });
     const container = await made.create();
     expect(await errorOf(container.kill(9, false))).toBe('not-found: container c1: process already finished');
     expect(container.exit.peek()?.status).toBe(137);
@@ -281,7 +284,7 @@ describe.skipIf(!canMakeNetns)('destroy', () => {
     await container.start();
     const destroyed = container.destroy();
     await removed.asked;
-    expect(made.agent.calls).toContain('signalContainer');
+    expect(made.agent.calls).toContain('signalProcess');
     expect(made.events).not.toContain('vm killed');
     removed.answer();
     await destroyed;
@@ -307,7 +310,7 @@ describe.skipIf(!canMakeNetns)('destroy', () => {
 
   it('during a start fails the start', async () => {
     const start = held();
-    const made = bench({ startContainer: start.handler, signalContainer: start.handler });
+    const made = bench({ startContainer: start.handler, signalProcess: start.handler });
     const container = await made.create();
     const starting = errorOf(container.start());
     await start.asked;

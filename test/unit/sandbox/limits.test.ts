@@ -25,7 +25,8 @@ describe.skipIf(!canMakeNetns)('patience has an end', () => {
     const made = bench({
       readOutput: (call) => {
         call.write({ data: Buffer.from('unread') });
-        void made.agent.exited.then(() => call.end());
+        call.resume();
+        void made.agent.exited().then(() => call.end());
       },
     });
     made.stdio.stalled = true;
@@ -42,7 +43,7 @@ describe.skipIf(!canMakeNetns)('patience has an end', () => {
   });
 
   it('with an agent that does not kill: destroy ends the VM', async () => {
-    const made = bench({ signalContainer: () => {} });
+    const made = bench({ signalProcess: () => {} });
     const container = await made.create();
     await container.start();
     await container.destroy();
@@ -61,7 +62,7 @@ describe.skipIf(!canMakeNetns)('patience has an end', () => {
   });
 
   it('with an agent that does not kill what was only created: Delete ends the VM', async () => {
-    const made = bench({ signalContainer: () => {} });
+    const made = bench({ signalProcess: () => {} });
     made.bootTimeoutS = 0.5;
     const container = await made.create();
     expect((await container.delete()).status).toBe(137);

@@ -88,7 +88,7 @@ export class ScriptedVm implements Vm {
   }
 }
 
-class MemoryStdio implements ContainerStdio {
+export class MemoryStdio implements ContainerStdio {
   readonly stdin: Readable | null;
   readonly stdout: Writable | null;
   readonly stderr: Writable | null = null;
@@ -158,6 +158,7 @@ export class Workbench implements AsyncDisposable {
   releaseRootfs: () => Promise<void> = async () => {};
   beforeBoot: (signal: AbortSignal) => Promise<void> = async () => {};
   bootTimeoutS = 60;
+  terminal = false;
   /** Lines of shell in place of a stand-in that is well. */
   standIn = `exec ${unshare} -- /bin/sh -c 'echo ready >&3; exec 3>&-; exec sleep 1000'`;
   vm: ScriptedVm | undefined;
@@ -237,6 +238,8 @@ export class Workbench implements AsyncDisposable {
       files: { kernel: '/k', initrd: undefined, guestImage: '/g' },
       memoryMib: 256,
       vcpus: 1,
+      terminal: this.terminal,
+      terminalSize: this.terminal ? { width: 80, height: 24 } : undefined,
       openStdio: async () => this.stdio,
       timeline: this.timeline,
       logger: loggerTo({ write: (line) => void this.log.push(JSON.parse(line) as LogLine) }, 'trace'),

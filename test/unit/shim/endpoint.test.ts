@@ -31,6 +31,9 @@ async function listen() {
     namespace: 'ns',
     id: 'c1',
     createContainer: async () => container,
+    prepareExec: () => {
+      throw new Error('no Exec is expected');
+    },
     publish: (event) => events.push(event),
     logger: loggerTo({ write: () => {} }, 'error'),
     onQuiet: () => {
@@ -67,6 +70,9 @@ it('an endpoint that cannot listen names its path', async () => {
     namespace: 'ns',
     id: 'c1',
     createContainer: async () => new ScriptedContainer('c1'),
+    prepareExec: () => {
+      throw new Error('no Exec is expected');
+    },
     publish: () => {},
     logger: loggerTo({ write: () => {} }, 'error'),
     onQuiet: () => {},

@@ -1,14 +1,18 @@
 /** A container without a VM: it follows Kiln's state machine, and a test decides what happens when. */
+import type { ContainerProcess } from '../../../src/sandbox/container.ts';
+import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import {
   afterExit,
-  type ContainerState,
   type Exit,
+  type ProcessState,
   requireDeletable,
+  requireExecable,
   requireSignalable,
   requireStartable,
-} from '../../../src/sandbox/container-state.ts';
+  requireStarted,
+} from '../../../src/sandbox/process-state.ts';
 import { WaitableCell } from '../../../src/sandbox/waitable-cell.ts';
-import type { TaskContainer } from '../../../src/shim/task-service.ts';
+import type { TaskContainer, TaskProcess } from '../../../src/shim/task-service.ts';
 
 /** A step that waits until the test lets it go on, or fail. */
 export class Gate {
@@ -35,17 +39,17 @@ export class Gate {
   }
 }
 
-export class ScriptedContainer implements TaskContainer {
-  readonly id: string;
-  readonly pid = 4242;
+/** What init and exec have in common. */
+class ScriptedProcess {
   readonly exit = new WaitableCell<Exit>();
   readonly calls: string[] = [];
-  state: ContainerState = { kind: 'created' };
+  state: ProcessState = { kind: 'created' };
   /** Set one to hold or fail the step of this name. */
   gates: { start?: Gate; kill?: Gate; delete?: Gate; destroy?: Gate; processes?: Gate } = {};
+  protected readonly name: string;
 
-  constructor(id: string) {
-    this.id = id;
+  constructor(name: string) {
+    this.name = name;
   }
 
   /** The program ends. As in the real one, an exit during the start waits for the start's end. */
@@ -57,7 +61,7 @@ export class ScriptedContainer implements TaskContainer {
 
   async start(): Promise<void> {
     this.calls.push('start');
-    requireStartable(this.id, this.state);
+    requireStartable(this.name, this.state);
     this.state = { kind: 'starting' };
     try {
       await this.gates.start?.pass();
@@ -68,30 +72,93 @@ export class ScriptedContainer implements TaskContainer {
     }
   }
 
-  async kill(signal: number, all: boolean): Promise<void> {
-    this.calls.push(`kill ${signal} ${all}`);
-    requireSignalable(this.id, this.state);
-    await this.gates.kill?.pass();
-    this.end(128 + signal);
-  }
-
-  async processes(): Promise<readonly number[]> {
-    await this.gates.processes?.pass();
-    return this.exit.peek() === undefined ? [this.pid, 7] : [];
+  async resize({ width, height }: { readonly width: number; readonly height: number }): Promise<void> {
+    this.calls.push(`resize ${width} ${height}`);
   }
 
   closeStdin(): void {
     this.calls.push('closeStdin');
   }
 
-  async delete(): Promise<Exit> {
+  protected async deleteWith(neverStarted: number): Promise<Exit> {
     this.calls.push('delete');
-    requireDeletable(this.id, this.state);
+    requireDeletable(this.name, this.state);
     await this.gates.delete?.pass();
-    if (this.state.kind === 'created') this.end(137);
+    if (this.state.kind === 'created') this.end(neverStarted);
     const exit = await this.exit.wait();
     this.state = { kind: 'deleted', exit };
     return exit;
+  }
+}
+
+export class ScriptedExec extends ScriptedProcess implements TaskProcess {
+  readonly request: ExecRequest;
+  readonly #pid: number;
+  #started = false;
+
+  constructor(request: ExecRequest, pid: number) {
+    super(`exec ${request.execId} of container c1`);
+    this.request = request;
+    this.#pid = pid;
+  }
+
+  /** As the real one: 0 before its start. */
+  get pid(): number {
+    return this.#started ? this.#pid : 0;
+  }
+
+  override async start(): Promise<void> {
+    await super.start();
+    this.#started = true;
+  }
+
+  async kill(signal: number): Promise<void> {
+    this.calls.push(`kill ${signal}`);
+    requireSignalable(this.name, this.state);
+    requireStarted(this.name, this.state);
+    this.end(128 + signal);
+  }
+
+  delete(): Promise<Exit> {
+    return this.deleteWith(255);
+  }
+}
+
+export class ScriptedContainer extends ScriptedProcess implements TaskContainer {
+  readonly id: string;
+  readonly pid = 4242;
+  /** All that were ever asked for, in order. */
+  readonly execs: ScriptedExec[] = [];
+
+  constructor(id: string) {
+    super(`container ${id}`);
+    this.id = id;
+  }
+
+  exec(request: ExecRequest): ScriptedExec {
+    requireExecable(this.name, this.state);
+    const exec = new ScriptedExec(request, 100 + this.execs.length);
+    this.execs.push(exec);
+    return exec;
+  }
+
+  async kill(signal: number, all: boolean): Promise<void> {
+    this.calls.push(`kill ${signal} ${all}`);
+    requireSignalable(this.name, this.state);
+    await this.gates.kill?.pass();
+    this.end(128 + signal);
+  }
+
+  async processes(): Promise<readonly ContainerProcess[]> {
+    await this.gates.processes?.pass();
+    if (this.exit.peek() !== undefined) return [];
+    const running = this.execs.filter(({ state }) => state.kind === 'running');
+    const named = running.map(({ pid, request }) => ({ pid, execId: request.execId }));
+    return [{ pid: this.pid, execId: '' }, { pid: 7, execId: '' }, ...named];
+  }
+
+  delete(): Promise<Exit> {
+    return this.deleteWith(137);
   }
 
   async destroy(): Promise<void> {

@@ -45,6 +45,14 @@ export class TaskClient {
   delete(fields: Fields<api.DeleteRequest> = {}) {
     return this.call('Delete', api.DeleteRequest, api.DeleteResponse, { execId: '', ...fields });
   }
+  exec(fields: Fields<api.ExecProcessRequest> = {}) {
+    const spec = { typeUrl: 'types.containerd.io/opencontainers/runtime-spec/1/Process', value: Buffer.from('{}') };
+    const request = { ...api.ExecProcessRequest.fromPartial({ execId: 'e1', spec }), id: this.#id, ...fields };
+    return this.call('Exec', api.ExecProcessRequest, nothing, request);
+  }
+  resizePty(fields: Fields<api.ResizePtyRequest> = {}) {
+    return this.call('ResizePty', api.ResizePtyRequest, nothing, { execId: '', width: 0, height: 0, ...fields });
+  }
   pids(fields: Fields<api.PidsRequest> = {}) {
     return this.call('Pids', api.PidsRequest, api.PidsResponse, { ...fields });
   }

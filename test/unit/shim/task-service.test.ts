@@ -12,6 +12,8 @@ import { Gate, ScriptedContainer } from './scripted-container.ts';
 import { errorOf, TaskClient } from './task-client.ts';
 
 const id = 'c1';
+/** The scripted processes have none. */
+const openStdio = () => Promise.reject(new Error('not to be called'));
 const exitedAt = { seconds: 1_700_000_000n, nanos: 123_000_000 };
 
 interface LogLine {
@@ -46,6 +48,10 @@ class Bench {
           await creation.pass();
         }
         return this.container;
+      },
+      prepareExec: ({ execId, terminal, spec }) => {
+        if (spec?.value.toString() !== '{}') throw new KilnError('invalid-argument', `exec ${execId}: malformed`);
+        return { execId, terminal, process: '{}', terminalSize: undefined, openStdio };
       },
       publish: (event) => this.events.push(event),
       logger: loggerTo({ write: (line) => void this.log.push(JSON.parse(line) as LogLine) }, 'trace'),
@@ -128,7 +134,7 @@ describe('a whole life', () => {
     expect(made.types).toEqual(['TaskCreate', 'TaskStart', 'TaskExit', 'TaskDelete']);
   });
 
-  it.each(['Exec', 'Pause', 'Resume', 'Checkpoint', 'ResizePty', 'Update', 'Stats', 'constructor'])(
+  it.each(['Pause', 'Resume', 'Checkpoint', 'Update', 'Stats', 'constructor'])(
     'has no %s: that is Unimplemented',
     async (method) => {
       expect(await errorOf(bench().client.raw(method))).toBe(`Unimplemented: method ${method}`);

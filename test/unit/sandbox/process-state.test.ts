@@ -1,15 +1,17 @@
 import { describe, expect, it } from 'vitest';
 import {
   afterExit,
-  type ContainerState,
   type Exit,
+  type ProcessState,
   requireDeletable,
+  requireExecable,
   requireSignalable,
   requireStartable,
-} from '../../../src/sandbox/container-state.ts';
+  requireStarted,
+} from '../../../src/sandbox/process-state.ts';
 
 const exit: Exit = { status: 3, at: new Date(0) };
-const states: readonly ContainerState[] = [
+const states: readonly ProcessState[] = [
   { kind: 'created' },
   { kind: 'starting' },
   { kind: 'running' },
@@ -18,11 +20,11 @@ const states: readonly ContainerState[] = [
 ];
 
 /** For each state what an action is answered: nothing, or the error's code and message. */
-function answers(action: (id: string, state: ContainerState) => void) {
+function answers(action: (name: string, state: ProcessState) => void) {
   return Object.fromEntries(
     states.map((state) => {
       try {
-        action('web', state);
+        action('container web', state);
         return [state.kind, 'allowed'];
       } catch (error) {
         const { code, message } = error as { code: string; message: string };
@@ -32,7 +34,7 @@ function answers(action: (id: string, state: ContainerState) => void) {
   );
 }
 
-describe('the states of a container', () => {
+describe('the states of a process', () => {
   it('only a created one can be started, and the refusal names both', () => {
     expect(answers(requireStartable)).toEqual({
       created: 'allowed',
@@ -60,6 +62,26 @@ describe('the states of a container', () => {
       running: 'failed-precondition: cannot delete container web: it is running',
       stopped: 'allowed',
       deleted: 'failed-precondition: cannot delete container web: it is deleted',
+    });
+  });
+
+  it("one that was exec'd takes a signal only once it is there", () => {
+    expect(answers(requireStarted)).toEqual({
+      created: 'failed-precondition: cannot signal container web: it is created',
+      starting: 'failed-precondition: cannot signal container web: it is starting',
+      running: 'allowed',
+      stopped: 'allowed',
+      deleted: 'allowed',
+    });
+  });
+
+  it('a container takes more processes until it has ended', () => {
+    expect(answers(requireExecable)).toEqual({
+      created: 'allowed',
+      starting: 'allowed',
+      running: 'allowed',
+      stopped: 'failed-precondition: cannot run a process in container web: it is stopped',
+      deleted: 'failed-precondition: cannot run a process in container web: it is deleted',
     });
   });
 

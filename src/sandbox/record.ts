@@ -1,0 +1,62 @@
+import { readFileSync, renameSync, writeFileSync } from 'node:fs';
+import path from 'node:path';
+import { z } from 'zod';
+import { KilnError } from '../errors.ts';
+
+/*
+ * What kilnd writes down of a container, in the container's directory, so that the next kilnd finds it again when this
+ * one is killed. The file appears when the container is created; what was under way before that is undone by whoever
+ * finds it without a record. It is replaced with every change, complete, by rename(2).
+ */
+
+const identity = z.object({ pid: z.int().positive(), startTime: z.string(), bootId: z.string() });
+
+const containerRecord = z.object({
+  version: z.literal(1),
+  id: z.string(),
+  terminal: z.boolean(),
+  /** Of the sandbox: see Hello in agent.proto. */
+  session: z.string(),
+  /** Milliseconds. */
+  answerLimitMs: z.number().positive(),
+  /** The VMM's own. */
+  vmm: z.string(),
+  vm: z.record(z.string(), z.unknown()),
+  standIn: identity,
+  disks: z.object({ lower: z.string(), writable: z.string().nullable() }),
+  /** Set when the init process has ended. */
+  exit: z.object({ status: z.int().min(0).max(255), atMs: z.number() }).optional(),
+  /** The exec'd processes that were started and not deleted, with their pids in the guest. */
+  execs: z.record(z.string(), z.int().positive()),
+});
+
+export type ContainerRecord = z.infer<typeof containerRecord>;
+
+const fileName = 'container.json';
+
+export function writeContainerRecord(directory: string, record: ContainerRecord): void {
+  const file = path.join(directory, fileName);
+  writeFileSync(`${file}.new`, JSON.stringify(record), { mode: 0o600 });
+  renameSync(`${file}.new`, file);
+}
+
+/**
+ * The record in a container's directory; undefined when there is none.
+ *
+ * @throws KilnError invalid-argument for a file that is no record, or of another version
+ */
+export function readContainerRecord(directory: string): ContainerRecord | undefined {
+  const file = path.join(directory, fileName);
+  let text: string;
+  try {
+    text = readFileSync(file, 'utf8');
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    throw error;
+  }
+  try {
+    return containerRecord.parse(JSON.parse(text));
+  } catch (cause) {
+    throw new KilnError('invalid-argument', `${file} is not a record of a container`, { cause });
+  }
+}

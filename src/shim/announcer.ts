@@ -1,0 +1,49 @@
+import type { TaskEvent } from './topics.ts';
+
+export interface AnnouncerOptions {
+  /** `onSent` is to be called when containerd has the event. */
+  readonly publish: (event: TaskEvent, onSent: () => void) => void;
+  /** Called when containerd has got one more event. */
+  readonly onChange: () => void;
+}
+
+/**
+ * A task's events, each once: also when the kilnd that has sent one was killed before it could answer the request that
+ * the event belongs to, and the request comes again.
+ */
+export class Announcer {
+  readonly #options: AnnouncerOptions;
+  /** Names of the events that containerd has. */
+  readonly #sent: Set<string>;
+
+  /** @param sent what an earlier kilnd has written down of `sent` */
+  constructor(options: AnnouncerOptions, sent: readonly string[] = []) {
+    this.#options = options;
+    this.#sent = new Set(sent);
+  }
+
+  /** The names of the events that containerd has. */
+  get sent(): string[] {
+    return [...this.#sent];
+  }
+
+  /**
+   * Publishes an event, unless containerd has it already.
+   *
+   * @param name among the task's events
+   * @param isCurrent false when the name has come to mean another process by the time containerd has the event
+   */
+  announce(name: string, event: TaskEvent, isCurrent: () => boolean = () => true): void {
+    if (this.#sent.has(name)) return;
+    this.#options.publish(event, () => {
+      if (!isCurrent()) return;
+      this.#sent.add(name);
+      this.#options.onChange();
+    });
+  }
+
+  /** The names may be used again. */
+  forget(...names: string[]): void {
+    for (const name of names) this.#sent.delete(name);
+  }
+}

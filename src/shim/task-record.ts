@@ -1,0 +1,73 @@
+import { readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
+import { z } from 'zod';
+import { KilnError } from '../errors.ts';
+
+/*
+ * What kilnd writes down of a task, so that the next kilnd can answer for it when this one is killed: what containerd has
+ * asked for, and what containerd has been told. (What the container is made of stands in sandbox/record.ts.) The file
+ * lives from Create until the launcher's `delete`, so it outlives the task: a Delete whose answer got lost is answered
+ * from it. It is replaced with every change, complete, by rename(2).
+ */
+
+/** Protobuf bytes in base64. */
+const encoded = z.base64().transform((text): Buffer => Buffer.from(text, 'base64'));
+
+const exit = z.object({ pid: z.int().nonnegative(), status: z.int().min(0).max(255), atMs: z.number() });
+
+const taskState = z.object({
+  /** The CreateTaskRequest of the task; absent when it is deleted. */
+  create: encoded.optional(),
+  /** The ExecProcessRequests of its execs, by exec id. */
+  execs: z.record(z.string(), encoded),
+  /** The pid that containerd has for an exec that was started, by exec id. */
+  pids: z.record(z.string(), z.int().nonnegative()),
+  /** Events that containerd has taken; see `eventKey` of task-service.ts. */
+  announced: z.array(z.string()),
+  /** Of a task that is deleted. */
+  lastExit: exit.optional(),
+});
+
+/** What the launcher was started with: as LauncherContext of control/request.ts. */
+const launcherContext = z.object({
+  namespace: z.string(),
+  id: z.string(),
+  bundle: z.string(),
+  address: z.string(),
+  ttrpcAddress: z.string(),
+  publishBinary: z.string(),
+  debug: z.boolean(),
+  launcherStartedNs: z.string().transform(BigInt),
+});
+
+const taskRecord = z.object({ version: z.literal(1), context: launcherContext, state: taskState });
+
+export type TaskState = z.output<typeof taskState>;
+export type TaskRecord = Omit<z.output<typeof taskRecord>, 'version'>;
+
+export function writeTaskRecord(file: string, { context, state }: TaskRecord): void {
+  const base64 = (bytes: Buffer) => bytes.toString('base64');
+  const json = {
+    version: 1,
+    context: { ...context, launcherStartedNs: String(context.launcherStartedNs) },
+    state: {
+      ...state,
+      create: state.create && base64(state.create),
+      execs: Object.fromEntries(Object.entries(state.execs).map(([execId, bytes]) => [execId, base64(bytes)])),
+    },
+  };
+  writeFileSync(`${file}.new`, JSON.stringify(json), { mode: 0o600 });
+  renameSync(`${file}.new`, file);
+}
+
+/** @throws KilnError invalid-argument for a file that is no record, or of another version */
+export function readTaskRecord(file: string): TaskRecord {
+  try {
+    return taskRecord.parse(JSON.parse(readFileSync(file, 'utf8')));
+  } catch (cause) {
+    throw new KilnError('invalid-argument', `${file} is not a record of a task`, { cause });
+  }
+}
+
+export function removeTaskRecord(file: string): void {
+  rmSync(file, { force: true });
+}

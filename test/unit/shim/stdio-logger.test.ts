@@ -3,7 +3,7 @@ import { mkdirSync, mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { Writable } from 'node:stream';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { openStdio, type Stdio, type StdioOptions, type StdioPaths } from '../../../src/shim/stdio.ts';
 import { parseLoggerUri } from '../../../src/shim/stdio-logger.ts';
 import { waitForEnd } from '../../support/wait-for-end.ts';
@@ -306,6 +306,17 @@ describe('a logger is refused', () => {
       code: 'deadline-exceeded',
       message: `the logger "${folder}/logger" was not ready within 1 s: thinking`,
     });
+  });
+
+  test('whose streams cannot be kept open: it sees them end, and ends', async () => {
+    const uri = logger('exec 5>&-; cat <&3; cat <&4; echo ended >$OUT/ended');
+    vi.stubEnv('PATH', folder);
+    try {
+      expect(await failure(uri)).toMatchObject({ message: 'cannot run the keeper of the FIFOs "sleep": ENOENT' });
+    } finally {
+      vi.unstubAllEnvs();
+    }
+    expect(read('ended')).toBe('ended\n');
   });
 
   test('for one output when the other goes elsewhere', async () => {

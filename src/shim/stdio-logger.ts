@@ -66,16 +66,15 @@ export class ContainerLogger {
   readonly #program: string;
   readonly #process: LoggerProcess;
   readonly #keeper: FifoKeeper;
-  readonly #files: readonly string[];
+  readonly #streams: readonly LoggerStream[];
 
-  private constructor(program: string, process: LoggerProcess, keeper: FifoKeeper, streams: readonly Stream[]) {
-    const [stdout, stderr] = streams as [Stream, Stream];
-    this.stdout = stdout.writer;
-    this.stderr = stderr.writer;
+  private constructor(program: string, process: LoggerProcess, keeper: FifoKeeper, streams: LoggerStreams) {
+    this.stdout = streams.stdout.writer;
+    this.stderr = streams.stderr.writer;
     this.#program = program;
     this.#process = process;
     this.#keeper = keeper;
-    this.#files = streams.map(({ file }) => file);
+    this.#streams = [streams.stdout, streams.stderr];
   }
 
   /**
@@ -85,31 +84,22 @@ export class ContainerLogger {
    */
   static async start(uri: LoggerUri, options: LoggerOptions): Promise<ContainerLogger> {
     const { directory, onError } = options;
-    const streams: Stream[] = [];
-    try {
-      for (const name of ['stdout', 'stderr']) streams.push(makeStream(path.join(directory, `logger-${name}`)));
-      const [stdout, stderr] = streams as [Stream, Stream];
-      const running = await startLogger({ ...uri, ...options, stdout: stdout.reader, stderr: stderr.reader });
-      try {
-        const keeper = await startFifoKeeper({ directory, fds: streams.map(({ spareWriter }) => spareWriter) });
-        const logger = new ContainerLogger(uri.program, running, keeper, streams);
-        void logger.#watch(onError);
-        return logger;
-      } catch (error) {
-        for (const { writer } of streams) writer.destroy();
-        await running.end();
-        throw error;
-      }
-    } catch (error) {
-      for (const { writer, file } of streams) {
-        writer.destroy();
-        rmSync(file, { force: true });
-      }
-      throw error;
-    } finally {
-      // The two processes have their own.
-      for (const { reader, spareWriter } of streams) [reader, spareWriter].forEach(closeSync);
-    }
+    await using stack = new AsyncDisposableStack();
+    const stdout = stack.use(new LoggerStream(path.join(directory, 'logger-stdout')));
+    const stderr = stack.use(new LoggerStream(path.join(directory, 'logger-stderr')));
+    const process = await startLogger({ ...uri, ...options, stdout: stdout.reader, stderr: stderr.reader });
+    stack.defer(() => {
+      // It ends with its streams, so they go first.
+      for (const stream of [stdout, stderr]) stream[Symbol.dispose]();
+      return process.end().then(() => {});
+    });
+    const keeper = await startFifoKeeper({ directory, fds: [stdout.spareWriter, stderr.spareWriter] });
+    // The two processes have their own.
+    for (const stream of [stdout, stderr]) stream.closeSpares();
+    stack.move();
+    const logger = new ContainerLogger(uri.program, process, keeper, { stdout, stderr });
+    void logger.#watch(onError);
+    return logger;
   }
 
   /** Gives up the write ends that are not ours, so that each stream ends when its writer does. */
@@ -121,7 +111,7 @@ export class ContainerLogger {
   async end(): Promise<void> {
     await this.release();
     await this.#process.end();
-    for (const file of this.#files) rmSync(file, { force: true });
+    for (const stream of this.#streams) stream[Symbol.dispose]();
   }
 
   async #watch(onError: LoggerOptions['onError']): Promise<void> {
@@ -138,23 +128,44 @@ export class ContainerLogger {
   }
 }
 
-interface Stream {
-  readonly file: string;
+interface LoggerStreams {
+  readonly stdout: LoggerStream;
+  readonly stderr: LoggerStream;
+}
+
+/** One of the two FIFOs. */
+class LoggerStream implements Disposable {
   readonly writer: FifoWriter;
   /** For the logger: it blocks when there is nothing to read, as programs expect. */
   readonly reader: number;
   /** For the keeper. */
   readonly spareWriter: number;
-}
+  readonly #file: string;
+  readonly #spares = new DisposableStack();
 
-function makeStream(file: string): Stream {
-  mkfifo(file, 0o600);
-  using stack = new DisposableStack();
-  const writer = stack.adopt(new FifoWriter(file), (stream) => void stream.destroy());
-  writer.on('error', () => {});
-  // Neither waits for its other end: the writer holds both.
-  const reader = stack.adopt(openSync(file, constants.O_RDONLY), closeSync);
-  const spareWriter = openSync(file, constants.O_WRONLY);
-  stack.move();
-  return { file, writer, reader, spareWriter };
+  /** @throws SysError, or the error of open(2) */
+  constructor(file: string) {
+    this.#file = file;
+    mkfifo(file, 0o600);
+    try {
+      this.writer = new FifoWriter(file);
+      this.writer.on('error', () => {});
+      // Neither waits for its other end: the writer holds both.
+      this.reader = this.#spares.adopt(openSync(file, constants.O_RDONLY), closeSync);
+      this.spareWriter = this.#spares.adopt(openSync(file, constants.O_WRONLY), closeSync);
+    } catch (error) {
+      this[Symbol.dispose]();
+      throw error;
+    }
+  }
+
+  closeSpares(): void {
+    this.#spares.dispose();
+  }
+
+  [Symbol.dispose](): void {
+    this.closeSpares();
+    this.writer?.destroy();
+    rmSync(this.#file, { force: true });
+  }
 }

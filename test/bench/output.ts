@@ -38,7 +38,7 @@ const sampleMs = 250;
 export async function measureOutput(scene: Scene, mib: number): Promise<OutputUse> {
   await scene.configure('');
   const mibPerS = { kiln: await throughput(scene, kiln, mib), runc: await throughput(scene, runc, mib) };
-  return { mib, mibPerS, slow: await slowReader(scene, mib, mibPerS.kiln / 2) };
+  return { mib, mibPerS, slow: await slowReader(scene, mib, mibPerS.kiln * 0.75) };
 }
 
 /** The container writes when it is told, so that its start is not measured; its progress is on stderr. */

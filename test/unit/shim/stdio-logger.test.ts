@@ -3,9 +3,10 @@ import { mkdirSync, mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { Writable } from 'node:stream';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { openStdio, type Stdio, type StdioOptions, type StdioPaths } from '../../../src/shim/stdio.ts';
 import { parseLoggerUri } from '../../../src/shim/stdio-logger.ts';
+import { waitForEnd } from '../../support/wait-for-end.ts';
 
 let folder: string;
 let directory: string;
@@ -20,10 +21,12 @@ beforeEach(() => {
 
 afterEach(async () => {
   await stack.disposeAsync();
-  // Whatever a test does: nobody still has the folder's name among its arguments, and nothing of ours is open or there.
-  const left = { processes: processesOf(folder), open: openFiles(), files: readdirSync(directory) };
+  // Whatever a test does: nothing of ours is open or there, and nobody has the folder's name among its arguments for
+  // longer than a process that was killed takes to die.
+  const left = { open: openFiles(), files: readdirSync(directory) };
+  for (const pid of processesOf(folder)) await waitForEnd(pid, 2_000);
   rmSync(folder, { recursive: true });
-  expect(left).toEqual({ processes: [], open: [], files: [] });
+  expect(left).toEqual({ open: [], files: [] });
 });
 
 /** Makes a logger of these lines; `$OUT` is the test's folder. Its URI. */
@@ -67,14 +70,13 @@ async function madeFile(name: string): Promise<void> {
   }
 }
 
-function processesOf(text: string): string[] {
-  return readdirSync('/proc').flatMap((pid) => {
+function processesOf(text: string): number[] {
+  const names = readdirSync('/proc').filter((name) => /^\d+$/.test(name));
+  return names.map(Number).filter((pid) => {
     try {
-      const commandLine = readFileSync(`/proc/${pid}/cmdline`, 'utf8').replaceAll('\0', ' ');
-      const environment = readFileSync(`/proc/${pid}/environ`, 'utf8');
-      return commandLine.includes(text) || environment.includes(text) ? [commandLine] : [];
+      return ['cmdline', 'environ'].some((file) => readFileSync(`/proc/${pid}/${file}`, 'utf8').includes(text));
     } catch {
-      return [];
+      return false;
     }
   });
 }
@@ -304,6 +306,17 @@ describe('a logger is refused', () => {
       code: 'deadline-exceeded',
       message: `the logger "${folder}/logger" was not ready within 1 s: thinking`,
     });
+  });
+
+  test('whose streams cannot be kept open: it sees them end, and ends', async () => {
+    const uri = logger('exec 5>&-; cat <&3; cat <&4; echo ended >$OUT/ended');
+    vi.stubEnv('PATH', folder);
+    try {
+      expect(await failure(uri)).toMatchObject({ message: 'cannot run the keeper of the FIFOs "sleep": ENOENT' });
+    } finally {
+      vi.unstubAllEnvs();
+    }
+    expect(read('ended')).toBe('ended\n');
   });
 
   test('for one output when the other goes elsewhere', async () => {

@@ -1,11 +1,12 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { closeSync, mkdtempSync, openSync, rmSync } from 'node:fs';
+import { closeSync, mkdtempSync, openSync, rmSync, statSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { expect, it } from 'vitest';
 import { CLOCK_BOOTTIME, CLOCK_REALTIME, clockGettime } from '../../../src/sys/clock.ts';
 import { SysError } from '../../../src/sys/error.ts';
+import { mkfifo } from '../../../src/sys/fifo.ts';
 import { flock, funlock } from '../../../src/sys/lock.ts';
 import { mount, umount2, umount2Async } from '../../../src/sys/mount.ts';
 import { pipe2, socketFromFd } from '../../../src/sys/pipe.ts';
@@ -48,6 +49,19 @@ it('gives a lock to one open file at a time', () => {
   } finally {
     closeSync(first);
     closeSync(second);
+    rmSync(directory, { recursive: true });
+  }
+});
+
+it('makes a FIFO, once', () => {
+  const directory = mkdtempSync(join(tmpdir(), 'kiln-fifo-'));
+  const path = join(directory, 'fifo');
+  try {
+    mkfifo(path, 0o600);
+    expect(statSync(path).isFIFO()).toBe(true);
+    expect(statSync(path).mode & 0o777).toBe(0o600);
+    expect(() => mkfifo(path, 0o600)).toThrow(expect.objectContaining({ code: 'EEXIST', syscall: 'mkfifo', path }));
+  } finally {
     rmSync(directory, { recursive: true });
   }
 });

@@ -1,6 +1,7 @@
 /**
  * The method table: gRPC in, verbs out. Generated types end here.
  */
+import { setImmediate } from 'node:timers/promises';
 import type { handleUnaryCall, ServerDuplexStream, ServerReadableStream } from '@grpc/grpc-js';
 import {
   type AgentServer,
@@ -172,7 +173,7 @@ async function writeStdin(
   containers: Containers,
   call: ServerReadableStream<WriteStdinRequest, object>,
 ): Promise<void> {
-  // Only a call that ends in order closes stdin: one that breaks throws out of the loop below.
+  // Only a call that ends in order closes stdin: one that breaks throws below.
   call.on('cancelled', () => call.destroy());
   const messages = call[Symbol.asyncIterator]() as AsyncIterableIterator<WriteStdinRequest>;
   const first = await messages.next();
@@ -183,6 +184,9 @@ async function writeStdin(
   const data = async function* () {
     yield first.value.data;
     for await (const message of messages) yield message.data;
+    // One that was reset, or whose connection broke, ends as well, and in the same turn says that it was cancelled.
+    await setImmediate();
+    if (call.cancelled) throw new AgentError('failed-precondition', 'the call was cancelled');
   };
   await stdin.writeAll(data());
 }

@@ -12,6 +12,7 @@ import type { ControlReply, ControlRequest, StartRequest } from '../shim/control
 import { ControlServer } from '../shim/control/server.ts';
 import { Endpoint } from '../shim/endpoint.ts';
 import { EventPublisher } from '../shim/publisher.ts';
+import { removeTaskRecord, type TaskRecord, writeTaskRecord } from '../shim/task-record.ts';
 import {
   type ExecTaskRequest,
   type TaskContainer,
@@ -66,7 +67,8 @@ interface Served {
  * kilnd: answers the launcher, and keeps one endpoint per container.
  *
  * State folder: `kilnd.sock` (control), `s/<key>` (one ttrpc socket per container), `c/<key>/` (one private directory
- * per container). The key is a hash, so that every socket path stays short whatever a container is called.
+ * per container), `t/<key>.json` (what is written down of its task). The key is a hash, so that every socket path stays
+ * short whatever a container is called.
  */
 export class Daemon {
   readonly #options: DaemonOptions;
@@ -89,7 +91,7 @@ export class Daemon {
   async start(): Promise<void> {
     const { paths } = this.#options;
     await this.#clearLeftovers();
-    for (const name of ['s', 'c']) mkdirSync(path.join(paths.stateDir, name), { recursive: true, mode: 0o700 });
+    for (const name of ['s', 'c', 't']) mkdirSync(path.join(paths.stateDir, name), { recursive: true, mode: 0o700 });
     this.#control = await ControlServer.listen(paths.stateDir, (request) => this.#handle(request), {
       onError: (error, request) => this.#logger.error({ err: error, action: request?.kind }, 'control request failed'),
     });
@@ -195,7 +197,8 @@ export class Daemon {
       namespace,
       id,
       logger,
-      publish: (event) => publisher.publish(namespace, event),
+      publish: (event, onSent) => publisher.publish(namespace, event, onSent),
+      save: (state) => this.#save(key, { context: request, state }, logger),
       onQuiet: () => this.#onQuiet(),
       onDeleted: () => taskLog.close(),
       prepareExec: (exec) => prepareExec(exec, context),
@@ -210,11 +213,27 @@ export class Daemon {
     return endpoint;
   }
 
+  /** What cannot be written down is lost only if this kilnd is killed: no reason to fail the container now. */
+  #save(key: string, record: TaskRecord, logger: Logger): void {
+    // News of the last events may come after the endpoint's end.
+    if (!this.#served.has(key)) return;
+    try {
+      writeTaskRecord(this.#taskFile(key), record);
+    } catch (error) {
+      logger.error({ err: error }, 'cannot write down the task: it would not outlive kilnd');
+    }
+  }
+
+  #taskFile(key: string): string {
+    return path.join(this.#options.paths.stateDir, 't', `${key}.json`);
+  }
+
   async #deleteEndpoint(key: string): Promise<ControlReply> {
     const served = this.#served.get(key);
     if (served === undefined) return { exitCode: 0, stdout: unknownTaskDeleted() };
     const stdout = await served.endpoint.delete();
     this.#served.delete(key);
+    removeTaskRecord(this.#taskFile(key));
     this.#collectGarbage();
     this.#onQuiet();
     return { exitCode: 0, stdout };
@@ -271,7 +290,7 @@ export class Daemon {
     this.#logger.info('stopping');
     try {
       await this.#control?.close();
-      await Promise.all(this.#endpoints().map((endpoint) => endpoint.delete()));
+      await Promise.all([...this.#served.keys()].map((key) => this.#deleteEndpoint(key)));
       const publishers = [...this.#publishers.values()];
       await Promise.all(publishers.map((publisher) => publisher.flush(lastEventsMs)));
       await Promise.all(publishers.map((publisher) => publisher.close()));

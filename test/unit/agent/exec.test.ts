@@ -1,4 +1,3 @@
-import { once } from 'node:events';
 import { status } from '@grpc/grpc-js';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { AgentClient } from '../../../gen/kiln/agent/v1/agent.ts';
@@ -126,8 +125,7 @@ describe("an exec'd process", () => {
   });
 
   it('keeps its exit for whoever asks late, with the same answer each time', async () => {
-    const exec1 = exec(client, name('f'), 'echo out; exit 11');
-    await exec1;
+    await exec(client, name('f'), 'echo out; exit 11');
     const [first, second] = [await wait(client, name('f')), await wait(client, name('f'))];
     expect(first).toEqual(second);
     expect(first).toMatchObject({ exitStatus: 11, stdoutBytes: 4n, stderrBytes: 0n });
@@ -136,7 +134,7 @@ describe("an exec'd process", () => {
   });
 
   it('ends when it ends, although a child of it holds its stdout open and writes on', async () => {
-    await exec(client, name('g'), '(read -r line; echo late $line) <&0 & echo early; exit 5');
+    await exec(client, name('g'), 'exec 3<&0; (read -r line <&3; echo late $line) & echo early; exit 5');
     expect(await wait(client, name('g'))).toMatchObject({ exitStatus: 5, stdoutBytes: 6n });
     const reader = new OutputReader(client, name('g'));
     expect((await reader.take(6)).toString()).toBe('early\n');
@@ -287,13 +285,12 @@ describe.skipIf(!hasGcc)('a terminal', () => {
   });
 });
 
-it('the connection can be closed by the host in the middle of an output without harm', async () => {
+it('a reader can leave in the middle of an output without harm', async () => {
   await exec(client, name('y'), 'yes');
   const reader = new OutputReader(client, name('y'));
   await reader.take(1);
-  const error = once(reader.call, 'close');
   reader.call.cancel();
-  await error;
+  await list(client, id);
   await signal(client, name('y'), 9);
   expect(await wait(client, name('y'))).toMatchObject({ exitStatus: 137 });
   await removeProcess(client, name('y'));

@@ -32,6 +32,8 @@ read_script() {
 }
 # Leaves a process behind and writes its id: with this shell's stdio, or with a terminal.
 spawn() {
+  # The directory that crun is started in may be removed while the process lives.
+  cd / || exit 1
   if [ -n "$console" ]; then
     pid=$("$FAKE_CONSOLE" "$console" "$@") || fail "no terminal at $console"
   else

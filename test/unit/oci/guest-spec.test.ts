@@ -159,7 +159,6 @@ describe('left out', () => {
 
 describe('refused', () => {
   test.each<[string, object, string]>([
-    ['a terminal', withProcess({ terminal: true }), 'unimplemented: terminals are not supported yet'],
     [
       'a hook',
       { ...ctrSpec(), hooks: { prestart: [], createRuntime: [{ path: '/usr/bin/nerdctl' }] } },

@@ -36,13 +36,30 @@ export async function pipeOutput(
   const call = client.readOutput();
   // The loop below reports errors; one that comes after it (the cancellation is one) has nobody else to go to.
   call.on('error', () => {});
-  const cancel = () => call.cancel();
+  const closed = Promise.withResolvers<void>();
+  const cancel = () => {
+    call.cancel();
+    closed.resolve();
+  };
   sink.once('close', cancel);
   let delivered = from;
+  let told = from;
+  let telling = false;
+  // An agent that reads no acknowledgements must not make them pile up here: the next one that goes tells of all.
+  const tell = () => {
+    if (telling || told === delivered) return;
+    told = delivered;
+    const unspecified = OutputStream.OUTPUT_STREAM_UNSPECIFIED;
+    telling = !call.write({ id: '', execId: '', stream: unspecified, delivered: BigInt(delivered) });
+  };
+  call.on('drain', () => {
+    telling = false;
+    tell();
+  });
   const acknowledge = (length: number) => {
     delivered += length;
     onDelivered(delivered);
-    call.write({ id: '', execId: '', stream: OutputStream.OUTPUT_STREAM_UNSPECIFIED, delivered: BigInt(delivered) });
+    tell();
   };
   try {
     call.write({ id, execId, stream: number, delivered: BigInt(from) });
@@ -58,7 +75,8 @@ export async function pipeOutput(
       if (!taken) await drainedOrClosed(sink);
       countRelayed(data.length);
     }
-    await last;
+    // A sink that is destroyed may never say what became of its last chunk.
+    await Promise.race([last, closed.promise]);
   } catch (error) {
     if (!sink.destroyed) throw toKilnError(error);
   } finally {

@@ -173,7 +173,12 @@ export class Exec {
   /** Removes a process that is not running, and returns its exit. */
   async delete(): Promise<Exit> {
     requireDeletable(this.#name, this.#state);
-    if (this.#state.kind === 'created') this.exit.set({ status: neverStartedStatus, at: new Date() });
+    if (this.#state.kind === 'created') {
+      const never: Exit = { status: neverStartedStatus, at: new Date() };
+      // At once: a start that comes now is too late.
+      this.#state = afterExit(this.#state, never);
+      this.exit.set(never);
+    }
     const exit = await this.exit.wait();
     this.#state = { kind: 'deleted', exit };
     await Promise.race([this.drained, delay(deleteDrainMs, undefined, { ref: false })]);

@@ -13,9 +13,10 @@ import { loggerTo } from '../../../src/observe/logger.ts';
 import { Timeline } from '../../../src/observe/timeline.ts';
 import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
 import { Container } from '../../../src/sandbox/container.ts';
+import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import type { ContainerRequest } from '../../../src/sandbox/resources.ts';
 import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
-import type { SlotName, Vm, VmConfig, VmExit, Vmm } from '../../../src/vmm/vmm.ts';
+import type { SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../../../src/vmm/vmm.ts';
 import { type Script, ScriptedAgent, socketPair } from '../guest/scripted-agent.ts';
 
 /** How a network namespace can be had here: as root, or in a user namespace; undefined: not at all. */
@@ -61,6 +62,10 @@ export class ScriptedVm implements Vm {
     this.disks.push([slot, file]);
   }
 
+  record(): VmRecord {
+    return { pid: this.pid };
+  }
+
   wait(): Promise<VmExit> {
     return this.#exit.promise;
   }
@@ -96,6 +101,7 @@ export class MemoryStdio implements ContainerStdio {
   /** Set to hold what the client reads. */
   stalled = false;
   readonly written: Buffer[] = [];
+  disposals = 0;
   startError: Error | undefined;
 
   constructor(log: string[]) {
@@ -131,9 +137,25 @@ export class MemoryStdio implements ContainerStdio {
   }
 
   async dispose(): Promise<void> {
+    this.disposals += 1;
     this.stdin?.destroy();
     this.stdout?.destroy();
   }
+}
+
+/** An Exec as the daemon prepares it; `stdio` is opened when it is started. */
+export function execRequest(bench: Workbench, execId: string, fields: Partial<ExecRequest> = {}) {
+  const stdio = new MemoryStdio(bench.events);
+  const request: ExecRequest = {
+    execId,
+    directory: join(bench.directory, `exec-${execId}`),
+    process: '{"args":["id"]}',
+    terminal: false,
+    terminalSize: undefined,
+    openStdio: async () => stdio,
+    ...fields,
+  };
+  return { request, stdio };
 }
 
 interface LogLine {
@@ -227,6 +249,7 @@ export class Workbench implements AsyncDisposable {
         this.vm = new ScriptedVm(config, this.agent, this.events, this.vmHooks);
         return this.vm;
       },
+      adopt: () => Promise.reject(new Error('these tests take no VM over')),
     };
     return {
       id: 'c1',

@@ -30,6 +30,7 @@ async function listen() {
     socketPath: join(directory, 's'),
     namespace: 'ns',
     id: 'c1',
+    save: () => {},
     createContainer: async () => container,
     prepareExec: () => {
       throw new Error('no Exec is expected');
@@ -69,6 +70,7 @@ it('an endpoint that cannot listen names its path', async () => {
     socketPath: join(directory, 'missing', 's'),
     namespace: 'ns',
     id: 'c1',
+    save: () => {},
     createContainer: async () => new ScriptedContainer('c1'),
     prepareExec: () => {
       throw new Error('no Exec is expected');

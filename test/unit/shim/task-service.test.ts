@@ -51,9 +51,10 @@ class Bench {
       },
       prepareExec: ({ execId, terminal, spec }) => {
         if (spec?.value.toString() !== '{}') throw new KilnError('invalid-argument', `exec ${execId}: malformed`);
-        return { execId, terminal, process: '{}', terminalSize: undefined, openStdio };
+        return { execId, directory: '/', terminal, process: '{}', terminalSize: undefined, openStdio };
       },
       publish: (event) => this.events.push(event),
+      save: () => {},
       logger: loggerTo({ write: (line) => void this.log.push(JSON.parse(line) as LogLine) }, 'trace'),
     });
     this.server = new TtrpcServer(this.service.table(), { toStatus: toTtrpcStatus });

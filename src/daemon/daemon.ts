@@ -1,5 +1,5 @@
 import { createHash } from 'node:crypto';
-import { mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import type { KilnPaths } from '../config/paths.ts';
 import { forLog, KilnError } from '../errors.ts';
@@ -7,12 +7,17 @@ import { killProcessesOf } from '../host/stale.ts';
 import type { DaemonLog, Logger } from '../observe/logger.ts';
 import { TaskLog } from '../observe/task-log.ts';
 import { Timeline } from '../observe/timeline.ts';
-import type { ControlReply, ControlRequest, StartRequest } from '../shim/control/request.ts';
+import type { ControlReply, ControlRequest, LauncherContext, StartRequest } from '../shim/control/request.ts';
 import { ControlServer } from '../shim/control/server.ts';
 import { Endpoint } from '../shim/endpoint.ts';
 import { EventPublisher } from '../shim/publisher.ts';
+import type { RelayHeader } from '../shim/relay/header.ts';
+import type { Keeper } from '../shim/relay/keeper.ts';
+import { RelayServer, type RelaySession } from '../shim/relay/server.ts';
 import { type TaskContainer, type TaskRequest, unknownTaskDeleted } from '../shim/task-service.ts';
 import { kilnVersion } from '../version.ts';
+import { removeDeadSockets } from './dead-sockets.ts';
+import { Endings } from './endings.ts';
 import { Turns } from './turns.ts';
 
 /** How long events may still take to reach containerd when kilnd stops, in ms. */
@@ -49,6 +54,8 @@ export interface DaemonOptions {
 
 interface Served {
   readonly endpoint: Endpoint;
+  /** When the launcher was started that the endpoint was made for; relays that are older are an earlier endpoint's. */
+  readonly madeForNs: bigint;
   /** When the latest launcher was started for it, in ms since the Unix epoch. */
   launchedAtMs: number;
 }
@@ -56,8 +63,9 @@ interface Served {
 /**
  * kilnd: answers the launcher, and keeps one endpoint per container.
  *
- * State folder: `kilnd.sock` (control), `s/<key>` (one ttrpc socket per container), `c/<key>/` (one private directory
- * per container). The key is a hash, so that every socket path stays short whatever a container is called.
+ * State folder: `kilnd.sock` (control), `relay.sock` (relays), `s/<key>` (what the relay of a container listens on),
+ * `c/<key>/` (one private directory per container). The key is a hash, so that every socket path stays short whatever a
+ * container is called.
  */
 export class Daemon {
   readonly #options: DaemonOptions;
@@ -66,6 +74,8 @@ export class Daemon {
   /** A `start` waits for a `delete` of the same container, which would take the new endpoint's socket away. */
   readonly #turns = new Turns();
   readonly #publishers = new Map<string, EventPublisher>();
+  readonly #endings = new Endings();
+  #relays: RelayServer | undefined;
   #control: ControlServer | undefined;
   #idleTimer: NodeJS.Timeout | undefined;
   #draining = false;
@@ -79,8 +89,16 @@ export class Daemon {
   /** Clears what a killed kilnd left, and resolves when the launcher is answered. Needs the state folder's lock. */
   async start(): Promise<void> {
     const { paths } = this.#options;
+    // All that is to be known of an earlier kilnd's containers must be, before their relays ask for them.
     await this.#clearLeftovers();
     for (const name of ['s', 'c']) mkdirSync(path.join(paths.stateDir, name), { recursive: true, mode: 0o700 });
+    await removeDeadSockets(path.join(paths.stateDir, 's'));
+    // Before the control socket, by which a relay knows that kilnd is here.
+    this.#relays = await RelayServer.listen(paths.stateDir, {
+      onKeeper: (keeper) => void this.#onKeeper(keeper),
+      onSession: (session) => void this.#onSession(session),
+      onError: (error) => this.#logger.error({ err: error }, 'a relay cannot be heard'),
+    });
     this.#control = await ControlServer.listen(paths.stateDir, (request) => this.#handle(request), {
       onError: (error, request) => this.#logger.error({ err: error, action: request?.kind }, 'control request failed'),
     });
@@ -108,8 +126,12 @@ export class Daemon {
     const containers = path.join(stateDir, 'c');
     const killed = await killProcessesOf(containers);
     const left = listDirectory(containers);
-    for (const name of left) this.#removeDirectory(path.join(containers, name));
-    rmSync(path.join(stateDir, 's'), { recursive: true, force: true });
+    const now = BigInt(Date.now()) * 1_000_000n;
+    for (const name of left) {
+      this.#removeDirectory(path.join(containers, name));
+      // Its task is gone. containerd has to see that, so its relay must not get an empty endpoint.
+      this.#endings.add(name, now);
+    }
     if (killed.length + left.length > 0) {
       this.#logger.warn({ killed, directories: left }, 'cleared what an earlier kilnd left behind');
     }
@@ -129,7 +151,7 @@ export class Daemon {
       case 'start':
         return this.#turns.take(keyOf(request), () => this.#startEndpoint(request));
       case 'delete':
-        return this.#turns.take(keyOf(request), () => this.#deleteEndpoint(keyOf(request)));
+        return this.#turns.take(keyOf(request), () => this.#deleteEndpoint(keyOf(request), request.launcherStartedNs));
       case 'status':
         return text(0, `${JSON.stringify(this.#status())}\n`);
       case 'stop':
@@ -140,7 +162,9 @@ export class Daemon {
   }
 
   #status() {
-    const containers = this.#endpoints().map(({ namespace, id, hasTask }) => ({ namespace, id, hasTask }));
+    const containers = this.#endpoints().map(({ namespace, id, hasTask, relayPid, connectionCount }) => {
+      return { namespace, id, hasTask, relayPid, connections: connectionCount };
+    });
     return { version: kilnVersion, pid: process.pid, draining: this.#draining, containers };
   }
 
@@ -156,31 +180,32 @@ export class Daemon {
       // Without an answer the launcher asks the next kilnd; while we drain there is none, and nobody should wait.
       if (this.#stopping !== undefined) return null;
       if (this.#draining) throw new KilnError('unavailable', 'kilnd is stopping and takes no new container');
-      const launchedAtMs = Number(request.launcherStartedNs / 1000n) / 1000;
       const known = this.#served.get(key);
-      if (known === undefined) made = await this.#makeEndpoint(key, request, launchedAtMs);
-      else known.launchedAtMs = launchedAtMs;
-      const { address } = made ?? (known as Served).endpoint;
+      if (known === undefined) {
+        this.#endings.forget(key);
+        made = this.#makeEndpoint(key, request);
+      } else known.launchedAtMs = inMs(request.launcherStartedNs);
+      const { address, socketPath } = made ?? (known as Served).endpoint;
       // containerd 1.6 and 1.7 find the endpoint again by this file after their own restart.
       writeFileSync(path.join(request.bundle, 'address'), address, { mode: 0o600 });
       // Stopping removes this endpoint, too: the address would be good for nothing.
-      return this.#stopping === undefined ? text(0, address) : null;
+      return this.#stopping === undefined ? { ...text(0, address), relaySocket: socketPath } : null;
     } catch (error) {
       // containerd never learns of it, so it would not ask for its removal either.
-      if (made !== undefined) await this.#deleteEndpoint(key);
+      if (made !== undefined) await this.#deleteEndpoint(key, request.launcherStartedNs);
       throw error;
     } finally {
       this.#onQuiet();
     }
   }
 
-  async #makeEndpoint(key: string, request: StartRequest, launchedAtMs: number): Promise<Endpoint> {
+  #makeEndpoint(key: string, context: LauncherContext): Endpoint {
     const { paths, log, createContainer } = this.#options;
-    const { namespace, id, bundle } = request;
-    const publisher = this.#publisherFor(request.ttrpcAddress);
+    const { namespace, id, bundle, launcherStartedNs } = context;
+    const publisher = this.#publisherFor(context.ttrpcAddress);
     const taskLog = new TaskLog(bundle, id);
     const logger = log.forTask(taskLog).child({ namespace, id });
-    const endpoint = await Endpoint.listen({
+    const endpoint = new Endpoint({
       socketPath: path.join(paths.stateDir, 's', key),
       namespace,
       id,
@@ -194,14 +219,58 @@ export class Daemon {
         return createContainer(create, { directory: path.join(paths.stateDir, 'c', key), timeline, logger }, signal);
       },
     });
-    const served = { endpoint, launchedAtMs };
+    const served = { endpoint, madeForNs: launcherStartedNs, launchedAtMs: inMs(launcherStartedNs) };
     this.#served.set(key, served);
     return endpoint;
   }
 
-  async #deleteEndpoint(key: string): Promise<ControlReply> {
+  async #onKeeper(keeper: Keeper): Promise<void> {
+    const endpoint = await this.#endpointOf(keeper.header);
+    if (endpoint !== undefined) endpoint.attach(keeper);
+    // Without a word, so that it turns to the next kilnd: its launcher was answered just before this one stopped.
+    else if (this.#stopping !== undefined) keeper.close();
+    else keeper.end();
+  }
+
+  async #onSession(session: RelaySession): Promise<void> {
+    const endpoint = await this.#endpointOf(session.header);
+    if (endpoint !== undefined) endpoint.serve(session);
+    else session.socket.destroy();
+  }
+
+  /**
+   * The endpoint of a relay. One that this kilnd does not know was made by an earlier one, which never had a task there
+   * (or it would be known), and is made again. Undefined when the relay's endpoint is over. Never rejects.
+   */
+  async #endpointOf({ socketPath, context }: RelayHeader): Promise<Endpoint | undefined> {
+    const key = path.basename(socketPath);
+    // Not by turns where it is known: a `delete` that is under way waits for its relay.
+    if (!this.#served.has(key)) await this.#turns.take(key, async () => this.#makeAgain(key, context));
     const served = this.#served.get(key);
-    if (served === undefined) return { exitCode: 0, stdout: unknownTaskDeleted() };
+    return served === undefined || context.launcherStartedNs < served.madeForNs ? undefined : served.endpoint;
+  }
+
+  #makeAgain(key: string, context: LauncherContext): void {
+    const { namespace, id, launcherStartedNs } = context;
+    if (this.#served.has(key) || this.#draining || this.#stopping !== undefined) return;
+    if (this.#endings.covers(key, launcherStartedNs) || !existsSync(context.bundle)) return;
+    try {
+      this.#makeEndpoint(key, context);
+      this.#logger.info({ namespace, id }, 'made an endpoint again for its relay');
+    } catch (error) {
+      this.#logger.error({ err: error, namespace, id }, 'cannot make an endpoint again for its relay');
+    }
+    this.#onQuiet();
+  }
+
+  async #deleteEndpoint(key: string, at: bigint): Promise<ControlReply> {
+    const served = this.#served.get(key);
+    this.#endings.add(key, at);
+    if (served === undefined) {
+      // A relay that has lost kilnd may still listen there, and must not be found by the next `start`.
+      rmSync(path.join(this.#options.paths.stateDir, 's', key), { force: true });
+      return { exitCode: 0, stdout: unknownTaskDeleted() };
+    }
     const stdout = await served.endpoint.delete();
     this.#served.delete(key);
     this.#collectGarbage();
@@ -261,6 +330,7 @@ export class Daemon {
     try {
       await this.#control?.close();
       await Promise.all(this.#endpoints().map((endpoint) => endpoint.delete()));
+      this.#relays?.close();
       const publishers = [...this.#publishers.values()];
       await Promise.all(publishers.map((publisher) => publisher.flush(lastEventsMs)));
       await Promise.all(publishers.map((publisher) => publisher.close()));
@@ -276,6 +346,11 @@ export class Daemon {
 function keyOf(request: { ttrpcAddress: string; namespace: string; id: string }): string {
   const { ttrpcAddress, namespace, id } = request;
   return createHash('sha256').update(`${ttrpcAddress}\0${namespace}\0${id}`).digest('hex').slice(0, 16);
+}
+
+/** Of a time in ns. */
+function inMs(ns: bigint): number {
+  return Number(ns / 1000n) / 1000;
 }
 
 function text(exitCode: number, stdout: string): ControlReply {

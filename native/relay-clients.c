@@ -22,7 +22,8 @@
 #define REPLY_LIMIT 64		   /* answers that a client has not taken */
 #define REPLAY_LIMIT 3		   /* times that a request other than Wait is sent again: it may be what ends kilnd */
 #define LAST_WORDS_MS 1000	   /* what a client gets to take its last answers once all is over */
-#define PAUSE_LIMIT_MS 5000	   /* between attempts to open a session that kilnd closes again */
+#define FIRST_PAUSE_MS 20	   /* before a lost session is opened again: a kilnd that dies closes its keeper, too */
+#define PAUSE_LIMIT_MS 5000	   /* it doubles with a kilnd that closes it again and again */
 
 struct client {
 	struct client *next;
@@ -66,6 +67,7 @@ void add_client(int fd)
 	client->number = ++last_number;
 	client->fd = fd;
 	client->session = -1;
+	client->pause = FIRST_PAUSE_MS;
 	client->last = &client->frames;
 	client->last_reply = &client->replies;
 	client->next = clients;
@@ -243,9 +245,7 @@ static void lose_session(struct client *client)
 	client->stuck = false;
 	forget_reading(&client->from_kilnd);
 	client->retry_at = now_ms() + client->pause;
-	client->pause = client->pause ? 2 * client->pause : 20;
-	if (client->pause > PAUSE_LIMIT_MS)
-		client->pause = PAUSE_LIMIT_MS;
+	client->pause = 2 * client->pause < PAUSE_LIMIT_MS ? 2 * client->pause : PAUSE_LIMIT_MS;
 	if (ending)
 		client->close_by = now_ms() + LAST_WORDS_MS;
 	snprintf(text, sizeof text, "kilnd ended %d times before it answered this request", REPLAY_LIMIT + 1);
@@ -282,7 +282,7 @@ static void read_session(struct client *client)
 	}
 	if (frame->type == FRAME_RESPONSE)
 		forget_answered(client, frame->stream);
-	client->pause = 0;
+	client->pause = FIRST_PAUSE_MS;
 	reply(client, frame);
 }
 
@@ -304,7 +304,7 @@ void open_sessions(int (*open_session)(unsigned client, size_t replayed))
 			replayed++;
 		client->session = open_session(client->number, replayed);
 		if (client->session < 0) { /* whether kilnd has ended is for its keeper connection to find out */
-			client->retry_at = now + 20;
+			client->retry_at = now + FIRST_PAUSE_MS;
 			continue;
 		}
 		send_frames(client);

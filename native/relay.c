@@ -433,7 +433,7 @@ static void __attribute__((noreturn)) become_relay(void)
 	}
 	prctl(PR_SET_NAME, "kiln-relay");
 	memset(self->title, 0, self->title_room);
-	snprintf(self->title, self->title_room, "kiln-relay %s %s", self->namespace, self->id);
+	snprintf(self->title, self->title_room, "kiln-relay %s %s %s", self->namespace, self->id, self->socket_path);
 	live();
 }
 

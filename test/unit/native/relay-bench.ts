@@ -162,6 +162,12 @@ export class FakeKilnd {
     socket.on('data', onData);
   }
 
+  /** A death that the next life follows at once. */
+  drop(): void {
+    for (const socket of this.#sockets) socket.destroy();
+    this.#sockets.clear();
+  }
+
   /** As the kernel does it for a process that is killed: what was sent arrives, then every connection ends. */
   async die(): Promise<void> {
     this.relays.close();

@@ -68,7 +68,9 @@ describe.skipIf(!hasGcc)('the relay (needs gcc)', () => {
       const pid = header.relayPid;
       expect(isAlive(pid)).toBe(true);
       expect(readFileSync(`/proc/${pid}/comm`, 'utf8')).toBe('kiln-relay\n');
-      expect(readFileSync(`/proc/${pid}/cmdline`, 'utf8').replace(/\0+$/, '')).toBe('kiln-relay default one');
+      expect(readFileSync(`/proc/${pid}/cmdline`, 'utf8').replace(/\0+$/, '')).toBe(
+        `kiln-relay default one ${bench.socketOf('one')}`,
+      );
       expect(readlinkSync(`/proc/${pid}/cwd`)).toBe('/');
       const stat = readFileSync(`/proc/${pid}/stat`, 'utf8')
         .replace(/^.*\) /, '')
@@ -359,6 +361,50 @@ describe.skipIf(!hasGcc)('the relay (needs gcc)', () => {
         if (life === 5) next.respond(1, 'exit');
       }
       expect((await client.received.next()).data.toString()).toBe('exit');
+    });
+
+    test('at any moment leaves each request with one answer', async () => {
+      await bench.startRelay(kilnd);
+      const moments = fc.array(fc.record({ answers: fc.nat(8), bytes: fc.nat(3000) }), { maxLength: 4 });
+      const sizes = fc.array(fc.nat(60), { minLength: 1, maxLength: 20 });
+      await fc.assert(
+        fc.asyncProperty(moments, sizes, async (deaths, lengths) => {
+          const client = await bench.dial();
+          const sent = new Map(lengths.map((length, n) => [2 * n + 1, call('Wait', 'x'.repeat(length))]));
+          for (const [id, request] of sent) client.request(id, request);
+          for (const { answers, bytes } of deaths) {
+            const session = await kilnd.sessions.next();
+            for (let n = 0; n < Math.min(answers, session.header.replayed); n += 1) {
+              const { streamId, data } = await session.received.next();
+              session.respond(streamId, data);
+            }
+            // The beginning of an answer that never comes to its end.
+            const half = encodeFrame({ streamId: 1, type: messageType.response, flags: 0 }, Buffer.alloc(4000));
+            await new Promise((resolve) => session.socket.write(half.subarray(0, bytes), resolve));
+            kilnd.drop();
+            await kilnd.keepers.next();
+          }
+          const session = await kilnd.sessions.next();
+          const answered = new Map<number, Buffer>();
+          const answering = (async () => {
+            for (;;) {
+              const { streamId, data } = await session.received.next();
+              session.respond(streamId, data);
+            }
+          })();
+          void answering;
+          while (answered.size < sent.size) {
+            const { streamId, data } = await client.received.next();
+            expect(answered.has(streamId)).toBe(false);
+            answered.set(streamId, data);
+          }
+          expect(new Map([...answered].sort(([a], [b]) => a - b))).toEqual(sent);
+          expect([client.received.size, client.decoder.midFrame]).toEqual([0, false]);
+          client.socket.end();
+          await client.closed;
+        }),
+        { seed: 11, numRuns: 40 },
+      );
     });
 
     test('each time it is given a request is given it no more', async () => {

@@ -54,6 +54,26 @@ void find_paths(void)
 		     socket_path, strlen(socket_path), SOCKET_PATH_LIMIT);
 }
 
+void state_path(char *path, const char *name)
+{
+	make_path(path, "%s/%s", state_dir, name);
+}
+
+int lock_folder_of(const char *path)
+{
+	char folder[PATH_MAX];
+	make_path(folder, "%s", path);
+	int fd = open(dirname(folder), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	while (flock(fd, LOCK_EX) < 0)
+		if (errno != EINTR) {
+			close(fd);
+			return -1;
+		}
+	return fd;
+}
+
 /* mkdir -p, and refuses a folder in which somebody else could put a socket of his own. */
 static void make_state_dir(void)
 {
@@ -171,24 +191,39 @@ void read_stderr_tail(char *tail, off_t from)
 	tail[length - skip] = '\0';
 }
 
-/* A connected socket, or -1 when no kilnd listens. */
-static int try_connect(void)
+int dial(const char *path, int flags)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	struct ucred peer;
 	socklen_t size = sizeof peer;
-	memcpy(address.sun_path, socket_path, strlen(socket_path) + 1);
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (fd < 0)
-		fail("kiln: cannot make a socket: %s", strerror(errno));
-	if (connect(fd, (struct sockaddr *)&address, sizeof address) < 0) {
-		if (errno != ENOENT && errno != ECONNREFUSED)
-			fail("kiln: cannot connect to %s: %s", socket_path, strerror(errno));
-		close(fd);
+	if (strlen(path) > SOCKET_PATH_LIMIT) {
+		errno = ENAMETOOLONG;
 		return -1;
 	}
-	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0 || (peer.uid != 0 && peer.uid != geteuid()))
+	strcpy(address.sun_path, path);
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | flags, 0);
+	if (fd < 0)
+		return -1;
+	bool connected = connect(fd, (struct sockaddr *)&address, sizeof address) == 0;
+	if (connected && getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0) {
+		if (peer.uid == 0 || peer.uid == geteuid())
+			return fd;
+		errno = EPERM;
+	}
+	int problem = errno;
+	close(fd);
+	errno = problem;
+	return -1;
+}
+
+/* A connected socket, or -1 when no kilnd listens. */
+static int try_connect(void)
+{
+	int fd = dial(socket_path, 0);
+	if (fd < 0 && errno == EPERM)
 		fail("kiln: %s is served by a process of another user", socket_path);
+	if (fd < 0 && errno != ENOENT && errno != ECONNREFUSED)
+		fail("kiln: cannot connect to %s: %s", socket_path, strerror(errno));
 	return fd;
 }
 

@@ -5,19 +5,21 @@
  * policy: every decision is kilnd's. Three rules of containerd's contract shape it (containerd core/runtime/v2):
  *   1. stdout and stderr are read as one text (the address, or the error), so nothing is ever written to stderr;
  *   2. containerd waits for EOF on that pipe, so kilnd, which lives on, must not hold it;
- *   3. the printed socket must already accept, so kilnd says when it is ready, over a pipe on its fd 3.
+ *   3. the printed socket must already accept, so we listen on it ourselves, and a relay that we fork goes on with it
+ *      (relay.c): containerd's connections must outlive kilnd.
  *
  * Control protocol (the other end: src/shim/control/request.ts), one request per connection to <state>/kilnd.sock:
  *   request = *( key "=" value NUL ) NUL payload, then shutdown(SHUT_WR)
- *             keys: protocol (1), action (start|delete), namespace, id, bundle, address, ttrpc_address,
+ *             keys: protocol (2), action (start|delete), namespace, id, bundle, address, ttrpc_address,
  *                   publish_binary, debug (0|1), launcher_started_ns (CLOCK_REALTIME at the start of main)
  *             payload: the bytes of our stdin for start (containerd's options), empty otherwise; 8 MiB in all
- *   reply   = one byte exit code, then the bytes for our stdout until EOF
+ *   reply   = one byte exit code, the path of the socket that a relay shall listen on (or nothing) NUL,
+ *             then the bytes for our stdout until EOF
  *   EOF before the first reply byte: that kilnd was stopping; the request goes to a fresh one, at most 3 times.
  * Start of kilnd: KILN_READY_FD=3 names a pipe on which it writes "ready\n", or "error: text", and which it closes.
  */
 #define _GNU_SOURCE
-#include "launcher.h"
+#include "relay.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -90,6 +92,16 @@ static void on_time_limit(int signal_number)
 	write_all(STDOUT_FILENO, text, sizeof text - 1);
 	write_all(STDOUT_FILENO, what, strlen(what));
 	_exit(1);
+}
+
+void start_time_limit(void)
+{
+	sigset_t alarms;
+	sigemptyset(&alarms);
+	sigaddset(&alarms, SIGALRM);
+	sigprocmask(SIG_UNBLOCK, &alarms, NULL);
+	signal(SIGALRM, on_time_limit);
+	alarm(TIME_LIMIT_S);
 }
 
 static void append(struct bytes *bytes, const void *data, size_t length, const char *what)
@@ -227,10 +239,27 @@ static bool exchange(int fd, const struct bytes *request, struct bytes *reply)
 	return whole && reply->length > 0;
 }
 
-static void __attribute__((noreturn)) run(const struct options *options, const char *started_ns)
+/* Does what kilnd's reply says, and exits. */
+static void __attribute__((noreturn)) obey(struct bytes *reply, struct relay *relay)
+{
+	const char *path = reply->data + 1;
+	const char *end = memchr(path, '\0', reply->length - 1);
+	if (end == NULL)
+		fail("kiln: kilnd's answer has no end of the socket path: launcher and kilnd are of different versions");
+	if (*path) {
+		relay->socket_path = path;
+		ensure_relay(relay);
+	}
+	alarm(0);
+	const char *text = end + 1;
+	bool printed = write_all(STDOUT_FILENO, text, reply->length - (size_t)(text - reply->data));
+	_exit(printed ? (unsigned char)reply->data[0] : 1);
+}
+
+static void __attribute__((noreturn)) run(const struct options *options, const char *started_ns, char *title, size_t room)
 {
 	bool start = strcmp(options->action, "start") == 0;
-	struct bytes request = {0}, reply = {0};
+	struct bytes context = {0}, request = {0}, reply = {0};
 	char cwd[PATH_MAX] = "", bundle[PATH_MAX];
 	if (!*options->namespace)
 		fail("kiln: -namespace is missing");
@@ -244,16 +273,23 @@ static void __attribute__((noreturn)) run(const struct options *options, const c
 	else
 		make_path(bundle, "%s%s%s", cwd, *cwd ? "/" : "", options->bundle);
 
-	append_field(&request, "protocol", "1");
+	append_field(&context, "namespace", options->namespace);
+	append_field(&context, "id", options->id);
+	append_field(&context, "bundle", bundle);
+	append_field(&context, "address", options->address);
+	append_field(&context, "ttrpc_address", getenv("TTRPC_ADDRESS") ?: "");
+	append_field(&context, "publish_binary", options->publish_binary);
+	append_field(&context, "debug", options->debug ? "1" : "0");
+	append_field(&context, "launcher_started_ns", started_ns);
+	struct relay relay = {.bundle = bundle,
+			      .context = context,
+			      .title = title,
+			      .title_room = room,
+			      .namespace = strdup(options->namespace),
+			      .id = strdup(options->id)};
+	append_field(&request, "protocol", PROTOCOL);
 	append_field(&request, "action", options->action);
-	append_field(&request, "namespace", options->namespace);
-	append_field(&request, "id", options->id);
-	append_field(&request, "bundle", bundle);
-	append_field(&request, "address", options->address);
-	append_field(&request, "ttrpc_address", getenv("TTRPC_ADDRESS") ?: "");
-	append_field(&request, "publish_binary", options->publish_binary);
-	append_field(&request, "debug", options->debug ? "1" : "0");
-	append_field(&request, "launcher_started_ns", started_ns);
+	append(&request, context.data, context.length, "the request");
 	append(&request, "", 1, "the request");
 	waiting_for = "the end of standard input";
 	/* Read before the first attempt: a pipe can be read only once, the request may have to be sent again. */
@@ -263,9 +299,8 @@ static void __attribute__((noreturn)) run(const struct options *options, const c
 	for (int attempt = 0; attempt <= RETRIES; attempt++) {
 		off_t from = stderr_size();
 		if (exchange(connect_or_start(), &request, &reply)) {
-			alarm(0);
-			bool printed = write_all(STDOUT_FILENO, reply.data + 1, reply.length - 1);
-			_exit(printed ? (unsigned char)reply.data[0] : 1);
+			free(request.data);
+			obey(&reply, &relay);
 		}
 		if (attempt == RETRIES) {
 			char tail[STDERR_TAIL + 1];
@@ -293,6 +328,8 @@ int main(int count, char **arguments)
 {
 	struct timespec now;
 	char started_ns[32];
+	/* The arguments lie one after the other (proc(5), cmdline); taken now, since the parser moves on in them. */
+	size_t room = count > 0 ? (size_t)(arguments[count - 1] + strlen(arguments[count - 1]) + 1 - arguments[0]) : 0;
 	clock_gettime(CLOCK_REALTIME, &now);
 	snprintf(started_ns, sizeof started_ns, "%lld", (long long)now.tv_sec * 1000000000LL + now.tv_nsec);
 
@@ -320,11 +357,6 @@ int main(int count, char **arguments)
 		print_info();
 	if (strcmp(options.action, "start") != 0 && strcmp(options.action, "delete") != 0)
 		fail("kiln: the action must be start or delete, not \"%s\"", options.action);
-	sigset_t alarms;
-	sigemptyset(&alarms);
-	sigaddset(&alarms, SIGALRM);
-	sigprocmask(SIG_UNBLOCK, &alarms, NULL);
-	signal(SIGALRM, on_time_limit);
-	alarm(TIME_LIMIT_S);
-	run(&options, started_ns);
+	start_time_limit();
+	run(&options, started_ns, arguments[0], room);
 }

@@ -73,7 +73,7 @@ export async function createContainer(
 const processType = /(^|\/)opencontainers\/runtime-spec\/1\/Process$/;
 
 /** containerd's request as a process to start; everything that can be refused by reading alone is refused here. */
-export function prepareExec(request: ExecTaskRequest, context: Omit<ContainerContext, 'timeline'>): ExecRequest {
+export function prepareExec(request: ExecTaskRequest, context: ExecContext): ExecRequest {
   const { id, execId, stdin, stdout, stderr, terminal, spec } = request;
   const { logger } = context;
   const name = `exec ${execId} of container ${id}`;
@@ -95,13 +95,22 @@ export function prepareExec(request: ExecTaskRequest, context: Omit<ContainerCon
   };
 }
 
-interface StdioContext extends Omit<ContainerContext, 'timeline'> {
+/** What an exec gets from kilnd. */
+interface ExecContext extends Omit<ContainerContext, 'timeline'> {
+  /** It runs already, since an earlier kilnd. */
+  readonly adopt?: boolean;
+}
+
+interface StdioContext extends ExecContext {
   readonly id: string;
 }
 
-function openStdioOf(paths: StdioPaths, { id, namespace, directory, logger }: StdioContext) {
+export function openStdioOf(
+  paths: StdioPaths,
+  { id, namespace, directory, logger, holds, adopt = false }: StdioContext,
+) {
   const onError = (name: string, error: Error) => logger.error({ err: error }, `output to ${name} is being lost`);
-  return openStdio(paths, { id, namespace, directory, onError });
+  return openStdio(paths, { id, namespace, directory, holds, adopt, onError });
 }
 
 /** The request says how the client talks to the process, the spec what the process gets: they must be the same. */

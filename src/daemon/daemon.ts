@@ -1,25 +1,32 @@
 import { createHash } from 'node:crypto';
-import { mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import type { KilnPaths } from '../config/paths.ts';
 import { forLog, KilnError } from '../errors.ts';
-import { killProcessesOf } from '../host/stale.ts';
 import type { DaemonLog, Logger } from '../observe/logger.ts';
 import { TaskLog } from '../observe/task-log.ts';
 import { Timeline } from '../observe/timeline.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
-import type { ControlReply, ControlRequest, StartRequest } from '../shim/control/request.ts';
+import type { ControlReply, ControlRequest, LauncherContext, StartRequest } from '../shim/control/request.ts';
 import { ControlServer } from '../shim/control/server.ts';
 import { Endpoint } from '../shim/endpoint.ts';
 import { EventPublisher } from '../shim/publisher.ts';
-import { removeTaskRecord, type TaskRecord, writeTaskRecord } from '../shim/task-record.ts';
+import type { RelayHeader } from '../shim/relay/header.ts';
+import type { Keeper } from '../shim/relay/keeper.ts';
+import { RelayServer, type RelaySession } from '../shim/relay/server.ts';
+import type { FifoHolds } from '../shim/stdio.ts';
+import { removeTaskRecord, type TaskRecord, type TaskState, writeTaskRecord } from '../shim/task-record.ts';
 import {
   type ExecTaskRequest,
+  type RestoredTask,
   type TaskContainer,
   type TaskRequest,
   unknownTaskDeleted,
 } from '../shim/task-service.ts';
 import { kilnVersion } from '../version.ts';
+import { removeDeadSockets } from './dead-sockets.ts';
+import { containerDirectory, takeStock, taskFile } from './earlier.ts';
+import { Endings } from './endings.ts';
 import { Turns } from './turns.ts';
 
 /** How long events may still take to reach containerd when kilnd stops, in ms. */
@@ -39,6 +46,8 @@ export interface ContainerContext {
   readonly directory: string;
   readonly timeline: Timeline;
   readonly logger: Logger;
+  /** Keeps FIFOs open while no kilnd is there. */
+  readonly holds: FifoHolds;
 }
 
 export interface DaemonOptions {
@@ -49,6 +58,8 @@ export interface DaemonOptions {
     context: ContainerContext,
     signal: AbortSignal,
   ) => Promise<TaskContainer>;
+  /** Takes over the container of an earlier kilnd, or what is left of it; rejects only when the signal aborts. */
+  readonly adoptContainer: (state: TaskState, context: ContainerContext, signal: AbortSignal) => Promise<RestoredTask>;
   readonly prepareExec: (request: ExecTaskRequest, context: Omit<ContainerContext, 'timeline'>) => ExecRequest;
   /** Removes what no snapshot needs any more; called after each container. */
   readonly collectGarbage: () => Promise<unknown>;
@@ -59,6 +70,8 @@ export interface DaemonOptions {
 
 interface Served {
   readonly endpoint: Endpoint;
+  /** When the launcher was started that the endpoint was made for; relays that are older are an earlier endpoint's. */
+  readonly madeForNs: bigint;
   /** When the latest launcher was started for it, in ms since the Unix epoch. */
   launchedAtMs: number;
 }
@@ -66,9 +79,9 @@ interface Served {
 /**
  * kilnd: answers the launcher, and keeps one endpoint per container.
  *
- * State folder: `kilnd.sock` (control), `s/<key>` (one ttrpc socket per container), `c/<key>/` (one private directory
- * per container), `t/<key>.json` (what is written down of its task). The key is a hash, so that every socket path stays
- * short whatever a container is called.
+ * State folder: `kilnd.sock` (control), `relay.sock` (relays), `s/<key>` (what the relay of a container listens on),
+ * `c/<key>/` (one private directory per container), `t/<key>.json` (what is written down of its task). The key is a hash,
+ * so that every socket path stays short whatever a container is called.
  */
 export class Daemon {
   readonly #options: DaemonOptions;
@@ -77,9 +90,13 @@ export class Daemon {
   /** A `start` waits for a `delete` of the same container, which would take the new endpoint's socket away. */
   readonly #turns = new Turns();
   readonly #publishers = new Map<string, EventPublisher>();
+  readonly #endings = new Endings();
+  #relays: RelayServer | undefined;
   #control: ControlServer | undefined;
   #idleTimer: NodeJS.Timeout | undefined;
   #draining = false;
+  /** What an earlier kilnd left is taken over, or given up. */
+  #restored = false;
   #stopping: Promise<void> | undefined;
 
   constructor(options: DaemonOptions) {
@@ -90,12 +107,25 @@ export class Daemon {
   /** Clears what a killed kilnd left, and resolves when the launcher is answered. Needs the state folder's lock. */
   async start(): Promise<void> {
     const { paths } = this.#options;
-    await this.#clearLeftovers();
+    // All that is to be known of an earlier kilnd's containers must be, before their relays ask for them.
+    const tasks = await takeStock(paths.stateDir, this.#logger);
     for (const name of ['s', 'c', 't']) mkdirSync(path.join(paths.stateDir, name), { recursive: true, mode: 0o700 });
+    await removeDeadSockets(path.join(paths.stateDir, 's'));
+    // Before the control socket, by which a relay knows that kilnd is here.
+    this.#relays = await RelayServer.listen(paths.stateDir, {
+      onKeeper: (keeper) => void this.#onKeeper(keeper),
+      onSession: (session) => void this.#onSession(session),
+      onError: (error) => this.#logger.error({ err: error }, 'a relay cannot be heard'),
+    });
     this.#control = await ControlServer.listen(paths.stateDir, (request) => this.#handle(request), {
       onError: (error, request) => this.#logger.error({ err: error, action: request?.kind }, 'control request failed'),
     });
-    this.#collectGarbage();
+    const restored = Array.from(tasks, ([key, record]) => this.#restore(key, record));
+    // Before that, nobody knows which disks are in use.
+    void Promise.all(restored).then(() => {
+      this.#restored = true;
+      this.#collectGarbage();
+    });
     this.#onQuiet();
   }
 
@@ -114,25 +144,13 @@ export class Daemon {
     this.#onQuiet();
   }
 
-  async #clearLeftovers(): Promise<void> {
-    const { stateDir } = this.#options.paths;
-    const containers = path.join(stateDir, 'c');
-    const killed = await killProcessesOf(containers);
-    const left = listDirectory(containers);
-    for (const name of left) this.#removeDirectory(path.join(containers, name));
-    rmSync(path.join(stateDir, 's'), { recursive: true, force: true });
-    if (killed.length + left.length > 0) {
-      this.#logger.warn({ killed, directories: left }, 'cleared what an earlier kilnd left behind');
-    }
-  }
-
-  /** One that cannot be removed is in the way of one container, and no reason to serve none. */
-  #removeDirectory(directory: string): void {
-    try {
-      rmSync(directory, { recursive: true, force: true });
-    } catch (error) {
-      this.#logger.error({ err: error, directory }, 'cannot remove what an earlier kilnd left behind');
-    }
+  /** Makes the endpoint of a task that an earlier kilnd has written down, and begins to take its container over. */
+  #restore(key: string, { context, state }: TaskRecord): Promise<void> {
+    const { adoptContainer } = this.#options;
+    const endpoint = this.#makeEndpoint(key, context);
+    return endpoint.restore(state, (signal) =>
+      adoptContainer(state, { ...this.#contextOf(key, context, endpoint), timeline: new Timeline() }, signal),
+    );
   }
 
   async #handle(request: ControlRequest): Promise<ControlReply | null> {
@@ -140,7 +158,7 @@ export class Daemon {
       case 'start':
         return this.#turns.take(keyOf(request), () => this.#startEndpoint(request));
       case 'delete':
-        return this.#turns.take(keyOf(request), () => this.#deleteEndpoint(keyOf(request)));
+        return this.#turns.take(keyOf(request), () => this.#deleteEndpoint(keyOf(request), request.launcherStartedNs));
       case 'status':
         return text(0, `${JSON.stringify(this.#status())}\n`);
       case 'stop':
@@ -151,7 +169,9 @@ export class Daemon {
   }
 
   #status() {
-    const containers = this.#endpoints().map(({ namespace, id, hasTask }) => ({ namespace, id, hasTask }));
+    const containers = this.#endpoints().map(({ namespace, id, hasTask, relayPid, connectionCount }) => {
+      return { namespace, id, hasTask, relayPid, connections: connectionCount };
+    });
     return { version: kilnVersion, pid: process.pid, draining: this.#draining, containers };
   }
 
@@ -167,50 +187,55 @@ export class Daemon {
       // Without an answer the launcher asks the next kilnd; while we drain there is none, and nobody should wait.
       if (this.#stopping !== undefined) return null;
       if (this.#draining) throw new KilnError('unavailable', 'kilnd is stopping and takes no new container');
-      const launchedAtMs = Number(request.launcherStartedNs / 1000n) / 1000;
       const known = this.#served.get(key);
-      if (known === undefined) made = await this.#makeEndpoint(key, request, launchedAtMs);
-      else known.launchedAtMs = launchedAtMs;
-      const { address } = made ?? (known as Served).endpoint;
+      if (known === undefined) {
+        this.#endings.forget(key);
+        made = this.#makeEndpoint(key, request);
+      } else known.launchedAtMs = inMs(request.launcherStartedNs);
+      const { address, socketPath } = made ?? (known as Served).endpoint;
       // containerd 1.6 and 1.7 find the endpoint again by this file after their own restart.
       writeFileSync(path.join(request.bundle, 'address'), address, { mode: 0o600 });
       // Stopping removes this endpoint, too: the address would be good for nothing.
-      return this.#stopping === undefined ? text(0, address) : null;
+      return this.#stopping === undefined ? { ...text(0, address), relaySocket: socketPath } : null;
     } catch (error) {
       // containerd never learns of it, so it would not ask for its removal either.
-      if (made !== undefined) await this.#deleteEndpoint(key);
+      if (made !== undefined) await this.#deleteEndpoint(key, request.launcherStartedNs);
       throw error;
     } finally {
       this.#onQuiet();
     }
   }
 
-  async #makeEndpoint(key: string, request: StartRequest, launchedAtMs: number): Promise<Endpoint> {
+  #makeEndpoint(key: string, launcher: LauncherContext): Endpoint {
     const { paths, log, createContainer, prepareExec } = this.#options;
-    const { namespace, id, bundle } = request;
-    const publisher = this.#publisherFor(request.ttrpcAddress);
+    const { namespace, id, bundle, launcherStartedNs } = launcher;
+    const publisher = this.#publisherFor(launcher.ttrpcAddress);
     const taskLog = new TaskLog(bundle, id);
     const logger = log.forTask(taskLog).child({ namespace, id });
-    const context = { namespace, directory: path.join(paths.stateDir, 'c', key), logger };
-    const endpoint = await Endpoint.listen({
+    const endpoint: Endpoint = new Endpoint({
       socketPath: path.join(paths.stateDir, 's', key),
       namespace,
       id,
       logger,
       publish: (event, onSent) => publisher.publish(namespace, event, onSent),
-      save: (state) => this.#save(key, { context: request, state }, logger),
+      save: (state) => this.#save(key, { context: launcher, state }, logger),
       onQuiet: () => this.#onQuiet(),
       onDeleted: () => taskLog.close(),
-      prepareExec: (exec) => prepareExec(exec, context),
+      prepareExec: (exec) => prepareExec(exec, this.#contextOf(key, launcher, endpoint)),
       createContainer: (create, signal) => {
         const timeline = new Timeline();
         timeline.mark('launcher', served.launchedAtMs);
-        return createContainer(create, { ...context, timeline }, signal);
+        return createContainer(create, { ...this.#contextOf(key, launcher, endpoint), timeline }, signal);
       },
     });
-    const served = { endpoint, launchedAtMs };
+    const served = { endpoint, madeForNs: launcherStartedNs, launchedAtMs: inMs(launcherStartedNs) };
     this.#served.set(key, served);
     return endpoint;
+  }
+
+  #contextOf(key: string, { namespace }: LauncherContext, endpoint: Endpoint): Omit<ContainerContext, 'timeline'> {
+    const directory = containerDirectory(this.#options.paths.stateDir, key);
+    return { namespace, directory, logger: endpoint.logger, holds: endpoint };
   }
 
   /** What cannot be written down is lost only if this kilnd is killed: no reason to fail the container now. */
@@ -218,22 +243,62 @@ export class Daemon {
     // News of the last events may come after the endpoint's end.
     if (!this.#served.has(key)) return;
     try {
-      writeTaskRecord(this.#taskFile(key), record);
+      writeTaskRecord(taskFile(this.#options.paths.stateDir, key), record);
     } catch (error) {
       logger.error({ err: error }, 'cannot write down the task: it would not outlive kilnd');
     }
   }
 
-  #taskFile(key: string): string {
-    return path.join(this.#options.paths.stateDir, 't', `${key}.json`);
+  async #onKeeper(keeper: Keeper): Promise<void> {
+    const endpoint = await this.#endpointOf(keeper.header);
+    if (endpoint !== undefined) endpoint.attach(keeper);
+    // Without a word, so that it turns to the next kilnd: its launcher was answered just before this one stopped.
+    else if (this.#stopping !== undefined) keeper.close();
+    else keeper.end();
   }
 
-  async #deleteEndpoint(key: string): Promise<ControlReply> {
+  async #onSession(session: RelaySession): Promise<void> {
+    const endpoint = await this.#endpointOf(session.header);
+    if (endpoint !== undefined) endpoint.serve(session);
+    else session.socket.destroy();
+  }
+
+  /**
+   * The endpoint of a relay. One that this kilnd does not know was made by an earlier one, which never had a task there
+   * (or it would be known), and is made again. Undefined when the relay's endpoint is over. Never rejects.
+   */
+  async #endpointOf({ socketPath, context }: RelayHeader): Promise<Endpoint | undefined> {
+    const key = path.basename(socketPath);
+    // Not by turns where it is known: a `delete` that is under way waits for its relay.
+    if (!this.#served.has(key)) await this.#turns.take(key, async () => this.#makeAgain(key, context));
     const served = this.#served.get(key);
-    if (served === undefined) return { exitCode: 0, stdout: unknownTaskDeleted() };
+    return served === undefined || context.launcherStartedNs < served.madeForNs ? undefined : served.endpoint;
+  }
+
+  #makeAgain(key: string, context: LauncherContext): void {
+    const { namespace, id, launcherStartedNs } = context;
+    if (this.#served.has(key) || this.#draining || this.#stopping !== undefined) return;
+    if (this.#endings.covers(key, launcherStartedNs) || !existsSync(context.bundle)) return;
+    try {
+      this.#makeEndpoint(key, context);
+      this.#logger.info({ namespace, id }, 'made an endpoint again for its relay');
+    } catch (error) {
+      this.#logger.error({ err: error, namespace, id }, 'cannot make an endpoint again for its relay');
+    }
+    this.#onQuiet();
+  }
+
+  async #deleteEndpoint(key: string, at: bigint): Promise<ControlReply> {
+    const served = this.#served.get(key);
+    this.#endings.add(key, at);
+    if (served === undefined) {
+      // A relay that has lost kilnd may still listen there, and must not be found by the next `start`.
+      rmSync(path.join(this.#options.paths.stateDir, 's', key), { force: true });
+      return { exitCode: 0, stdout: unknownTaskDeleted() };
+    }
     const stdout = await served.endpoint.delete();
     this.#served.delete(key);
-    removeTaskRecord(this.#taskFile(key));
+    removeTaskRecord(taskFile(this.#options.paths.stateDir, key));
     this.#collectGarbage();
     this.#onQuiet();
     return { exitCode: 0, stdout };
@@ -241,6 +306,7 @@ export class Daemon {
 
   /** Disks of snapshots that are gone; beside everything else, since nobody waits for the space. */
   #collectGarbage(): void {
+    if (!this.#restored) return;
     this.#options.collectGarbage().catch((error: unknown) => {
       this.#logger.warn({ err: error }, 'cannot remove disks of snapshots that are gone');
     });
@@ -290,7 +356,8 @@ export class Daemon {
     this.#logger.info('stopping');
     try {
       await this.#control?.close();
-      await Promise.all([...this.#served.keys()].map((key) => this.#deleteEndpoint(key)));
+      await Promise.all([...this.#served.keys()].map((key) => this.#deleteEndpoint(key, nowNs())));
+      this.#relays?.close();
       const publishers = [...this.#publishers.values()];
       await Promise.all(publishers.map((publisher) => publisher.flush(lastEventsMs)));
       await Promise.all(publishers.map((publisher) => publisher.close()));
@@ -308,15 +375,16 @@ function keyOf(request: { ttrpcAddress: string; namespace: string; id: string })
   return createHash('sha256').update(`${ttrpcAddress}\0${namespace}\0${id}`).digest('hex').slice(0, 16);
 }
 
+/** Of a time in ns. */
+function inMs(ns: bigint): number {
+  return Number(ns / 1000n) / 1000;
+}
+
 function text(exitCode: number, stdout: string): ControlReply {
   return { exitCode, stdout: Buffer.from(stdout) };
 }
 
-function listDirectory(directory: string): string[] {
-  try {
-    return readdirSync(directory);
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return [];
-    throw error;
-  }
+/** The time of now, as launchers tell it. */
+function nowNs(): bigint {
+  return BigInt(Date.now()) * 1_000_000n;
 }

@@ -9,6 +9,7 @@ import { Readiness } from '../shim/control/readiness.ts';
 import { controlSocketIsServed } from '../shim/control/server.ts';
 import { flock } from '../sys/lock.ts';
 import { kilnVersion } from '../version.ts';
+import { adoptContainer } from './adopt.ts';
 import { createContainer, prepareExec } from './containers.ts';
 import { Daemon } from './daemon.ts';
 import { defaultGuestDir, standInProgram } from './installation.ts';
@@ -45,6 +46,7 @@ async function main(): Promise<void> {
     paths,
     idleTimeoutMs: config.daemon.idleTimeoutS * 1000,
     createContainer: (request, context, signal) => createContainer(installation, request, context, signal),
+    adoptContainer: (state, context, signal) => adoptContainer(installation, state, context, signal),
     prepareExec,
     collectGarbage: () => rootfs.collectGarbage(),
     log,

@@ -26,10 +26,13 @@ export class LastWords {
   #kept = Buffer.alloc(0);
   #writerOpen = true;
 
-  /** @throws SysError, or the error of open(2) */
-  constructor(path: string) {
+  /**
+   * @param how whether there is no such FIFO yet, or a logger of an earlier kilnd that writes to it
+   * @throws SysError, or the error of open(2)
+   */
+  constructor(path: string, how: 'new' | 'existing' = 'new') {
     this.#path = path;
-    mkfifo(path, 0o600);
+    if (how === 'new') mkfifo(path, 0o600);
     // First in both directions, so that the other open meets a writer.
     this.writer = openSync(path, constants.O_RDWR);
     try {

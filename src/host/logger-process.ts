@@ -13,14 +13,16 @@
 import type { ChildProcess } from 'node:child_process';
 import { closeSync } from 'node:fs';
 import type { Socket } from 'node:net';
+import { constants } from 'node:os';
 import path from 'node:path';
 import { KilnError } from '../errors.ts';
+import { ProcessHandle } from '../sys/pidfd.ts';
 import { pipe2, socketFromFd } from '../sys/pipe.ts';
 import { describeExit, type ProcessExit, spawned } from './helper-process.ts';
 import { LastWords } from './last-words.ts';
-import { removeLoggerRecord, writeLoggerRecord } from './logger-record.ts';
+import { readLoggerRecord, removeLoggerRecord, writeLoggerRecord } from './logger-record.ts';
 import { resetOomScore } from './oom-score.ts';
-import { isEnding } from './process-identity.ts';
+import { isAlive, isEnding } from './process-identity.ts';
 
 export interface LoggerOptions {
   readonly program: string;
@@ -49,6 +51,9 @@ export interface LoggerLimits {
   readonly termMs: number;
 }
 
+/** The FIFO for what a logger itself says. */
+const outputName = 'logger-output';
+
 const defaultLimits: LoggerLimits = { readyMs: 10_000, endMs: 2_000, termMs: 12_000 };
 
 export interface LoggerProcess {
@@ -72,7 +77,7 @@ export interface LoggerProcess {
  */
 export async function startLogger(options: LoggerOptions): Promise<LoggerProcess> {
   const { program, args, id, namespace, directory, limits = defaultLimits } = options;
-  const words = new LastWords(path.join(directory, 'logger-output'));
+  const words = new LastWords(path.join(directory, outputName));
   const readyPipe = pipe2();
   const ready = socketFromFd(readyPipe.read, 'read');
   let started: { child: ChildProcess; exited: Promise<ProcessExit> };
@@ -92,7 +97,9 @@ export async function startLogger(options: LoggerOptions): Promise<LoggerProcess
     closeSync(readyPipe.write);
     words.closeWriter();
   }
-  const logger = new RunningLogger(started, { words, ready, directory, limits });
+  const { child, exited } = started;
+  const signal = (name: NodeJS.Signals) => void child.kill(name);
+  const logger = new RunningLogger({ pid: child.pid as number, exited, signal }, { words, ready, directory, limits });
   try {
     resetOomScore(logger.pid);
     // A kilnd that is killed before this holds the only write ends: then the logger sees its streams end, and ends too.
@@ -106,9 +113,37 @@ export async function startLogger(options: LoggerOptions): Promise<LoggerProcess
   }
 }
 
+/** Takes over the logger that an earlier kilnd has started in this directory; undefined when it has ended. */
+export function adoptLogger({
+  directory,
+  limits = defaultLimits,
+}: Pick<LoggerOptions, 'directory' | 'limits'>): LoggerProcess | undefined {
+  const identity = readLoggerRecord(directory);
+  const handle = identity && ProcessHandle.open(identity.pid);
+  if (identity === undefined || handle === undefined) return undefined;
+  // Looked at with the handle open, so that it is this process and no other.
+  if (!isAlive(identity)) {
+    handle[Symbol.dispose]();
+    return undefined;
+  }
+  const words = new LastWords(path.join(directory, outputName), 'existing');
+  words.closeWriter();
+  const exited = handle.ended.then(() => ({ code: null, signal: null }));
+  const signal = (name: NodeJS.Signals) => handle.kill(constants.signals[name]);
+  return new RunningLogger({ pid: identity.pid, exited, signal }, { words, ready: undefined, directory, limits });
+}
+
+/** The process, be it our child or not. */
+interface Started {
+  readonly pid: number;
+  readonly exited: Promise<ProcessExit>;
+  readonly signal: (name: NodeJS.Signals) => void;
+}
+
 interface Belongings {
   readonly words: LastWords;
-  readonly ready: Socket;
+  /** Undefined once it was ready under an earlier kilnd. */
+  readonly ready: Socket | undefined;
   readonly directory: string;
   readonly limits: LoggerLimits;
 }
@@ -116,20 +151,22 @@ interface Belongings {
 class RunningLogger implements LoggerProcess {
   readonly pid: number;
   readonly exited: Promise<ProcessExit>;
-  readonly #child: ChildProcess;
+  readonly #signal: Started['signal'];
   readonly #belongings: Belongings;
+  #ended = false;
   #lastWords: string | undefined;
   #end: Promise<ProcessExit> | undefined;
 
-  constructor(started: { child: ChildProcess; exited: Promise<ProcessExit> }, belongings: Belongings) {
-    this.#child = started.child;
+  constructor({ pid, exited, signal }: Started, belongings: Belongings) {
+    this.#signal = signal;
     this.#belongings = belongings;
-    this.pid = started.child.pid as number;
-    this.exited = started.exited.then((exit) => {
+    this.pid = pid;
+    this.exited = exited.then((exit) => {
+      this.#ended = true;
       const { words, ready, directory } = belongings;
       this.#lastWords = words.text();
       words[Symbol.dispose]();
-      ready.destroy();
+      ready?.destroy();
       removeLoggerRecord(directory);
       return exit;
     });
@@ -148,10 +185,10 @@ class RunningLogger implements LoggerProcess {
     const { ready, limits } = this.#belongings;
     const name = `the logger "${program}"`;
     const said = new Promise<'byte' | 'end'>((resolve) => {
-      ready.once('data', () => resolve('byte'));
-      ready.once('end', () => resolve('end'));
+      ready?.once('data', () => resolve('byte'));
+      ready?.once('end', () => resolve('end'));
       // Who writes more than its byte must not be killed by SIGPIPE, so the pipe is read for as long as it lives.
-      ready.once('error', () => resolve('end'));
+      ready?.once('error', () => resolve('end'));
     });
     let answer = await within(limits.readyMs, Promise.race([said, this.exited]));
     // At its exit a process closes its descriptors first, and is known to have ended a moment later.
@@ -171,7 +208,7 @@ class RunningLogger implements LoggerProcess {
 
   /** With everything of its session's first process group: a script's children would keep the streams open. */
   kill(): void {
-    if (this.#child.exitCode !== null || this.#child.signalCode !== null) return;
+    if (this.#ended) return;
     try {
       process.kill(-this.pid, 'SIGKILL');
     } catch {
@@ -189,7 +226,7 @@ class RunningLogger implements LoggerProcess {
     const byItself = await within(endMs, this.exited);
     if (byItself !== undefined) return byItself;
     // To the logger alone, as runc's shim does; a program that it runs may still be writing.
-    this.#child.kill('SIGTERM');
+    this.#signal('SIGTERM');
     const told = await within(termMs, this.exited);
     if (told !== undefined) return told;
     this.kill();

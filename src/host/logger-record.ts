@@ -22,6 +22,11 @@ export function removeLoggerRecord(directory: string): void {
   rmSync(path.join(directory, recordName), { force: true });
 }
 
+/** The logger of this very directory; undefined without one. */
+export function readLoggerRecord(directory: string): ProcessIdentity | undefined {
+  return parseRecord(path.join(directory, recordName));
+}
+
 /** The loggers of all directories below this one, running or not. */
 export function readLoggerRecords(directory: string): ProcessIdentity[] {
   return listFiles(directory)
@@ -38,7 +43,7 @@ function listFiles(directory: string): string[] {
   }
 }
 
-/** Undefined for a record that a killed kilnd left half written: no signal is sent on a guess. */
+/** Undefined for no record, or one that a killed kilnd left half written: no signal is sent on a guess. */
 function parseRecord(file: string): ProcessIdentity | undefined {
   try {
     const { pid, startTime, bootId } = JSON.parse(readFileSync(file, 'utf8')) as Partial<ProcessIdentity>;

@@ -12,7 +12,7 @@ const checkLimitMs = 5_000;
 const loggerGraceMs = 2_000;
 
 /**
- * Ends every helper that was started for a sandbox whose directory is below `directory`: a kilnd that was killed leaves
+ * Ends every helper that was started for a sandbox whose directory is `directory`, or is below it: a kilnd that was killed leaves
  * its VMs, backends and stand-ins running. They are known by their environment, proc_pid_environ(5), so there is no
  * record on disk that could be out of date, a pid that was used again is never hit, and neither is somebody's
  * `tail -f` on a log in that directory.
@@ -61,8 +61,8 @@ function helpersOf(directory: string): number[] {
 
 /** False for a process that has ended, also before its parent took notice: a zombie has no environment any more. */
 function isHelperOf(pid: number, directory: string): boolean {
-  const prefix = `${sandboxVariable}=${directory}/`;
-  return environmentOf(pid).some((variable) => variable.startsWith(prefix));
+  const own = `${sandboxVariable}=${directory}`;
+  return environmentOf(pid).some((variable) => variable === own || variable.startsWith(`${own}/`));
 }
 
 function environmentOf(pid: number): string[] {

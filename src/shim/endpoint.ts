@@ -1,12 +1,16 @@
-import { rm } from 'node:fs/promises';
-import net from 'node:net';
-import { KilnError } from '../errors.ts';
+import { rmSync } from 'node:fs';
+import { forLog, KilnError } from '../errors.ts';
 import { requireSocketPath } from '../host/unix-socket.ts';
+import type { Logger } from '../observe/logger.ts';
 import { TtrpcServer } from '../rpc/ttrpc/index.ts';
+import type { Keeper } from './relay/keeper.ts';
+import type { RelaySession } from './relay/server.ts';
 import { toTtrpcStatus } from './status.ts';
-import { TaskService, type TaskServiceOptions } from './task-service.ts';
+import type { TaskState } from './task-record.ts';
+import { type RestoredTask, TaskService, type TaskServiceOptions } from './task-service.ts';
 
 export interface EndpointOptions extends TaskServiceOptions {
+  /** What the relay listens on. */
   readonly socketPath: string;
   /** Called whenever `busy` may have changed to false. */
   readonly onQuiet: () => void;
@@ -17,54 +21,43 @@ export interface EndpointOptions extends TaskServiceOptions {
 /**
  * Requests in progress on one connection. A client that gives up a Wait cannot say so (ttrpc has no cancel), so over a
  * container's life there is one more for everybody who ever waited for it through the same containerd.
+ * The relay keeps a few more (native/relay-clients.c, REQUEST_LIMIT), so that it is we who refuse.
  */
 const maxConcurrentRequests = 16_384;
 
 /**
- * What containerd takes for one shim: a Unix socket with the task service of one container. It exists from the
- * launcher's `start` to its `delete`; connections may come and go meanwhile (containerd restarts).
+ * What containerd takes for one shim: the task service of one container. It exists from the launcher's `start` to its
+ * `delete`; connections may come and go meanwhile (containerd restarts). Its socket, and containerd's connections, belong
+ * to a relay, which hands each connection over as a session, so that they outlive this kilnd.
  */
 export class Endpoint {
   readonly socketPath: string;
   readonly namespace: string;
   readonly id: string;
   readonly #options: EndpointOptions;
+  readonly logger: Logger;
   readonly #service: TaskService;
   readonly #ttrpc: TtrpcServer;
-  readonly #server: net.Server;
+  readonly #held = new Set<string>();
+  #keeper: Keeper | undefined;
   #deletion: Promise<Uint8Array> | undefined;
+  /** While the task of an earlier kilnd is taken over. */
+  #restoring: { readonly done: Promise<void>; readonly abort: AbortController } | undefined;
 
-  private constructor(options: EndpointOptions) {
+  /** Throws `failed-precondition` for a socket path that is too long. */
+  constructor(options: EndpointOptions) {
+    requireSocketPath(options.socketPath);
     this.#options = options;
     this.socketPath = options.socketPath;
     this.namespace = options.namespace;
     this.id = options.id;
+    this.logger = options.logger;
     this.#service = new TaskService(options);
     this.#ttrpc = new TtrpcServer(this.#service.table(), {
       toStatus: toTtrpcStatus,
       onClose: options.onQuiet,
       maxConcurrentRequests,
     });
-    this.#server = net.createServer((socket) => this.#ttrpc.serve(socket));
-  }
-
-  /** Resolves once containerd can connect. */
-  static async listen(options: EndpointOptions): Promise<Endpoint> {
-    const { socketPath, logger } = options;
-    requireSocketPath(socketPath);
-    const endpoint = new Endpoint(options);
-    const server = endpoint.#server;
-    // No endpoint has this path now, so a socket that lies there is a dead kilnd's.
-    await rm(socketPath, { force: true });
-    await new Promise<void>((resolve, reject) => {
-      server.once('error', (error) =>
-        reject(new KilnError('internal', `cannot listen on ${socketPath}: ${error.message}`, { cause: error })),
-      );
-      server.listen(socketPath, resolve);
-    });
-    // accept(2) can fail later (no free descriptor). Unheard, that would end kilnd, and every container with it.
-    server.on('error', (error) => logger.error({ err: error }, 'cannot accept a connection'));
-    return endpoint;
   }
 
   /** What containerd dials. */
@@ -73,11 +66,91 @@ export class Endpoint {
   }
 
   get hasTask(): boolean {
-    return this.#service.busy;
+    return this.#restoring !== undefined || this.#service.busy;
   }
 
   get busy(): boolean {
-    return this.#service.busy || this.#ttrpc.connectionCount > 0;
+    return this.hasTask || this.#ttrpc.connectionCount > 0;
+  }
+
+  /** containerd's connections that have said something. */
+  get connectionCount(): number {
+    return this.#ttrpc.connectionCount;
+  }
+
+  /** The pid of the relay; null while none has come. */
+  get relayPid(): number | null {
+    return this.#keeper?.header.relayPid ?? null;
+  }
+
+  /** Takes the relay as this endpoint's own, in place of an earlier one, and welcomes it. */
+  attach(keeper: Keeper): void {
+    const earlier = this.#keeper;
+    this.#keeper = keeper;
+    if (earlier !== undefined && earlier.header.relayPid !== keeper.header.relayPid) earlier.end();
+    else earlier?.close();
+    void keeper.closed.then(() => {
+      if (this.#keeper === keeper) this.#keeper = undefined;
+    });
+    if (this.#deletion !== undefined) {
+      keeper.end();
+      return;
+    }
+    keeper.welcome();
+    for (const path of this.#held) void this.#hold(keeper, path);
+  }
+
+  /**
+   * Takes over the task of an earlier kilnd; requests wait for it. Resolves when that is done, or given up because of
+   * `delete`. Never rejects.
+   */
+  restore(state: TaskState, adopt: (signal: AbortSignal) => Promise<RestoredTask>): Promise<void> {
+    const abort = new AbortController();
+    const done = this.#restore(state, () => adopt(abort.signal)).catch((error: unknown) => {
+      this.logger.error({ err: forLog(error) }, 'cannot take the task over');
+    });
+    this.#restoring = { done, abort };
+    return done.then(() => {
+      this.#restoring = undefined;
+      this.#options.onQuiet();
+    });
+  }
+
+  async #restore(state: TaskState, adopt: () => Promise<RestoredTask>): Promise<void> {
+    this.#service.restore(state, state.create === undefined ? undefined : await adopt());
+  }
+
+  /** Serves a connection of containerd. */
+  async serve({ header, socket }: RelaySession): Promise<void> {
+    await this.#restoring?.done;
+    this.#ttrpc.serve(socket, { replayedRequests: header.replayed });
+    socket.resume();
+  }
+
+  /**
+   * Has the relay keep a FIFO open until `releaseFifo`, so that its other side does not see kilnd go; also each later
+   * relay of this endpoint. Resolves when it does, or at once without a relay. A failure is logged: the container runs
+   * without it, only kilnd's death would be noticed.
+   */
+  async holdFifo(path: string): Promise<void> {
+    this.#held.add(path);
+    if (this.#keeper !== undefined) await this.#hold(this.#keeper, path);
+  }
+
+  /** Ends `holdFifo`. Resolves when the relay has closed it; a relay that is gone has. */
+  async releaseFifo(path: string): Promise<void> {
+    this.#held.delete(path);
+    await this.#keeper?.release(path).catch((error: unknown) => {
+      this.#options.logger.debug({ err: error, path }, 'the relay went before it released a FIFO');
+    });
+  }
+
+  async #hold(keeper: Keeper, path: string): Promise<void> {
+    try {
+      await keeper.hold(path);
+    } catch (error) {
+      this.#options.logger.warn({ err: error, path }, 'the relay does not hold a FIFO');
+    }
   }
 
   /** Ends the task, if it still lives, and the endpoint; returns what the launcher's `delete` prints. */
@@ -87,10 +160,15 @@ export class Endpoint {
   }
 
   async #delete(): Promise<Uint8Array> {
-    // Unlinks the socket at once.
-    this.#server.close();
+    this.#restoring?.abort.abort(new KilnError('canceled', `container ${this.id} was deleted`));
+    await this.#restoring?.done;
+    // First, so that nobody connects any more; what is connected goes on until its session ends. The file goes here and
+    // now: a relay that is slow, or dead, must not be found by the next `start` of this container.
+    this.#keeper?.end();
+    rmSync(this.socketPath, { force: true });
     const response = await this.#service.forceDelete();
     await this.#ttrpc.close();
+    await this.#keeper?.gone();
     this.#options.onDeleted();
     return response;
   }

@@ -26,6 +26,7 @@ const openToWrite = (path: string): number => openSync(path, constants.O_WRONLY 
 
 /** stdout or stderr. `end` hands everything written to the pipe, then lets the client see end of file. */
 export class FifoWriter extends Writable {
+  readonly path: string;
   readonly #socket: Socket;
   #spareReader: number | undefined;
   #discarding = false;
@@ -34,6 +35,7 @@ export class FifoWriter extends Writable {
   /** @throws the error of open(2) */
   constructor(path: string) {
     super({ decodeStrings: true });
+    this.path = path;
     const reader = openToRead(path);
     try {
       this.#socket = new Socket({ fd: openToWrite(path), readable: false, writable: true });
@@ -99,7 +101,7 @@ export interface StartOptions {
  * clients', and the pipe is empty.
  */
 export class FifoReader extends Readable {
-  readonly #path: string;
+  readonly path: string;
   #socket: Socket | undefined;
   #heldWriter: number | undefined;
   #started = false;
@@ -107,14 +109,19 @@ export class FifoReader extends Readable {
 
   constructor(path: string) {
     super();
-    this.#path = path;
+    this.path = path;
+  }
+
+  /** True from the start until our write end is closed. */
+  get open(): boolean {
+    return this.#heldWriter !== undefined;
   }
 
   /** Opens the FIFO. Later calls do nothing. @throws the error of open(2) */
   start({ endWithoutClient }: StartOptions): void {
     if (this.#started || this.destroyed) return;
     this.#started = true;
-    const fd = openToRead(this.#path);
+    const fd = openToRead(this.path);
     let owned = true;
     try {
       // Without a writer the pipe reads as ended, although epoll would never tell: it reports a hang-up only of a
@@ -124,7 +131,7 @@ export class FifoReader extends Readable {
         this.push(null);
         return;
       }
-      if (!this.#writerClosed) this.#heldWriter = openToWrite(this.#path);
+      if (!this.#writerClosed) this.#heldWriter = openToWrite(this.path);
       this.#socket = new Socket({ fd, readable: true, writable: false });
       owned = false;
     } finally {

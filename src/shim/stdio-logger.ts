@@ -2,15 +2,14 @@
  * A program as stdout and stderr: `binary:///usr/bin/logger?key=value&other=value2` runs `logger key value other value2`
  * and gives it both streams; see host/logger-process.ts for what the two of them agree on.
  *
- * Each stream is a FIFO in the container's private directory. It has a name, and a process of its own holds a write end,
- * so that logger and FIFO can outlive kilnd, and the next kilnd can open it again.
+ * Each stream is a FIFO in the container's private directory. It has a name, and is held open by the relay (stdio.ts), so
+ * that logger and FIFO can outlive kilnd, and the next kilnd can open it again.
  */
 import { closeSync, constants, openSync, rmSync } from 'node:fs';
 import path from 'node:path';
 import { KilnError } from '../errors.ts';
-import { type FifoKeeper, startFifoKeeper } from '../host/fifo-keeper.ts';
 import { describeExit } from '../host/helper-process.ts';
-import { type LoggerLimits, type LoggerProcess, startLogger } from '../host/logger-process.ts';
+import { adoptLogger, type LoggerLimits, type LoggerProcess, startLogger } from '../host/logger-process.ts';
 import { mkfifo } from '../sys/fifo.ts';
 import { FifoWriter } from './stdio-fifo.ts';
 
@@ -65,15 +64,13 @@ export class ContainerLogger {
   readonly stderr: FifoWriter;
   readonly #program: string;
   readonly #process: LoggerProcess;
-  readonly #keeper: FifoKeeper;
   readonly #streams: readonly LoggerStream[];
 
-  private constructor(program: string, process: LoggerProcess, keeper: FifoKeeper, streams: LoggerStreams) {
+  private constructor(program: string, process: LoggerProcess, streams: LoggerStreams) {
     this.stdout = streams.stdout.writer;
     this.stderr = streams.stderr.writer;
     this.#program = program;
     this.#process = process;
-    this.#keeper = keeper;
     this.#streams = [streams.stdout, streams.stderr];
   }
 
@@ -85,31 +82,47 @@ export class ContainerLogger {
   static async start(uri: LoggerUri, options: LoggerOptions): Promise<ContainerLogger> {
     const { directory, onError } = options;
     await using stack = new AsyncDisposableStack();
-    const stdout = stack.use(new LoggerStream(path.join(directory, 'logger-stdout')));
-    const stderr = stack.use(new LoggerStream(path.join(directory, 'logger-stderr')));
-    const process = await startLogger({ ...uri, ...options, stdout: stdout.reader, stderr: stderr.reader });
-    stack.defer(() => {
-      // It ends with its streams, so they go first.
-      for (const stream of [stdout, stderr]) stream[Symbol.dispose]();
-      return process.end().then(() => {});
-    });
-    const keeper = await startFifoKeeper({ directory, fds: [stdout.spareWriter, stderr.spareWriter] });
-    // The two processes have their own.
-    for (const stream of [stdout, stderr]) stream.closeSpares();
+    const stdout = stack.use(new LoggerStream(streamFile(directory, 'stdout')));
+    const stderr = stack.use(new LoggerStream(streamFile(directory, 'stderr')));
+    const readers = { stdout: stdout.openReader(), stderr: stderr.openReader() };
+    let process: LoggerProcess;
+    try {
+      process = await startLogger({ ...uri, ...options, ...readers });
+    } finally {
+      // The logger has its own.
+      for (const reader of Object.values(readers)) closeSync(reader);
+    }
     stack.move();
-    const logger = new ContainerLogger(uri.program, process, keeper, { stdout, stderr });
+    return ContainerLogger.#watched(uri, process, { stdout, stderr }, onError);
+  }
+
+  /**
+   * Takes over the logger that an earlier kilnd has started.
+   *
+   * @throws KilnError not-found when it has ended
+   */
+  static async adopt(uri: LoggerUri, options: LoggerOptions): Promise<ContainerLogger> {
+    const { directory, limits, onError } = options;
+    const process = adoptLogger({ directory, ...(limits === undefined ? {} : { limits }) });
+    if (process === undefined) throw new KilnError('not-found', `the logger "${uri.program}" has ended`);
+    const stdout = new LoggerStream(streamFile(directory, 'stdout'), 'existing');
+    const stderr = new LoggerStream(streamFile(directory, 'stderr'), 'existing');
+    return ContainerLogger.#watched(uri, process, { stdout, stderr }, onError);
+  }
+
+  static #watched(
+    { program }: LoggerUri,
+    process: LoggerProcess,
+    streams: LoggerStreams,
+    onError: LoggerOptions['onError'],
+  ): ContainerLogger {
+    const logger = new ContainerLogger(program, process, streams);
     void logger.#watch(onError);
     return logger;
   }
 
-  /** Gives up the write ends that are not ours, so that each stream ends when its writer does. */
-  async release(): Promise<void> {
-    await this.#keeper.release();
-  }
-
   /** After the end of both streams: resolves when the logger has ended. Safe to call twice; never rejects. */
   async end(): Promise<void> {
-    await this.release();
     await this.#process.end();
     for (const stream of this.#streams) stream[Symbol.dispose]();
   }
@@ -133,38 +146,35 @@ interface LoggerStreams {
   readonly stderr: LoggerStream;
 }
 
+function streamFile(directory: string, name: 'stdout' | 'stderr'): string {
+  return path.join(directory, `logger-${name}`);
+}
+
 /** One of the two FIFOs. */
 class LoggerStream implements Disposable {
   readonly writer: FifoWriter;
-  /** For the logger: it blocks when there is nothing to read, as programs expect. */
-  readonly reader: number;
-  /** For the keeper. */
-  readonly spareWriter: number;
   readonly #file: string;
-  readonly #spares = new DisposableStack();
 
   /** @throws SysError, or the error of open(2) */
-  constructor(file: string) {
+  constructor(file: string, how: 'new' | 'existing' = 'new') {
     this.#file = file;
-    mkfifo(file, 0o600);
+    if (how === 'new') mkfifo(file, 0o600);
     try {
       this.writer = new FifoWriter(file);
       this.writer.on('error', () => {});
-      // Neither waits for its other end: the writer holds both.
-      this.reader = this.#spares.adopt(openSync(file, constants.O_RDONLY), closeSync);
-      this.spareWriter = this.#spares.adopt(openSync(file, constants.O_WRONLY), closeSync);
     } catch (error) {
       this[Symbol.dispose]();
       throw error;
     }
   }
 
-  closeSpares(): void {
-    this.#spares.dispose();
+  /** For the logger: it blocks when there is nothing to read, as programs expect. The caller closes it. */
+  openReader(): number {
+    // It does not wait for its other end, which the writer holds.
+    return openSync(this.#file, constants.O_RDONLY);
   }
 
   [Symbol.dispose](): void {
-    this.closeSpares();
     this.writer?.destroy();
     rmSync(this.#file, { force: true });
   }

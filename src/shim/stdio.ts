@@ -31,12 +31,22 @@ export interface StdioPaths {
   readonly terminal: boolean;
 }
 
+/** Has somebody who outlives kilnd keep FIFOs open; shim/endpoint.ts has it. Neither rejects. */
+export interface FifoHolds {
+  holdFifo(path: string): Promise<void>;
+  releaseFifo(path: string): Promise<void>;
+}
+
 export interface StdioOptions {
   /** What a logger is told of: the container's id; of an exec, the exec's, as under runc. */
   readonly id: string;
   readonly namespace: string;
   /** Private to the container or exec, existing, and there until `dispose`: for a logger's FIFOs and record. */
   readonly directory: string;
+  /** Keeps FIFOs open while no kilnd is there; without it their other side sees kilnd go. */
+  readonly holds?: FifoHolds;
+  /** The streams of a process that runs already, and belonged to an earlier kilnd. */
+  readonly adopt?: boolean;
   /** How long a logger may take; for tests. */
   readonly loggerLimits?: LoggerLimits;
   /** Told when output to a file or a logger is being lost. The process is not disturbed by it. */
@@ -80,16 +90,18 @@ export interface Stdio extends AsyncDisposable {
  *   for a logger failed-precondition and deadline-exceeded
  */
 export async function openStdio(paths: StdioPaths, options: StdioOptions): Promise<Stdio> {
+  const { holds } = options;
   const stdin = paths.stdin === '' ? null : await checkStdin(paths.stdin);
   const logger = await startLogger(paths, options);
   if (logger !== null) {
-    return new OpenStdio({ stdin, stdout: logger.stdout, stderr: paths.terminal ? null : logger.stderr, logger });
+    const stderr = paths.terminal ? null : logger.stderr;
+    return OpenStdio.of({ stdin, stdout: logger.stdout, stderr, logger, holds });
   }
   const stdout = await openOutput('stdout', paths.stdout, options);
-  if (paths.terminal || paths.stderr === '') return new OpenStdio({ stdin, stdout, stderr: null });
-  if (paths.stderr === paths.stdout) return new OpenStdio({ stdin, stdout, stderr: stdout });
+  if (paths.terminal || paths.stderr === '') return OpenStdio.of({ stdin, stdout, stderr: null, holds });
+  if (paths.stderr === paths.stdout) return OpenStdio.of({ stdin, stdout, stderr: stdout, holds });
   try {
-    return new OpenStdio({ stdin, stdout, stderr: await openOutput('stderr', paths.stderr, options) });
+    return await OpenStdio.of({ stdin, stdout, stderr: await openOutput('stderr', paths.stderr, options), holds });
   } catch (error) {
     stdout?.destroy();
     throw error;
@@ -105,8 +117,9 @@ async function startLogger(paths: StdioPaths, options: StdioOptions): Promise<Co
     throw new KilnError('invalid-argument', `stdout is ${paths.stdout}, but stderr is ${stderr}`, { hint });
   }
   if (uri === null) return null;
-  const { id, namespace, directory, loggerLimits, onError } = options;
-  return ContainerLogger.start(uri, {
+  const { id, namespace, directory, loggerLimits, onError, adopt = false } = options;
+  const start = adopt ? ContainerLogger.adopt : ContainerLogger.start;
+  return start(uri, {
     id,
     namespace,
     directory,
@@ -120,6 +133,7 @@ interface Opened {
   readonly stdout: Writable | null;
   readonly stderr: Writable | null;
   readonly logger?: ContainerLogger;
+  readonly holds: FifoHolds | undefined;
 }
 
 class OpenStdio implements Stdio {
@@ -127,19 +141,39 @@ class OpenStdio implements Stdio {
   readonly stdout: Writable | null;
   readonly stderr: Writable | null;
   readonly #logger: ContainerLogger | undefined;
+  readonly #holds: FifoHolds | undefined;
 
-  constructor({ stdin, stdout, stderr, logger }: Opened) {
+  private constructor({ stdin, stdout, stderr, logger, holds }: Opened) {
     this.stdin = stdin;
     this.stdout = stdout;
     this.stderr = stderr;
     this.#logger = logger;
+    this.#holds = holds;
     // A stream that fails is destroyed, which whoever uses it sees; without a listener it would end the daemon.
     for (const stream of this.#streams()) stream.on('error', () => {});
+  }
+
+  /** Once the FIFOs are held. stdin is held from its start on. */
+  static async of(opened: Opened): Promise<OpenStdio> {
+    const stdio = new OpenStdio(opened);
+    await Promise.all(stdio.#outputFifos().map((path) => opened.holds?.holdFifo(path)));
+    return stdio;
+  }
+
+  #outputFifos(): string[] {
+    return this.#outputs().flatMap((stream) => (stream instanceof FifoWriter ? [stream.path] : []));
+  }
+
+  async #releaseAll(): Promise<void> {
+    const paths = [...this.#outputFifos(), ...(this.stdin === null ? [] : [this.stdin.path])];
+    await Promise.all(paths.map((path) => this.#holds?.releaseFifo(path)));
   }
 
   startStdin({ clientMayReturn = false }: { readonly clientMayReturn?: boolean } = {}): void {
     try {
       this.stdin?.start({ endWithoutClient: !clientMayReturn });
+      // Nobody waits for it: what it guards against is kilnd's death. CloseIO may have come before.
+      if (this.stdin?.open) void this.#holds?.holdFifo(this.stdin.path);
     } catch (error) {
       throw cannotOpen('stdin', error);
     }
@@ -147,20 +181,20 @@ class OpenStdio implements Stdio {
 
   closeStdin(): void {
     this.stdin?.closeWriter();
+    if (this.stdin !== null) void this.#holds?.releaseFifo(this.stdin.path);
   }
 
   async finish(): Promise<void> {
-    await this.#logger?.release();
-    for (const stream of this.#streams()) {
-      if (stream === this.stdin) stream.destroy();
-      else (stream as Writable).end();
-    }
+    this.stdin?.destroy();
+    for (const stream of this.#outputs()) stream.end();
     await this.#allClosed();
+    await this.#releaseAll();
   }
 
   async dispose(): Promise<void> {
     for (const stream of this.#streams()) stream.destroy();
     await this.#allClosed();
+    await this.#releaseAll();
     await this.#logger?.end();
   }
 
@@ -169,8 +203,12 @@ class OpenStdio implements Stdio {
   }
 
   #streams(): Set<Readable | Writable> {
-    const streams = [this.stdin, this.stdout, this.stderr, this.#logger?.stderr ?? null];
-    return new Set(streams.filter((stream) => stream !== null));
+    return new Set([...(this.stdin === null ? [] : [this.stdin]), ...this.#outputs()]);
+  }
+
+  #outputs(): Writable[] {
+    const outputs = [this.stdout, this.stderr, this.#logger?.stderr ?? null].filter((stream) => stream !== null);
+    return [...new Set(outputs)];
   }
 
   async #allClosed(): Promise<void> {

@@ -1,5 +1,6 @@
 import { readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { z } from 'zod';
+import { CreateTaskRequest, ExecProcessRequest } from '../../gen/containerd/task.ts';
 import { KilnError } from '../errors.ts';
 
 /*
@@ -43,6 +44,16 @@ const taskRecord = z.object({ version: z.literal(1), context: launcherContext, s
 
 export type TaskState = z.output<typeof taskState>;
 export type TaskRecord = Omit<z.output<typeof taskRecord>, 'version'>;
+
+/** What the task was created with; undefined when it is deleted. */
+export function createRequestOf({ create }: TaskState): CreateTaskRequest | undefined {
+  return create && CreateTaskRequest.decode(create);
+}
+
+/** What its execs were asked for with, by exec id. */
+export function execRequestsOf({ execs }: TaskState): Map<string, ExecProcessRequest> {
+  return new Map(Object.entries(execs).map(([execId, bytes]) => [execId, ExecProcessRequest.decode(bytes)]));
+}
 
 export function writeTaskRecord(file: string, { context, state }: TaskRecord): void {
   const base64 = (bytes: Buffer) => bytes.toString('base64');

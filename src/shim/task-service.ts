@@ -10,7 +10,7 @@ import type { Exit, ProcessState } from '../sandbox/process-state.ts';
 import type { WaitableCell } from '../sandbox/waitable-cell.ts';
 import { Announcer, type AnnouncerOptions } from './announcer.ts';
 import { toTaskStatus, toTimestamp } from './status.ts';
-import type { TaskState } from './task-record.ts';
+import { createRequestOf, execRequestsOf, type TaskState } from './task-record.ts';
 import type { TaskEvent } from './topics.ts';
 
 /*
@@ -144,20 +144,14 @@ export class TaskService {
       const { pid, status, atMs } = lastExit;
       this.#lastExit = { pid, exit: { status, at: new Date(atMs) } };
     }
-    if (create === undefined || task === undefined) return;
+    const request = createRequestOf(state);
+    if (create === undefined || request === undefined || task === undefined) return;
     const { container } = task;
-    const request = api.CreateTaskRequest.decode(create);
-    const restored: Task = {
-      container,
-      bundle: request.bundle,
-      init: track('', container, request, create),
-      execs: new Map(),
-      silenced: false,
-    };
-    for (const [execId, bytes] of Object.entries(state.execs)) {
-      const exec = api.ExecProcessRequest.decode(bytes);
+    const init = track('', container, request, create);
+    const restored: Task = { container, bundle: request.bundle, init, execs: new Map(), silenced: false };
+    for (const [execId, exec] of execRequestsOf(state)) {
       const process = task.execs.get(execId) ?? container.exec(this.#options.prepareExec(exec));
-      restored.execs.set(execId, track(execId, process, exec, bytes));
+      restored.execs.set(execId, track(execId, process, exec, encodeExec(exec)));
     }
     this.#task = restored;
     for (const tracked of [...restored.execs.values(), restored.init]) this.#followExit(restored, tracked);
@@ -370,7 +364,7 @@ export class TaskService {
     const { id, execId } = request;
     const task = this.#find(id);
     if (execId === '') throw new KilnError('invalid-argument', `container ${id}: a process needs an exec id`);
-    const bytes = Buffer.from(api.ExecProcessRequest.encode(request).finish());
+    const bytes = encodeExec(request);
     const known = task.execs.get(execId);
     if (known !== undefined && !(replayed && known.request.equals(bytes))) {
       throw new KilnError('already-exists', `container ${id} has a process ${execId} already`);
@@ -492,6 +486,10 @@ function track(execId: string, process: TaskProcess, asked: Tracked['stdio'], re
   const stdio = { stdin, stdout, stderr, terminal };
   const settled = Promise.resolve();
   return { execId, process, request, stdio, startAnnounced: settled, exitAnnounced: settled, deletion: undefined };
+}
+
+function encodeExec(request: ExecTaskRequest): Buffer {
+  return Buffer.from(api.ExecProcessRequest.encode(request).finish());
 }
 
 /** Whether the exec id still means this process. */

@@ -55,12 +55,13 @@ function printMemory({ kilnd, perContainer }: MemoryUse): void {
     ]),
   );
   say('\nmemory of one idle container on the host (PSS, median, in MiB)');
-  const { vmm, vsockBackend, standIn } = perContainer;
+  const { vmm, vsockBackend, standIn, relay } = perContainer;
   say(
     table([
       ['VMM', mib(vmm)],
       ['vsock backend', mib(vsockBackend)],
       ['stand-in', mib(standIn)],
+      ['relay', mib(relay)],
     ]),
   );
 }

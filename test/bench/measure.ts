@@ -78,7 +78,7 @@ export interface MemoryUse {
   /** kilnd with so many idle containers. */
   readonly kilnd: readonly { readonly containers: number; readonly rssMib: number; readonly pssMib: number }[];
   /** Medians for one idle container, with the most containers running. */
-  readonly perContainer: Readonly<Record<'vmm' | 'vsockBackend' | 'standIn', number>>;
+  readonly perContainer: Readonly<Record<'vmm' | 'vsockBackend' | 'standIn' | 'relay', number>>;
 }
 
 /** Memory of kilnd with 0, 1 and `most` idle containers, and of each container's own processes. */
@@ -107,6 +107,7 @@ export async function measureMemory(scene: Scene, most: number): Promise<MemoryU
     vmm: pssOf('qemu-system'),
     vsockBackend: pssOf('vhost-device-vsock'),
     standIn: pssOf('kiln-standin'),
+    relay: pssOf('kiln-relay'),
   };
   await scene.purge();
   return { kilnd: use, perContainer };

@@ -96,6 +96,15 @@ describe('the search for leftovers', () => {
     await expectLeftover('process', 'sleep 1001');
   });
 
+  it('finds a relay, also where kilnd may live', async () => {
+    const program = join(dir, 'kiln-relay');
+    symlinkSync('/bin/sleep', program);
+    await start(program, ['1006'], { KILN_STATE_DIR: stateDir });
+    writeFileSync(join(stateDir, 'relay.sock'), '');
+    cleanups.push(() => unlinkSync(join(stateDir, 'relay.sock')));
+    await vi.waitFor(() => expect(findLeft(snapshot, true).map(({ kind }) => kind)).toEqual(['process']));
+  });
+
   it('finds a new stand-in that no longer names any folder', async () => {
     const program = join(dir, 'kiln-standin');
     symlinkSync('/bin/sleep', program);

@@ -252,11 +252,11 @@ function fileLeftovers(scope: HostScope): Leftover[] {
   return found.map((what) => ({ kind: 'file', what }));
 }
 
-/** Logs and locks stay for good; the daemon's own socket and pid file as long as it may run. */
+/** Logs and locks stay for good; the daemon's own sockets and pid file as long as it may run. */
 function allowedInState(path: string, scope: HostScope): boolean {
   const name = relative(scope.stateDir, path);
   if (name.includes('/')) return false;
-  return /\.(log|lock|stderr)$/.test(name) || (scope.daemonMayRun === true && name.startsWith('kilnd.'));
+  return /\.(log|lock|stderr)$/.test(name) || (scope.daemonMayRun === true && /^(kilnd\.|relay\.sock$)/.test(name));
 }
 
 // --- kernel objects ---

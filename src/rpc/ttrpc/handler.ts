@@ -19,6 +19,11 @@ export interface CallContext {
    */
   readonly signal: AbortSignal;
   readonly connection: TtrpcConnection;
+  /**
+   * True for a request that was sent before, to a server that ended without an answer: what it asks for may have been
+   * done already, in part or in full.
+   */
+  readonly replayed: boolean;
 }
 
 /**

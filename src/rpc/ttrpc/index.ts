@@ -27,5 +27,5 @@ export {
   type TtrpcConnection,
   unary,
 } from './handler.ts';
-export { TtrpcServer, type TtrpcServerOptions } from './server.ts';
+export { type ServeOptions, TtrpcServer, type TtrpcServerOptions } from './server.ts';
 export { type CallStatus, type StatusName, statusCode, statusName, TtrpcError } from './status.ts';

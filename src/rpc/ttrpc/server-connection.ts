@@ -19,6 +19,7 @@ export interface ServerConnectionOptions {
   readonly info: TtrpcConnection;
   readonly services: ReadonlyMap<string, ReadonlyMap<string, Handler>>;
   readonly maxConcurrentRequests: number;
+  readonly replayedRequests: number;
   readonly toStatus: (error: unknown) => CallStatus;
   readonly onClose: (error: Error | undefined) => void;
 }
@@ -33,12 +34,14 @@ export class ServerConnection {
   readonly #streams = new Map<number, AbortController>();
   readonly #closed = Promise.withResolvers<void>();
   #lastStreamId = 0;
+  #replaysToCome: number;
   #state: 'open' | 'draining' | 'closed' = 'open';
   #graceTimer: NodeJS.Timeout | undefined;
 
   constructor(socket: Duplex, options: ServerConnectionOptions) {
     this.#socket = socket;
     this.#options = options;
+    this.#replaysToCome = options.replayedRequests;
   }
 
   /** Begins to read. Separate from the constructor, because a socket that is dead already closes us at once. */
@@ -83,6 +86,8 @@ export class ServerConnection {
   #onFrame(frame: DecodedFrame): void {
     // A Response sent to a server, and types of later versions: PROTOCOL.md asks to ignore what is unknown.
     if (frame.type !== messageType.request && frame.type !== messageType.data) return;
+    const replayed = frame.type === messageType.request && this.#replaysToCome > 0;
+    if (replayed) this.#replaysToCome -= 1;
     try {
       if (frame.kind === 'oversized') {
         // The id is not used up: nothing vouches for the header of a frame that nobody should have sent.
@@ -92,7 +97,7 @@ export class ServerConnection {
         );
       }
       if (frame.streamId % 2 !== 1) throw invalid('StreamID must be odd for client initiated streams');
-      if (frame.type === messageType.request) this.#onRequest(frame);
+      if (frame.type === messageType.request) this.#onRequest(frame, replayed);
       else this.#onData(frame);
     } catch (error) {
       this.#refuse(frame.streamId, this.#statusOf(error, undefined));
@@ -100,7 +105,7 @@ export class ServerConnection {
   }
 
   /** @throws TtrpcError when the request is refused. */
-  #onRequest(frame: WholeFrame): void {
+  #onRequest(frame: WholeFrame, replayed: boolean): void {
     if (frame.streamId <= this.#lastStreamId) throw invalid('StreamID cannot be re-used and must increment');
     this.#lastStreamId = frame.streamId;
     const request = decodeRequest(frame.data);
@@ -120,7 +125,7 @@ export class ServerConnection {
     if (request.timeoutMs !== undefined && request.timeoutMs <= 0) {
       throw new TtrpcError(statusCode.DeadlineExceeded, 'the timeout had passed before the request arrived');
     }
-    void this.#run(frame.streamId, request, handler);
+    void this.#run(frame.streamId, request, { handler, replayed });
   }
 
   /** @throws TtrpcError: no method here takes a stream, so data is always out of place. */
@@ -131,14 +136,18 @@ export class ServerConnection {
   }
 
   /** Runs a handler and answers. Never rejects. */
-  async #run(streamId: number, request: DecodedRequest, handler: Handler): Promise<void> {
+  async #run(
+    streamId: number,
+    request: DecodedRequest,
+    { handler, replayed }: { handler: Handler; replayed: boolean },
+  ): Promise<void> {
     const abort = new AbortController();
     this.#streams.set(streamId, abort);
     const { metadata, timeoutMs } = request;
     const timer = timeoutMs === undefined ? undefined : setTimeout(() => abort.abort(timedOut(timeoutMs)), timeoutMs);
     let response: Uint8Array;
     try {
-      const context = { metadata, signal: abort.signal, connection: this.#options.info };
+      const context = { metadata, signal: abort.signal, connection: this.#options.info, replayed };
       response = encodeReply(await handler(request.payload, context));
     } catch (error) {
       response = encodeFailure(this.#statusOf(error, abort.signal));

@@ -22,6 +22,11 @@ export interface TtrpcServerOptions {
   readonly maxConcurrentRequests?: number;
 }
 
+export interface ServeOptions {
+  /** How many of the connection's first requests are replays (`CallContext.replayed`). Default 0. */
+  readonly replayedRequests?: number;
+}
+
 const defaultMaxConcurrentRequests = 1024;
 
 /** How long `close` waits for handlers and for replies to be written, in ms. */
@@ -51,7 +56,7 @@ export class TtrpcServer {
    * Serves requests on a connection until the peer ends it or `close` is called; the server owns the socket from here
    * on. Never closes a connection for being idle: containerd takes that for a dead shim.
    */
-  serve(socket: Duplex): TtrpcConnection {
+  serve(socket: Duplex, { replayedRequests = 0 }: ServeOptions = {}): TtrpcConnection {
     const { toStatus, onConnection, onClose, maxConcurrentRequests } = this.#options;
     this.#lastConnectionId += 1;
     const info: TtrpcConnection = { id: this.#lastConnectionId };
@@ -63,6 +68,7 @@ export class TtrpcServer {
     onConnection?.(info);
     const connection = new ServerConnection(socket, {
       info,
+      replayedRequests,
       services: this.#services,
       maxConcurrentRequests: maxConcurrentRequests ?? defaultMaxConcurrentRequests,
       toStatus: toStatus ?? unknownStatus,

@@ -4,13 +4,14 @@
  * One connection to `<state>/kilnd.sock` carries one request and one reply; the end of each is the end of the stream.
  *
  *   request = *( key "=" value NUL ) NUL payload        then shutdown(SHUT_WR)
- *   reply   = one byte exit code, then the bytes for stdout, until EOF
+ *   reply   = one byte exit code, relay socket path NUL, then the bytes for stdout, until EOF
  *
  * NUL ends a field because it is the one byte that no argument, path or environment variable can hold: the launcher,
- * in C, needs no escaping. Every request has `protocol` (1) and `action`: `start` and `delete` come from containerd by
+ * in C, needs no escaping. Every request has `protocol` (2) and `action`: `start` and `delete` come from containerd by
  * way of the launcher, `status` and `stop` from the command line. Unknown keys are skipped, so that a newer launcher can
  * say more to an older kilnd; a key said twice, or one that is missing, is an error. The payload is what containerd
  * wrote to the launcher's stdin: a protobuf Any of options, a BootstrapParams (containerd 2.3), or nothing.
+ * A reply with a path asks the launcher to have a relay listen there before it prints anything (native/relay.c).
  * A connection that ends before the first reply byte means "I was stopping": the launcher asks a fresh kilnd.
  */
 import { KilnError } from '../../errors.ts';
@@ -18,7 +19,8 @@ import { KilnError } from '../../errors.ts';
 /** Bytes of a whole request, and of a whole reply. The same number stands in native/launcher.c. */
 export const controlMessageLimit = 8 * 1024 * 1024;
 
-const protocolVersion = '1';
+/** The same stands in native/launcher.h. */
+export const protocolVersion = '2';
 const equalsSign = 0x3d;
 
 /** containerd pkg/identifiers: at most 76 bytes; letters, digits and separators, so never a path. */
@@ -58,6 +60,8 @@ export interface ControlReply {
   /** 0 to 255. */
   readonly exitCode: number;
   readonly stdout: Uint8Array;
+  /** Where the launcher shall have a relay listen; absent where it need not. */
+  readonly relaySocket?: string;
 }
 
 /**
@@ -128,12 +132,14 @@ export function encodeControlRequest(request: ControlRequest): Uint8Array {
  * @throws {KilnError} `invalid-argument` for an exit code that is no byte, `resource-exhausted` above the size limit.
  */
 export function encodeControlReply(reply: ControlReply): Uint8Array {
-  const { exitCode, stdout } = reply;
+  const { exitCode, stdout, relaySocket = '' } = reply;
   if (!Number.isInteger(exitCode) || exitCode < 0 || exitCode > 255) {
     throw new KilnError('invalid-argument', `exit code ${exitCode} is not an integer from 0 to 255`);
   }
-  checkSize(stdout.length + 1, 'reply');
-  return Buffer.concat([Uint8Array.of(exitCode), stdout]);
+  if (relaySocket.includes('\0')) throw new KilnError('invalid-argument', 'a socket path must not hold a NUL byte');
+  const head = Buffer.concat([Uint8Array.of(exitCode), Buffer.from(`${relaySocket}\0`)]);
+  checkSize(head.length + stdout.length, 'reply');
+  return Buffer.concat([head, stdout]);
 }
 
 /** The reply in these bytes; null for none at all, which means that kilnd was stopping. */
@@ -141,10 +147,15 @@ export function parseControlReply(bytes: Uint8Array): ControlReply | null {
   const exitCode = bytes[0];
   if (exitCode === undefined) return null;
   checkSize(bytes.length, 'reply');
-  return { exitCode, stdout: bytes.subarray(1) };
+  const end = bytes.indexOf(0, 1);
+  if (end < 0) throw new KilnError('unavailable', 'kilnd stopped in the middle of its answer');
+  const relaySocket = Buffer.from(bytes.subarray(1, end)).toString();
+  const stdout = bytes.subarray(end + 1);
+  return relaySocket === '' ? { exitCode, stdout } : { exitCode, stdout, relaySocket };
 }
 
-function splitFields(bytes: Uint8Array): { fields: Map<string, string>; payload: Uint8Array } {
+/** The fields of a request or of a relay's header, and what follows their end. Throws `invalid-argument`. */
+export function splitFields(bytes: Uint8Array): { fields: Map<string, string>; payload: Uint8Array } {
   const fields = new Map<string, string>();
   for (let start = 0; ; ) {
     const end = bytes.indexOf(0, start);
@@ -159,7 +170,8 @@ function splitFields(bytes: Uint8Array): { fields: Map<string, string>; payload:
   }
 }
 
-function launcherContext(fields: ReadonlyMap<string, string>): LauncherContext {
+/** What is told about a launcher in these fields. Throws `invalid-argument`, naming the field. */
+export function launcherContext(fields: ReadonlyMap<string, string>): LauncherContext {
   const bundle = required(fields, 'bundle');
   if (!bundle.startsWith('/')) throw invalid(`field "bundle" must be an absolute path, not ${quote(bundle)}`);
   const debug = required(fields, 'debug');

@@ -1,9 +1,8 @@
 /** kilnd's end of the control protocol; the protocol itself is told in request.ts. */
-import { once } from 'node:events';
-import { chmodSync } from 'node:fs';
 import { unlink } from 'node:fs/promises';
-import { connect, createServer, type Server, type Socket } from 'node:net';
+import { createServer, type Server, type Socket } from 'node:net';
 import { KilnError } from '../../errors.ts';
+import { listenPrivately, socketIsServed } from '../../host/unix-socket.ts';
 import {
   type ControlReply,
   type ControlRequest,
@@ -89,7 +88,7 @@ export class ControlServer implements AsyncDisposable {
 
   async #bind(): Promise<void> {
     try {
-      await this.#listenOnce();
+      await listenPrivately(this.#server, this.socketPath);
     } catch (error) {
       if (errnoOf(error) !== 'EADDRINUSE') throw this.#cannotListen(error);
       if (await socketIsServed(this.socketPath)) {
@@ -97,23 +96,11 @@ export class ControlServer implements AsyncDisposable {
       }
       try {
         await unlink(this.socketPath);
-        await this.#listenOnce();
+        await listenPrivately(this.#server, this.socketPath);
       } catch (second) {
         throw this.#cannotListen(second);
       }
     }
-  }
-
-  async #listenOnce(): Promise<void> {
-    // listen() binds before it returns, so the mask covers exactly the moment in which the socket file appears.
-    const mask = process.umask(0o177);
-    try {
-      this.#server.listen({ path: this.socketPath });
-    } finally {
-      process.umask(mask);
-    }
-    await once(this.#server, 'listening');
-    chmodSync(this.socketPath, 0o600);
   }
 
   #cannotListen(cause: unknown): KilnError {
@@ -196,20 +183,6 @@ function sendAll(socket: Socket, bytes: Uint8Array): Promise<void> {
 /** Whether a live kilnd accepts connections for this state folder. */
 export async function controlSocketIsServed(stateDir: string): Promise<boolean> {
   return socketIsServed(controlSocketPath(stateDir));
-}
-
-function socketIsServed(socketPath: string): Promise<boolean> {
-  return new Promise((resolve, reject) => {
-    const probe = connect({ path: socketPath });
-    probe.once('connect', () => {
-      probe.destroy();
-      resolve(true);
-    });
-    probe.once('error', (error) => {
-      if (errnoOf(error) === 'ECONNREFUSED' || errnoOf(error) === 'ENOENT') resolve(false);
-      else reject(error);
-    });
-  });
 }
 
 function errnoOf(error: unknown): string | undefined {

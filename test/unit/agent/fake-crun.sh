@@ -35,14 +35,16 @@ spawn() {
   # The directory that crun is started in may be removed while the process lives.
   cd / || exit 1
   if [ -n "$console" ]; then
-    pid=$("$FAKE_CONSOLE" "$console" "$@") || fail "no terminal at $console"
+    "$FAKE_CONSOLE" "$console" "$@" >"$pid_file" || fail "no terminal at $console"
   else
-    # A shell gives its background processes /dev/null as stdin unless told otherwise.
+    # A shell gives its background processes /dev/null as stdin unless told otherwise. The parent must be one that ends
+    # at once: this shell would wait for a short process by the way, and then it is nobody's child any more.
     exec 3<&0
-    "$@" <&3 3<&- &
-    pid=$!
+    (
+      "$@" <&3 3<&- &
+      echo $! >"$pid_file"
+    )
   fi
-  echo "$pid" >"$pid_file"
 }
 case $verb in
 create)

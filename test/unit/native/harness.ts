@@ -12,7 +12,10 @@ const fakeKilnd = fileURLToPath(new URL('./fake-kilnd.ts', import.meta.url));
 export const hasGcc = spawnSync('gcc', ['--version']).status === 0;
 export const isRoot = process.getuid?.() === 0;
 
-export const launcherSources = ['launcher.c', 'launcher-kilnd.c'];
+export const launcherSources = [
+  ...['launcher.c', 'launcher-kilnd.c'],
+  ...['relay.c', 'relay-clients.c', 'relay-frame.c', 'relay-holds.c'],
+];
 
 export function compile(sources: readonly string[], out: string, defines: readonly string[] = []): void {
   mkdirSync(path.dirname(out), { recursive: true });

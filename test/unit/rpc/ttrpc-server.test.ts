@@ -80,6 +80,28 @@ describe('ttrpc server', () => {
     expect([last.streamId, read(last)]).toEqual([1, '61']);
   });
 
+  it('tells its handlers which requests are replays: so many of the first, whatever becomes of them', async () => {
+    const [near, far] = duplexPair();
+    const seen: [string, boolean][] = [];
+    const note: Handler = async (payload, { replayed }) => {
+      seen.push([payload.toString(), replayed]);
+      return payload;
+    };
+    serverWith({ Note: note }).serve(far, { replayedRequests: 3 });
+    const sent = ['a', '', 'c', 'd', 'e'].map((text, n) =>
+      request(2 * n + 1, { method: text === '' ? 'Nope' : 'Note', payload: Buffer.from(text) }),
+    );
+    near.write(Buffer.concat(sent));
+    near.resume();
+    while (seen.length < 4) await new Promise(setImmediate);
+    expect(seen).toEqual([
+      ['a', true],
+      ['c', true],
+      ['d', false],
+      ['e', false],
+    ]);
+  });
+
   it('answers Unimplemented for a service or a method it does not have, even one named like a property', async () => {
     const peer = connect(serverWith());
     peer.write(request(1, { service: 'a.B' }), request(3, { method: 'Nope' }), request(5, { service: 'constructor' }));

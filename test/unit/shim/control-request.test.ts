@@ -11,7 +11,7 @@ import {
 } from '../../../src/shim/control/request.ts';
 
 const fields: Readonly<Record<string, string>> = {
-  protocol: '1',
+  protocol: '2',
   action: 'start',
   namespace: 'default',
   id: 'c1',
@@ -87,12 +87,12 @@ describe('control request', () => {
 
   test.each([
     ['nothing at all', Buffer.alloc(0), 'ends within its header'],
-    ['no end of the header', Buffer.from('protocol=1\0action=stop\0'), 'ends within its header'],
+    ['no end of the header', Buffer.from('protocol=2\0action=stop\0'), 'ends within its header'],
     ['an empty header', Buffer.from('\0'), 'lacks the field "protocol"'],
     ['a field without =', Buffer.from('protocol\0a=b\0\0'), 'has the field "protocol" without "="'],
-    ['a field twice', Buffer.from('protocol=1\0protocol=1\0\0'), 'has the field "protocol" twice'],
+    ['a field twice', Buffer.from('protocol=2\0protocol=2\0\0'), 'has the field "protocol" twice'],
     ['a field that is not UTF-8', Buffer.from('70726f746f636f6c3dff0000', 'hex'), 'a field that is not UTF-8'],
-    ['another protocol', withFields({ protocol: '2' }), 'has protocol "2", this kilnd speaks 1'],
+    ['another protocol', withFields({ protocol: '1' }), 'has protocol "1", this kilnd speaks 2'],
     ['an unknown action', withFields({ action: 'explode' }), 'the unknown action "explode"'],
     ['a missing field', withFields({ bundle: null }), 'lacks the field "bundle"'],
     ['a relative bundle', withFields({ bundle: 'b' }), '"bundle" must be an absolute path, not "b"'],
@@ -116,7 +116,7 @@ describe('control request', () => {
   test('the size limit holds for both directions and names both numbers', () => {
     const limit = `has ${controlMessageLimit + 1} bytes, the limit is ${controlMessageLimit}`;
     expect(() => parseControlRequest(new Uint8Array(controlMessageLimit + 1))).toThrow(`control request ${limit}`);
-    const stdout = new Uint8Array(controlMessageLimit);
+    const stdout = new Uint8Array(controlMessageLimit - 1);
     expect(() => encodeControlReply({ exitCode: 0, stdout })).toThrow(`control reply ${limit}`);
     expect(encodeControlReply({ exitCode: 0, stdout: stdout.subarray(1) })).toHaveLength(controlMessageLimit);
   });
@@ -125,9 +125,10 @@ describe('control request', () => {
 describe('control reply', () => {
   test('what is encoded is parsed back', () => {
     fc.assert(
-      fc.property(fc.nat(255), fc.uint8Array(), (exitCode, stdout) => {
-        const reply = parseControlReply(encodeControlReply({ exitCode, stdout }));
+      fc.property(fc.nat(255), fc.uint8Array(), line, (exitCode, stdout, relaySocket) => {
+        const reply = parseControlReply(encodeControlReply({ exitCode, stdout, relaySocket }));
         expect(reply?.exitCode).toBe(exitCode);
+        expect(reply?.relaySocket ?? '').toBe(relaySocket);
         expect(Buffer.from(reply?.stdout ?? []).equals(stdout)).toBe(true);
       }),
       { seed: 3 },
@@ -136,6 +137,10 @@ describe('control reply', () => {
 
   test('no byte at all is no reply', () => {
     expect(parseControlReply(new Uint8Array())).toBeNull();
+  });
+
+  test('without the end of the socket path it was cut short', () => {
+    expect(() => parseControlReply(Buffer.from('\0/run/k'))).toThrow('in the middle of its answer');
   });
 
   test.each([-1, 256, 1.5, Number.NaN])('exit code %d is refused', (exitCode) => {

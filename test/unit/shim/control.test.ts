@@ -90,10 +90,10 @@ describe('ControlServer and controlCall', () => {
   test('garbage and oversized requests get an answer, and the server keeps serving', async () => {
     const { server } = await listen();
     expect((await rawCall(server, Buffer.from('GET / HTTP/1.1\r\n\r\n'))).toString()).toBe(
-      '\x01control request ends within its header',
+      '\x01\0control request ends within its header',
     );
     const reply = await rawCall(server, Buffer.alloc(controlMessageLimit + 1, 'a'));
-    expect(reply.toString()).toBe(`\x01control request exceeds ${controlMessageLimit} bytes`);
+    expect(reply.toString()).toBe(`\x01\0control request exceeds ${controlMessageLimit} bytes`);
     expect((await controlCall(stateDir, { kind: 'status' })).exitCode).toBe(0);
     expect(server.inFlight).toBe(0);
   });
@@ -101,7 +101,7 @@ describe('ControlServer and controlCall', () => {
   test('a request that is never finished is dropped after the time limit', async () => {
     const { server, errors } = await listen(ok, 20);
     const socket = connect({ path: server.socketPath, allowHalfOpen: true });
-    socket.write('protocol=1');
+    socket.write('protocol=2');
     expect(await buffer(socket)).toHaveLength(0);
     expect(errors.map((error) => error.code)).toEqual(['deadline-exceeded']);
   });

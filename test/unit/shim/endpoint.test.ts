@@ -1,13 +1,14 @@
 import { once } from 'node:events';
 import { existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
-import { connect } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, expect, it } from 'vitest';
+import { afterEach, beforeEach, expect, it, vi } from 'vitest';
 import { DeleteResponse } from '../../../gen/containerd/task.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
-import { Endpoint } from '../../../src/shim/endpoint.ts';
+import { Endpoint, type EndpointOptions } from '../../../src/shim/endpoint.ts';
+import type { RelayHeader } from '../../../src/shim/relay/header.ts';
 import type { TaskEvent } from '../../../src/shim/topics.ts';
+import { headerOf, ScriptedRelay, socketPair } from './relay-pair.ts';
 import { Gate, ScriptedContainer } from './scripted-container.ts';
 import { errorOf, TaskClient } from './task-client.ts';
 
@@ -20,23 +21,20 @@ beforeEach(() => {
 });
 afterEach(() => cleanup.disposeAsync());
 
-async function listen() {
+function make(fields: Partial<EndpointOptions> = {}) {
   const container = new ScriptedContainer('c1');
   const events: TaskEvent[] = [];
   const told = { quiet: 0, deleted: 0 };
   /** Resolves at the next onQuiet. */
   let quiet = Promise.withResolvers<void>();
-  const endpoint = await Endpoint.listen({
+  const warnings: string[] = [];
+  const endpoint = new Endpoint({
     socketPath: join(directory, 's'),
     namespace: 'ns',
     id: 'c1',
-    save: () => {},
     createContainer: async () => container,
-    prepareExec: () => {
-      throw new Error('no Exec is expected');
-    },
     publish: (event) => events.push(event),
-    logger: loggerTo({ write: () => {} }, 'error'),
+    logger: loggerTo({ write: (line) => warnings.push(line) }, 'warn'),
     onQuiet: () => {
       told.quiet += 1;
       quiet.resolve();
@@ -45,46 +43,33 @@ async function listen() {
     onDeleted: () => {
       told.deleted += 1;
     },
+    ...fields,
   });
   cleanup.defer(() => void endpoint.delete());
-  const dial = async () => {
-    const socket = connect(endpoint.socketPath);
-    await once(socket, 'connect');
+  /** A connection of containerd, which the relay hands over. */
+  const dial = async (header: Partial<RelayHeader> = {}) => {
+    const [near, socket] = await socketPair(directory);
+    endpoint.serve({ header: headerOf({ role: 'session', ...header }), socket: near.pause() });
     const client = new TaskClient(socket, 'c1');
     cleanup.use(client.ttrpc);
     return client;
   };
-  return { container, endpoint, events, told, dial, nextQuiet: () => quiet.promise };
+  return { container, endpoint, events, told, warnings, dial, nextQuiet: () => quiet.promise };
 }
 
-it("an endpoint accepts as soon as it listens, also where a dead kilnd's socket lay", async () => {
-  writeFileSync(join(directory, 's'), 'not even a socket');
-  const { endpoint, dial } = await listen();
+it('an endpoint serves the connections that its relay hands over', async () => {
+  const { endpoint, dial } = make();
   expect(endpoint.address).toBe(`unix://${directory}/s`);
   const client = await dial();
   expect(await client.create()).toEqual({ pid: 4242 });
 });
 
-it('an endpoint that cannot listen names its path', async () => {
-  const listening = Endpoint.listen({
-    socketPath: join(directory, 'missing', 's'),
-    namespace: 'ns',
-    id: 'c1',
-    save: () => {},
-    createContainer: async () => new ScriptedContainer('c1'),
-    prepareExec: () => {
-      throw new Error('no Exec is expected');
-    },
-    publish: () => {},
-    logger: loggerTo({ write: () => {} }, 'error'),
-    onQuiet: () => {},
-    onDeleted: () => {},
-  });
-  await expect(listening).rejects.toThrow(`cannot listen on ${directory}/missing/s`);
+it('an endpoint whose socket path is too long is refused', () => {
+  expect(() => make({ socketPath: `/${'x'.repeat(107)}` })).toThrow('has 108 bytes');
 });
 
 it('an endpoint is busy while there is a connection or a task, and tells when that may have changed', async () => {
-  const { endpoint, dial, nextQuiet } = await listen();
+  const { endpoint, dial, nextQuiet } = make();
   expect([endpoint.busy, endpoint.hasTask]).toEqual([false, false]);
   const client = await dial();
   await client.connect();
@@ -105,7 +90,7 @@ it('an endpoint is busy while there is a connection or a task, and tells when th
 });
 
 it('a task outlives its connection, and its exit reaches the next one', async () => {
-  const { container, dial, events, nextQuiet } = await listen();
+  const { container, dial, events, nextQuiet } = make();
   const first = await dial();
   await first.create();
   await first.start();
@@ -122,7 +107,8 @@ it('a task outlives its connection, and its exit reaches the next one', async ()
 });
 
 it('delete ends the task, answers who waits, closes every connection and takes the socket away', async () => {
-  const { endpoint, dial, told, events } = await listen();
+  const { endpoint, dial, told, events } = make();
+  writeFileSync(endpoint.socketPath, '');
   const client = await dial();
   await client.create();
   await client.start();
@@ -139,7 +125,7 @@ it('delete ends the task, answers who waits, closes every connection and takes t
 });
 
 it('delete is done once, whoever asks and how often', async () => {
-  const { endpoint, told, container, dial } = await listen();
+  const { endpoint, told, container, dial } = make();
   await (await dial()).create();
   const [first, second] = await Promise.all([endpoint.delete(), endpoint.delete()]);
   expect(second).toEqual(first);
@@ -149,21 +135,106 @@ it('delete is done once, whoever asks and how often', async () => {
 });
 
 it('nobody can connect any more while delete waits for the container', async () => {
-  const { endpoint, dial, container } = await listen();
+  const { endpoint, dial, container } = make();
+  const relay = await ScriptedRelay.connect(directory);
+  endpoint.attach(relay.keeper);
+  writeFileSync(endpoint.socketPath, '');
   const client = await dial();
   await client.create();
   const gate = new Gate();
   container.gates.destroy = gate;
   const deleted = endpoint.delete();
   await gate.entered;
-  await expect(dial()).rejects.toThrow(/ENOENT|ECONNREFUSED/);
+  expect(await relay.until(2)).toEqual(['welcome', 'end']);
+  expect(existsSync(endpoint.socketPath)).toBe(false);
   expect(await errorOf(client.create())).toBe('Unavailable: container c1 is being deleted');
   gate.open();
+  await client.ttrpc.closed;
+  // The relay ends when its clients have.
+  relay.socket.end();
   await deleted;
 });
 
+it('delete waits for the relay, but not for ever', async () => {
+  const { endpoint, told } = make();
+  const relay = await ScriptedRelay.connect(directory);
+  endpoint.attach(relay.keeper);
+  vi.useFakeTimers({ toFake: ['setTimeout', 'clearTimeout'] });
+  cleanup.defer(() => void vi.useRealTimers());
+  const deleted = endpoint.delete();
+  await relay.until(2);
+  expect(told.deleted).toBe(0);
+  vi.advanceTimersByTime(3000);
+  await deleted;
+  expect(told.deleted).toBe(1);
+  await once(relay.socket, 'close');
+});
+
+it('a relay that comes during delete is told to end, too', async () => {
+  const { endpoint, container, dial } = make();
+  await (await dial()).create();
+  const gate = new Gate();
+  container.gates.destroy = gate;
+  const deleted = endpoint.delete();
+  await gate.entered;
+  const relay = await ScriptedRelay.connect(directory);
+  endpoint.attach(relay.keeper);
+  expect(await relay.until(1)).toEqual(['end']);
+  gate.open();
+  relay.socket.end();
+  await deleted;
+});
+
+it('of two relays the later one is kept', async () => {
+  const { endpoint } = make();
+  const first = await ScriptedRelay.connect(directory, { relayPid: 1 });
+  const second = await ScriptedRelay.connect(directory, { relayPid: 2 });
+  endpoint.attach(first.keeper);
+  expect(endpoint.relayPid).toBe(1);
+  endpoint.attach(second.keeper);
+  expect(await first.until(2)).toEqual(['welcome', 'end']);
+  expect(await second.until(1)).toEqual(['welcome']);
+  first.socket.end();
+  await first.keeper.closed;
+  expect(endpoint.relayPid).toBe(2);
+  second.socket.end();
+  await second.keeper.closed;
+  expect(endpoint.relayPid).toBe(null);
+});
+
+it('FIFOs are held by each relay that comes, until they are released', async () => {
+  const { endpoint, warnings } = make();
+  await endpoint.holdFifo('/early');
+  const first = await ScriptedRelay.connect(directory);
+  endpoint.attach(first.keeper);
+  const held = endpoint.holdFifo('/f');
+  expect(await first.until(3)).toEqual(['welcome', 'hold /early', 'hold /f']);
+  first.say('error Permission denied', 'ok');
+  await held;
+  expect(warnings.map((line) => (JSON.parse(line) as { path: string }).path)).toEqual(['/early']);
+  const released = endpoint.releaseFifo('/early');
+  expect((await first.until(4))[3]).toBe('release /early');
+  first.say('ok');
+  await released;
+  first.socket.end();
+  await first.keeper.closed;
+  const second = await ScriptedRelay.connect(directory);
+  endpoint.attach(second.keeper);
+  expect(await second.until(2)).toEqual(['welcome', 'hold /f']);
+  // A relay that goes has released everything.
+  const last = endpoint.releaseFifo('/f');
+  second.socket.end();
+  await last;
+});
+
+it('a replay reaches the service as any request: a container that nobody knows is not found', async () => {
+  const { dial } = make();
+  const client = await dial({ replayed: 1 });
+  expect(await errorOf(client.wait())).toBe('NotFound: container c1 does not exist');
+});
+
 it('a thousand Waits that nobody waits for any more do not keep a Kill away', async () => {
-  const { dial } = await listen();
+  const { dial } = make();
   const client = await dial();
   await client.create();
   const abort = new AbortController();

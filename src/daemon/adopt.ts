@@ -1,0 +1,76 @@
+/** Taking over what an earlier kilnd has created. */
+import { rm } from 'node:fs/promises';
+import { forLog } from '../errors.ts';
+import { killProcessesOf } from '../host/stale.ts';
+import { Container } from '../sandbox/container.ts';
+import { EndedContainer, EndedProcess } from '../sandbox/ended.ts';
+import type { Exit } from '../sandbox/process-state.ts';
+import { type ContainerRecord, readContainerRecord } from '../sandbox/record.ts';
+import { createRequestOf, execRequestsOf, type TaskState } from '../shim/task-record.ts';
+import type { RestoredTask, TaskProcess } from '../shim/task-service.ts';
+import { type Installation, openStdioOf, prepareExec } from './containers.ts';
+import type { ContainerContext } from './daemon.ts';
+import { selectVmm } from './vmm.ts';
+
+/**
+ * The container of a task that an earlier kilnd has written down. When its VM is gone, or does not answer, or nothing was
+ * written down of it, what is left of it is a container that has ended. Never rejects.
+ */
+export async function adoptContainer(
+  { host, load }: Installation,
+  state: TaskState,
+  context: ContainerContext,
+  signal: AbortSignal,
+): Promise<RestoredTask> {
+  const { directory, timeline, logger } = context;
+  let record: ContainerRecord | undefined;
+  try {
+    record = readContainerRecord(directory);
+    const request = createRequestOf(state);
+    if (record !== undefined && record.exit === undefined && request !== undefined) {
+      const { id, stdin, stdout, stderr, terminal } = request;
+      const openStdio = () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, id, adopt: true });
+      const execs = [...execRequestsOf(state).values()].map((exec) => prepareExec(exec, { ...context, adopt: true }));
+      const vmm = selectVmm(load().config, logger);
+      const adopted = await Container.adopt(
+        host,
+        { record, directory, vmm, openStdio, execs, timeline, logger },
+        signal,
+      );
+      return { container: adopted.container, execs: withEnded(state, adopted.execs, unknownExit()) };
+    }
+  } catch (error) {
+    logger.error({ err: forLog(error) }, 'cannot take the container over: it has ended');
+  }
+  return endedTask(state, record, context);
+}
+
+/** What is left of a container whose VM is gone: an exit, and things to be removed. */
+function endedTask(
+  state: TaskState,
+  record: ContainerRecord | undefined,
+  { directory }: ContainerContext,
+): RestoredTask {
+  const request = createRequestOf(state);
+  const exit = record?.exit && { status: record.exit.status, at: new Date(record.exit.atMs) };
+  const disposal = new AsyncDisposableStack();
+  disposal.defer(() => rm(directory, { recursive: true, force: true }));
+  disposal.defer(() => killProcessesOf(directory).then(() => {}));
+  const pid = record?.standIn.pid ?? 0;
+  const container = new EndedContainer(request?.id ?? '', pid, exit ?? unknownExit(), disposal);
+  return { container, execs: withEnded(state, new Map(), exit ?? unknownExit()) };
+}
+
+/** The execs that were started and are not there any more, beside those that are. */
+function withEnded(state: TaskState, alive: ReadonlyMap<string, TaskProcess>, exit: Exit): Map<string, TaskProcess> {
+  const execs = new Map(alive);
+  for (const [execId, pid] of Object.entries(state.pids)) {
+    if (pid !== 0 && !execs.has(execId)) execs.set(execId, new EndedProcess(`exec ${execId}`, pid, exit));
+  }
+  return execs;
+}
+
+/** Of a process whose end nobody saw. */
+function unknownExit(): Exit {
+  return { status: 255, at: new Date() };
+}

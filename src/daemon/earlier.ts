@@ -1,0 +1,67 @@
+/** What an earlier kilnd of the same state folder has left: tasks to take over, and the remains of what is no task. */
+import { existsSync, readdirSync, rmSync } from 'node:fs';
+import path from 'node:path';
+import { killProcessesOf } from '../host/stale.ts';
+import type { Logger } from '../observe/logger.ts';
+import { readTaskRecord, removeTaskRecord, type TaskRecord } from '../shim/task-record.ts';
+
+/** Where the records of tasks lie, each under its endpoint's key. */
+export function taskFile(stateDir: string, key: string): string {
+  return path.join(stateDir, 't', `${key}.json`);
+}
+
+/** The private directory of a container. */
+export function containerDirectory(stateDir: string, key: string): string {
+  return path.join(stateDir, 'c', key);
+}
+
+/**
+ * The tasks that are written down, by key. Everything else is ended and removed: a Create that was under way (it is begun
+ * anew when its request comes again), and what containerd has forgotten meanwhile, whose bundle is gone.
+ */
+export async function takeStock(stateDir: string, logger: Logger): Promise<Map<string, TaskRecord>> {
+  const tasks = new Map<string, TaskRecord>();
+  for (const name of listDirectory(path.join(stateDir, 't'))) {
+    const key = name.replace(/\.json$/, '');
+    const file = path.join(stateDir, 't', name);
+    const record = name.endsWith('.json') ? readRecord(file, logger) : undefined;
+    if (record !== undefined && existsSync(record.context.bundle)) tasks.set(key, record);
+    else removeTaskRecord(file);
+  }
+  const left = listDirectory(path.join(stateDir, 'c')).filter((key) => !tasks.has(key));
+  const killed: number[] = [];
+  for (const key of left) {
+    const directory = containerDirectory(stateDir, key);
+    killed.push(...(await killProcessesOf(directory)));
+    removeDirectory(directory, logger);
+  }
+  if (left.length > 0) logger.warn({ killed, directories: left }, 'cleared what an earlier kilnd left behind');
+  return tasks;
+}
+
+function readRecord(file: string, logger: Logger): TaskRecord | undefined {
+  try {
+    return readTaskRecord(file);
+  } catch (error) {
+    logger.error({ err: error, file }, 'cannot read what an earlier kilnd has written down: its task is lost');
+    return undefined;
+  }
+}
+
+/** One that cannot be removed is in the way of one container, and no reason to serve none. */
+function removeDirectory(directory: string, logger: Logger): void {
+  try {
+    rmSync(directory, { recursive: true, force: true });
+  } catch (error) {
+    logger.error({ err: error, directory }, 'cannot remove what an earlier kilnd left behind');
+  }
+}
+
+function listDirectory(directory: string): string[] {
+  try {
+    return readdirSync(directory);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return [];
+    throw error;
+  }
+}

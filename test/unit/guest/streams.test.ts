@@ -1,0 +1,242 @@
+import { Duplex, PassThrough, Writable } from 'node:stream';
+import { afterEach, describe, expect, it, vi } from 'vitest';
+import type { AgentClient, ReadOutputRequest } from '../../../gen/kiln/agent/v1/agent.ts';
+import type { KilnError } from '../../../src/errors.ts';
+import { Guest } from '../../../src/guest/guest.ts';
+import { type OutputRequest, pipeOutput } from '../../../src/guest/streams.ts';
+import { failure, helloResponse, type Script, ScriptedAgent, socketPair, waitResponse } from './scripted-agent.ts';
+
+const cleanups: (() => void)[] = [];
+afterEach(() => {
+  for (const cleanup of cleanups.splice(0)) cleanup();
+});
+
+const session = 'the secret of the sandbox';
+const ref = { id: 'c1', execId: 'e1' };
+const stdout: OutputRequest = { ...ref, stream: 'stdout', from: 0 };
+
+async function connect(script: Script = {}, returning = false): Promise<Guest> {
+  const [socket, theirs] = await socketPair();
+  const agent = new ScriptedAgent(script);
+  agent.serve(theirs);
+  cleanups.push(() => {
+    agent.disconnect();
+    socket.destroy();
+  });
+  return Guest.connect(socket, { hostname: 'kiln', answerLimitMs: 30_000, session, returning });
+}
+
+/** Takes a chunk when it is told to. */
+class HeldSink extends Writable {
+  readonly #pending: { readonly data: Buffer; readonly done: (error?: Error) => void }[] = [];
+  taken = '';
+
+  override _write(data: Buffer, _encoding: string, done: (error?: Error) => void): void {
+    this.#pending.push({ data, done });
+  }
+
+  /** Resolves when one more chunk has been given to it, and is taken. */
+  async take(): Promise<void> {
+    await vi.waitFor(() => expect(this.#pending.length).toBeGreaterThan(0), { interval: 1 });
+    const { data, done } = this.#pending.shift()!;
+    this.taken += data.toString();
+    done();
+  }
+}
+
+/** An agent that sends these chunks at once, then nothing until the test ends the stream. */
+function sending(...chunks: string[]) {
+  const requests: ReadOutputRequest[] = [];
+  const end = Promise.withResolvers<void>();
+  const readOutput: Script['readOutput'] = (call) => {
+    call.on('data', (request: ReadOutputRequest) => requests.push(request));
+    call.on('error', () => {});
+    for (const chunk of chunks) call.write({ data: Buffer.from(chunk) });
+    void end.promise.then(() => call.end());
+  };
+  return { requests, end: end.resolve, script: { readOutput } satisfies Script };
+}
+
+describe('output', () => {
+  it('is acknowledged when the sink has taken it, and no byte before', async () => {
+    const agent = sending('one', 'three');
+    const guest = await connect(agent.script);
+    const sink = new HeldSink();
+    const progress: number[] = [];
+    const relay = guest.pipeOutput(stdout, sink, (offset) => progress.push(offset));
+    const delivered = () => agent.requests.slice(1).map((request) => request.delivered);
+    await vi.waitFor(() => expect(sink.writableLength).toBe(8), { interval: 1 });
+    // A round trip, in which an acknowledgement would arrive.
+    await guest.processes('c1');
+    expect(progress).toEqual([]);
+    expect(delivered()).toEqual([]);
+    await sink.take();
+    await vi.waitFor(() => expect(delivered()).toEqual([3n]), { interval: 1 });
+    expect(progress).toEqual([3]);
+    await sink.take();
+    await vi.waitFor(() => expect(delivered()).toEqual([3n, 8n]), { interval: 1 });
+    expect(progress).toEqual([3, 8]);
+    agent.end();
+    await relay;
+    expect(sink.taken).toBe('onethree');
+  });
+
+  it('is read on from where it is told, and offsets go on from there', async () => {
+    const agent = sending('more');
+    const guest = await connect(agent.script);
+    const progress: number[] = [];
+    const relay = guest.pipeOutput({ ...stdout, from: 1_000_000_007 }, new PassThrough().resume(), (offset) =>
+      progress.push(offset),
+    );
+    await vi.waitFor(() => expect(agent.requests.length).toBe(2), { interval: 1 });
+    agent.end();
+    await relay;
+    expect(progress).toEqual([1_000_000_011]);
+    expect(agent.requests[0]).toMatchObject({ ...ref, delivered: 1_000_000_007n });
+    expect(agent.requests[1]).toMatchObject({ id: '', execId: '', delivered: 1_000_000_011n });
+  });
+
+  it('is delivered when the relay ends, to a sink that is slow to take the last of it', async () => {
+    const agent = sending('all');
+    const guest = await connect(agent.script);
+    const sink = new HeldSink();
+    let over = false;
+    const relay = guest.pipeOutput(stdout, sink, () => {}).then(() => (over = true));
+    agent.end();
+    await vi.waitFor(() => expect(sink.writableLength).toBe(3), { interval: 1 });
+    await guest.processes('c1');
+    expect(over).toBe(false);
+    await sink.take();
+    await relay;
+  });
+
+  it('ends with a sink that is destroyed, and never says what became of its chunk', async () => {
+    const agent = sending('lost');
+    const guest = await connect(agent.script);
+    const sink = new Writable({ write: () => {} });
+    const progress: number[] = [];
+    const relay = guest.pipeOutput(stdout, sink, (offset) => progress.push(offset));
+    agent.end();
+    await vi.waitFor(() => expect(sink.writableLength).toBe(4), { interval: 1 });
+    await guest.processes('c1');
+    sink.destroy();
+    await relay;
+    expect(progress).toEqual([]);
+  });
+
+  it('of an agent that reads no acknowledgements does not make them pile up', async () => {
+    const call = Object.assign(new Duplex({ objectMode: true, read: () => {}, write: () => {} }), {
+      cancel: () => void call.destroy(),
+    });
+    const client = { readOutput: () => call } as unknown as AgentClient;
+    let delivered = 0;
+    const sink = new Writable({ write: (_data, _encoding, done) => done() });
+    const relay = pipeOutput(client, stdout, sink, (offset) => (delivered = offset));
+    for (let i = 0; i < 10_000; i++) call.push({ data: Buffer.from('x') });
+    call.push(null);
+    await relay;
+    expect(delivered).toBe(10_000);
+    expect(call.writableLength).toBeLessThan(50);
+  });
+
+  it('that an agent refuses for its offset is out of range', async () => {
+    const readOutput: Script['readOutput'] = (call) => call.emit('error', failure('OUT_OF_RANGE', 'byte 7'));
+    const guest = await connect({ readOutput });
+    await expect(guest.pipeOutput({ ...stdout, from: 7 }, new PassThrough(), () => {})).rejects.toMatchObject({
+      code: 'out-of-range',
+      message: 'byte 7',
+    });
+  });
+
+  it('may come in empty messages, which are acknowledged as nothing', async () => {
+    const agent = sending('', 'x', '');
+    const guest = await connect(agent.script);
+    const progress: number[] = [];
+    const relay = guest.pipeOutput(stdout, new PassThrough().resume(), (offset) => progress.push(offset));
+    agent.end();
+    await relay;
+    expect(Math.max(...progress)).toBe(1);
+  });
+});
+
+describe('a connection that comes back', () => {
+  it('is told the session, and taken when the agent knows it', async () => {
+    const told: string[] = [];
+    const hello: Script['hello'] = ({ request }, done) => {
+      told.push(request.session);
+      done(null, helloResponse({ session }));
+    };
+    const guest = await connect({ hello }, true);
+    expect(told).toEqual([session]);
+    expect(guest.facts.bootId).toBe('b007');
+  });
+
+  it.each(['', 'a guess'])('from one that says it was told "%s" is not our agent', async (wrong) => {
+    const hello: Script['hello'] = (_call, done) => done(null, helloResponse({ session: wrong }));
+    const error = await connect({ hello }, true).catch((thrown: unknown) => thrown as KilnError);
+    expect(error).toMatchObject({ code: 'permission-denied', message: 'the caller is not the agent of this VM' });
+  });
+
+  it('is not asked for the session the first time', async () => {
+    const hello: Script['hello'] = (_call, done) => done(null, helloResponse({ session: 'whatever' }));
+    expect((await connect({ hello })).facts.vcpus).toBe(2);
+  });
+});
+
+describe('an exit', () => {
+  it('has the status and what was written of each stream, where the guest can tell', async () => {
+    const answer = { exitStatus: 42, stdoutBytes: 0n, stderrBytes: 123_456_789_012n };
+    const guest = await connect({ waitProcess: (_call, done) => done(null, waitResponse(answer)) });
+    expect(await guest.waitExit(ref)).toEqual({ status: 42, written: { stdout: 0, stderr: 123_456_789_012 } });
+    const silent = await connect({ waitProcess: (_call, done) => done(null, waitResponse({ exitStatus: 1 })) });
+    expect(await silent.waitExit(ref)).toEqual({ status: 1, written: { stdout: undefined, stderr: undefined } });
+  });
+
+  it('of a guest that tells an absurd status is a status nevertheless', async () => {
+    for (const exitStatus of [256, 4_000_000_255, 0xffffffff]) {
+      const guest = await connect({ waitProcess: (_call, done) => done(null, waitResponse({ exitStatus })) });
+      const { status } = await guest.waitExit(ref);
+      expect(status).toBe(exitStatus % 256);
+    }
+  });
+});
+
+describe('a process', () => {
+  it('is asked for with its ids, its spec and its stdio', async () => {
+    let asked: unknown;
+    const guest = await connect({
+      execProcess: ({ request }, done) => {
+        asked = request;
+        done(null, { pid: 9 });
+      },
+    });
+    const stdio = { stdin: false, stdout: true, stderr: false, terminal: true, size: { width: 80, height: 24 } };
+    expect(await guest.exec(ref, '{"args":["sh"]}', stdio)).toBe(9);
+    expect(asked).toEqual({
+      ...ref,
+      process: Buffer.from('{"args":["sh"]}'),
+      stdio: { stdin: false, stdout: true, stderr: false, terminal: true, width: 80, height: 24 },
+    });
+  });
+
+  it('is named in each call that concerns it', async () => {
+    const asked: unknown[] = [];
+    const note =
+      (answer: object) =>
+      ({ request }: { request: unknown }, done: (error: null, response: never) => void) => {
+        asked.push(request);
+        done(null, answer as never);
+      };
+    const guest = await connect({
+      signalProcess: note({}),
+      resizeTerminal: note({}),
+      removeProcess: note({}),
+      describeContainer: note({ started: false, execIds: ['a', 'b'] }),
+    });
+    await guest.signal(ref, 15, true);
+    await guest.resize(ref, { width: 80, height: 24 });
+    await guest.removeProcess(ref);
+    expect(await guest.describe('c1')).toEqual({ started: false, execIds: ['a', 'b'] });
+    expect(asked).toEqual([{ ...ref, signal: 15, all: true }, { ...ref, width: 80, height: 24 }, ref, { id: 'c1' }]);
+  });
+});

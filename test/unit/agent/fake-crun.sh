@@ -1,7 +1,7 @@
 #!/bin/sh
 # Stands in for crun where there is no root: the same command line, real processes, no namespaces. The "container" is
 # the script in its spec, for sh; its init waits on a FIFO until `start`, as crun's does. An exec'd process is a
-# script as well, that does not wait. A terminal is made by fake-console.c ($FAKE_CONSOLE).
+# script as well. A terminal is made by fake-console.c ($FAKE_CONSOLE).
 root=$2
 log=$5
 shift 7
@@ -37,13 +37,10 @@ spawn() {
   if [ -n "$console" ]; then
     "$FAKE_CONSOLE" "$console" "$@" >"$pid_file" || fail "no terminal at $console"
   else
-    # A shell gives its background processes /dev/null as stdin unless told otherwise. The parent must be one that ends
-    # at once: this shell would wait for a short process by the way, and then it is nobody's child any more.
+    # A shell gives its background processes /dev/null as stdin unless told otherwise.
     exec 3<&0
-    (
-      "$@" <&3 3<&- &
-      echo $! >"$pid_file"
-    )
+    "$@" <&3 3<&- &
+    echo $! >"$pid_file"
   fi
 }
 case $verb in
@@ -57,7 +54,12 @@ create)
 exec)
   [ -e "$root/$id/pid" ] || fail "container \`$id\` does not exist"
   read_script
-  spawn sh -c "$script"
+  # The script runs when this shell has ended, which closes the FIFO: a shell waits for each of its children that ends,
+  # and then that is nobody's child any more.
+  gate=$(dirname "$pid_file")/gate
+  mkfifo "$gate"
+  spawn sh -c 'read -r _ <"$0"; exec sh -c "$1"' "$gate" "$script"
+  exec 4>"$gate"
   ;;
 start)
   [ -e "$root/$id/exec" ] || fail "container \`$id\` does not exist"

@@ -72,6 +72,7 @@ class Bench {
         this.containers.push(container);
         return container;
       },
+      adoptContainer: () => Promise.reject(new Error('these tests leave no task behind')),
       prepareExec: () => {
         throw new KilnError('invalid-argument', 'these tests run one process');
       },

@@ -33,7 +33,11 @@ function make(fields: Partial<EndpointOptions> = {}) {
     namespace: 'ns',
     id: 'c1',
     createContainer: async () => container,
-    publish: (event) => events.push(event),
+    prepareExec: () => {
+      throw new Error('no Exec is expected');
+    },
+    publish: (event) => void events.push(event),
+    save: () => {},
     logger: loggerTo({ write: (line) => warnings.push(line) }, 'warn'),
     onQuiet: () => {
       told.quiet += 1;

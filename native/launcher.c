@@ -256,7 +256,8 @@ static void __attribute__((noreturn)) obey(struct bytes *reply, struct relay *re
 	_exit(printed ? (unsigned char)reply->data[0] : 1);
 }
 
-static void __attribute__((noreturn)) run(const struct options *options, const char *started_ns, char *title, size_t room)
+static void __attribute__((noreturn)) run(const struct options *options, const char *started_ns, char *title,
+					  size_t title_room)
 {
 	bool start = strcmp(options->action, "start") == 0;
 	struct bytes context = {0}, request = {0}, reply = {0};
@@ -284,7 +285,7 @@ static void __attribute__((noreturn)) run(const struct options *options, const c
 	struct relay relay = {.bundle = bundle,
 			      .context = context,
 			      .title = title,
-			      .title_room = room,
+			      .title_room = title_room,
 			      .namespace = strdup(options->namespace),
 			      .id = strdup(options->id)};
 	append_field(&request, "protocol", PROTOCOL);
@@ -329,7 +330,8 @@ int main(int count, char **arguments)
 	struct timespec now;
 	char started_ns[32];
 	/* The arguments lie one after the other (proc(5), cmdline); taken now, since the parser moves on in them. */
-	size_t room = count > 0 ? (size_t)(arguments[count - 1] + strlen(arguments[count - 1]) + 1 - arguments[0]) : 0;
+	const char *last = count > 0 ? arguments[count - 1] : NULL;
+	size_t room = last ? (size_t)(last + strlen(last) + 1 - arguments[0]) : 0;
 	clock_gettime(CLOCK_REALTIME, &now);
 	snprintf(started_ns, sizeof started_ns, "%lld", (long long)now.tv_sec * 1000000000LL + now.tv_nsec);
 

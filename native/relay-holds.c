@@ -14,7 +14,9 @@
 #include <unistd.h>
 
 /* Three of a container and three of each exec: far beyond what runs in one container, far below fs.nr_open. */
+#ifndef HOLD_LIMIT
 #define HOLD_LIMIT 4096
+#endif
 
 struct hold {
 	struct hold *next;

@@ -29,30 +29,26 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #ifndef UNAVAILABLE_AFTER_MS
 #define UNAVAILABLE_AFTER_MS 10000
 #endif
-#define PAUSE_LIMIT_MS 5000   /* between attempts to start kilnd */
-#define FIRST_PAUSE_MS 100    /* after the second attempt; it doubles */
-#define GOOD_LIFE_MS 5000     /* a kilnd that lived so long makes the next attempt a first one */
-#define RETRY_MS 20	      /* where a connection cannot be made just now, of which there is no event */
-#define LAST_WORDS_MS 1000    /* for clients, when kilnd dies while the endpoint ends */
+#define PAUSE_LIMIT_MS 5000 /* between attempts to start kilnd */
+#define FIRST_PAUSE_MS 100  /* after the second attempt; it doubles */
+#define GOOD_LIFE_MS 5000   /* a kilnd that lived so long makes the next attempt a first one */
+#define RETRY_MS 20	    /* where a connection cannot be made just now, of which there is no event */
+#define LAST_WORDS_MS 1000  /* for clients, when kilnd dies while the endpoint ends */
 #define MESSAGE_ROOM (PATH_MAX + 32)
 
 static struct relay *self;
 static int listener;
-static struct stat socket_status;
 static char relay_socket[PATH_MAX];
 
 static int keeper = -1;
@@ -61,11 +57,6 @@ static char message[MESSAGE_ROOM]; /* from kilnd, arriving */
 static size_t message_length;
 static char answers[MESSAGE_ROOM]; /* to kilnd; it is not read from until it has taken them */
 static size_t answers_length;
-
-static pid_t starter; /* a process that starts kilnd, or 0 */
-static int starter_pipe = -1;
-static char reason[1024] = "it does not answer"; /* why kilnd is not there */
-static size_t reason_length;
 
 static int64_t lost_at;	  /* when kilnd was lost; it is not here since */
 static bool gave_up;	  /* requests are answered Unavailable */
@@ -88,32 +79,11 @@ static int64_t doubled(int64_t pause)
 	return 2 * pause < PAUSE_LIMIT_MS ? 2 * pause : PAUSE_LIMIT_MS;
 }
 
-/* The socket file. */
-
-static bool socket_is_ours(void)
-{
-	struct stat status;
-	return stat(self->socket_path, &status) == 0 && status.st_dev == socket_status.st_dev &&
-	       status.st_ino == socket_status.st_ino;
-}
-
-/* After a delete the path may already be another relay's. The lock is the one of ensure_relay. */
-static void remove_socket(void)
-{
-	if (listener < 0)
-		return;
-	int lock = lock_folder_of(self->socket_path);
-	if (socket_is_ours())
-		unlink(self->socket_path);
-	if (lock >= 0)
-		close(lock);
-	close(listener);
-	listener = -1;
-}
+/* The end. */
 
 static void __attribute__((noreturn)) end_now(void)
 {
-	remove_socket();
+	remove_socket(listener);
 	_exit(0);
 }
 
@@ -128,57 +98,19 @@ static bool is_abandoned(void)
 
 static void start_kilnd_aside(void)
 {
-	int ends[2];
 	if (is_abandoned())
 		end_now();
 	start_at = now_ms() + pause_ms;
 	pause_ms = pause_ms ? doubled(pause_ms) : FIRST_PAUSE_MS;
-	if (pipe2(ends, O_CLOEXEC) < 0)
-		return;
-	/* A process of its own, because the launcher's way waits and, when it fails, prints the reason and exits. */
-	starter = fork();
-	if (starter == 0) {
-		if (dup2(ends[1], STDOUT_FILENO) < 0 || syscall(SYS_close_range, 3u, ~0u, 0u) < 0)
-			_exit(1);
-		start_time_limit();
-		connect_or_start();
-		_exit(0);
-	}
-	close(ends[1]);
-	if (starter < 0) {
-		starter = 0;
-		close(ends[0]);
-		return;
-	}
-	starter_pipe = ends[0];
-	reason_length = 0;
-	snprintf(reason, sizeof reason, "it is still starting");
+	launch_starter();
 }
 
-static void read_starter(void)
+static void hear_starter(void)
 {
-	char text[1024];
-	int status;
-	ssize_t length = read(starter_pipe, text, sizeof text);
-	if (length < 0 && errno == EINTR)
+	if (!read_starter())
 		return;
-	if (length > 0) {
-		size_t room = sizeof reason - 1 - reason_length;
-		size_t taken = (size_t)length < room ? (size_t)length : room;
-		memcpy(reason + reason_length, text, taken);
-		reason_length += taken;
-		reason[reason_length] = '\0';
-		return;
-	}
-	close(starter_pipe);
-	starter_pipe = -1;
-	while (waitpid(starter, &status, 0) < 0 && errno == EINTR)
-		;
-	starter = 0;
-	if (reason_length == 0)
-		snprintf(reason, sizeof reason, "it was started and does not answer");
 	if (gave_up)
-		answer_unavailable(reason);
+		answer_unavailable(why_no_kilnd());
 	retry_at = 0;
 }
 
@@ -240,7 +172,7 @@ static void find_kilnd(void)
 		retry_at = start_at;
 	else
 		start_kilnd_aside();
-	if (starter == 0 && retry_at < now_ms())
+	if (starter_fd() < 0 && retry_at < now_ms())
 		retry_at = now_ms() + RETRY_MS;
 }
 
@@ -274,7 +206,8 @@ static void obey(const char *text)
 		answer_unavailable(NULL);
 	} else if (strcmp(text, "end") == 0) {
 		ending = true;
-		remove_socket();
+		remove_socket(listener);
+		listener = -1;
 		end_clients();
 	} else if (strncmp(text, "hold ", 5) == 0) {
 		answer(hold_fifo(text + 5));
@@ -328,9 +261,9 @@ static void look_after_kilnd(void)
 {
 	if (lost_at != 0 && !gave_up && now_ms() >= lost_at + UNAVAILABLE_AFTER_MS) {
 		gave_up = true;
-		answer_unavailable(reason);
+		answer_unavailable(why_no_kilnd());
 	}
-	if (keeper < 0 && starter == 0 && now_ms() >= retry_at)
+	if (keeper < 0 && starter_fd() < 0 && now_ms() >= retry_at)
 		find_kilnd();
 	if (welcomed)
 		open_sessions(open_session);
@@ -351,7 +284,7 @@ static int time_to_sleep(int64_t reap_at)
 	} else {
 		if (lost_at != 0 && !gave_up)
 			at = earlier(at, lost_at + UNAVAILABLE_AFTER_MS);
-		if (keeper < 0 && starter == 0)
+		if (keeper < 0 && starter_fd() < 0)
 			at = earlier(at, retry_at);
 		if (welcomed)
 			at = earlier(at, next_session_at());
@@ -383,7 +316,7 @@ static void __attribute__((noreturn)) live(void)
 		}
 		polls[0] = (struct pollfd){.fd = clients_have_room() ? listener : -1, .events = POLLIN};
 		polls[1] = (struct pollfd){.fd = keeper, .events = answers_length > 0 ? POLLOUT : POLLIN};
-		polls[2] = (struct pollfd){.fd = starter_pipe, .events = POLLIN};
+		polls[2] = (struct pollfd){.fd = starter_fd(), .events = POLLIN};
 		fill_polls(polls + 3);
 		if (poll(polls, count, time_to_sleep(reap_at)) < 0)
 			continue;
@@ -395,7 +328,7 @@ static void __attribute__((noreturn)) live(void)
 			hear_kilnd();
 		}
 		if (polls[2].revents != 0)
-			read_starter();
+			hear_starter();
 		if (listener >= 0 && polls[0].revents != 0)
 			accept_client();
 	}
@@ -437,49 +370,22 @@ static void __attribute__((noreturn)) become_relay(void)
 	live();
 }
 
-/* True when somebody accepts there. */
-static bool is_served(const char *path)
-{
-	int fd = dial(path, SOCK_NONBLOCK);
-	if (fd < 0)
-		return errno == EAGAIN; /* more wait there than it can take at once */
-	close(fd);
-	return true;
-}
-
 void ensure_relay(struct relay *relay)
 {
-	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	const char *path = relay->socket_path;
+	int lock;
 	self = relay;
 	state_path(relay_socket, "relay.sock");
-	if (strlen(path) >= sizeof address.sun_path)
-		fail("kiln: the socket path %s is too long", path);
-	strcpy(address.sun_path, path);
-	waiting_for = "another launcher of the same container";
-	/* Between finding a dead socket and replacing it, another launcher could do the same. */
-	int lock = lock_folder_of(path);
-	if (lock < 0)
-		fail("kiln: cannot lock the folder of %s: %s", path, strerror(errno));
-	if (is_served(path)) {
-		close(lock);
-		return;
+	listener = listen_unless_served(relay->socket_path, &lock);
+	if (listener >= 0) {
+		pid_t child = fork();
+		if (child == 0)
+			become_relay();
+		if (child < 0) {
+			int problem = errno;
+			unlink(relay->socket_path);
+			fail("kiln: cannot make a process for the relay: %s", strerror(problem));
+		}
+		close(listener);
 	}
-	unlink(path);
-	listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	mode_t mask = umask(0177);
-	if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address) < 0 ||
-	    stat(path, &socket_status) < 0 || listen(listener, 128) < 0)
-		fail("kiln: cannot listen on %s: %s", path, strerror(errno));
-	umask(mask);
-	pid_t child = fork();
-	if (child == 0)
-		become_relay();
-	if (child < 0) {
-		int problem = errno;
-		unlink(path);
-		fail("kiln: cannot make a process for the relay: %s", strerror(problem));
-	}
-	close(listener);
 	close(lock);
 }

@@ -1,6 +1,7 @@
 /*
- * What the parts of the relay share: relay.c lives (listens, finds kilnd, ends), relay-clients.c carries frames,
- * relay-frame.c reads and makes them, relay-holds.c keeps FIFOs open. The story is at the head of relay.c.
+ * What the parts of the relay share: relay.c lives (finds kilnd, obeys it, ends), relay-socket.c has the socket
+ * file, relay-starter.c starts kilnd, relay-clients.c carries frames, relay-frame.c reads and makes them, relay-holds.c
+ * keeps FIFOs open. The story is at the head of relay.c.
  */
 #ifndef KILN_RELAY_H
 #define KILN_RELAY_H
@@ -29,6 +30,34 @@ void ensure_relay(struct relay *relay);
 
 /* Milliseconds of CLOCK_MONOTONIC. */
 int64_t now_ms(void);
+
+/* relay-socket.c */
+
+/*
+ * Listens there, or returns -1 where a relay does already. Fails like everything in the launcher. *lock keeps all others
+ * away from the folder's sockets until it is closed.
+ */
+int listen_unless_served(const char *socket_path, int *lock);
+
+/* Whether the file is still the one that was made above. */
+bool socket_is_ours(void);
+
+/* Removes the file if it is ours, and stops listening. -1 is no error. */
+void remove_socket(int listener);
+
+/* relay-starter.c */
+
+/* Begins to find or start kilnd; does nothing, until the next time, where there is no process for it. */
+void launch_starter(void);
+
+/* What to poll(2) while that goes on, else -1. */
+int starter_fd(void);
+
+/* To be called when there is something on it; true when kilnd is there, or cannot be started. */
+bool read_starter(void);
+
+/* The latest reason, for people. */
+const char *why_no_kilnd(void);
 
 /* relay-frame.c */
 

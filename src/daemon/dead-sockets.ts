@@ -5,7 +5,7 @@ import { flock } from '../sys/lock.ts';
 
 /**
  * Removes the sockets in a folder on which nobody listens any more: those of relays that were killed. The lock is the
- * launcher's (native/relay.c, ensure_relay): while one is just making a socket there, nothing is removed, since a launcher
+ * launcher's (native/relay-socket.c): while one is just making a socket there, nothing is removed, since a launcher
  * replaces a dead one by itself.
  */
 export async function removeDeadSockets(folder: string): Promise<void> {

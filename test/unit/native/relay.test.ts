@@ -33,7 +33,7 @@ describe.skipIf(!hasGcc)('the relay (needs gcc)', () => {
   beforeAll(() => {
     folder = temporaryFolder();
     compiled = path.join(folder, 'launcher');
-    compile(launcherSources, compiled, ['-DUNAVAILABLE_AFTER_MS=400']);
+    compile(launcherSources, compiled, ['-DUNAVAILABLE_AFTER_MS=400', '-DHOLD_LIMIT=4']);
   });
   afterAll(() => rmSync(folder, { recursive: true, force: true }));
   beforeEach(async () => {
@@ -527,6 +527,16 @@ describe.skipIf(!hasGcc)('the relay (needs gcc)', () => {
       expect(await keeper.ask('hold relative')).toBe('error the path is not absolute');
       expect(await keeper.ask('release /no/such/fifo')).toBe('ok');
       expect(await keeper.ask('dance')).toBe('error unknown message');
+    });
+
+    test('hold of too many FIFOs is refused, and one that is released makes room', async () => {
+      const keeper = await bench.startRelay(kilnd);
+      const files = await Promise.all(['a', 'b', 'c', 'd', 'e'].map((name) => fifo(name)));
+      const answers: string[] = [];
+      for (const file of files) answers.push(await keeper.ask(`hold ${file}`));
+      expect(answers).toEqual(['ok', 'ok', 'ok', 'ok', 'error too many FIFOs are held']);
+      await keeper.ask(`release ${files[0]}`);
+      expect(await keeper.ask(`hold ${files[4]}`)).toBe('ok');
     });
 
     test('hold follows a path that has become another FIFO', async () => {

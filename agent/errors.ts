@@ -8,6 +8,7 @@ const statusOfCode = {
   'not-found': 5,
   'already-exists': 6,
   'failed-precondition': 9,
+  aborted: 10,
   'out-of-range': 11,
   internal: 13,
 } as const;

@@ -10,7 +10,8 @@ export class Input implements Disposable {
   readonly #fd: number;
   readonly #kind: 'pipe' | 'terminal';
   #sink: Socket | undefined;
-  #writing = false;
+  /** Ends the writer that is at it. */
+  #replace: (() => void) | undefined;
   #closed = false;
 
   constructor(fd: number, kind: 'pipe' | 'terminal' = 'pipe') {
@@ -22,22 +23,30 @@ export class Input implements Disposable {
    * Writes all chunks in order, then closes stdin; a terminal stays open, whose end of input is a character. A program
    * that has closed its stdin, or has ended, is no error: the rest is read and dropped, as a shell's pipe would lose it.
    *
-   * @throws AgentError failed-precondition when stdin has a writer or is closed; what `chunks` throws, and then stdin is
-   * as it was, for the next writer
+   * A new writer takes over from one that is at it, whose connection is gone or about to be; what that one has handed over
+   * comes first.
+   *
+   * @throws AgentError failed-precondition when stdin is closed, aborted when another writer took over; what `chunks`
+   * throws, and then stdin is as it was, for the next writer
    */
   async writeAll(chunks: AsyncIterable<Uint8Array>): Promise<void> {
     if (this.#closed) throw new AgentError('failed-precondition', 'stdin is closed');
-    if (this.#writing) throw new AgentError('failed-precondition', 'stdin is being written already');
     this.#sink ??= this.#open();
     const sink = this.#sink;
-    this.#writing = true;
+    this.#replace?.();
+    const replaced = Promise.withResolvers<never>();
+    replaced.promise.catch(() => {});
+    const replace = () => replaced.reject(new AgentError('aborted', 'another writer of stdin took over'));
+    this.#replace = replace;
     try {
       for await (const chunk of chunks) {
         countRelayed(chunk.length);
-        if (chunk.length > 0 && sink.writable) await new Promise<void>((written) => sink.write(chunk, () => written()));
+        if (chunk.length === 0 || !sink.writable) continue;
+        const written = new Promise<void>((done) => sink.write(chunk, () => done()));
+        await Promise.race([written, replaced.promise]);
       }
     } finally {
-      this.#writing = false;
+      if (this.#replace === replace) this.#replace = undefined;
     }
     if (this.#kind === 'terminal') return;
     await new Promise<void>((ended) => (sink.writable ? sink.end(ended) : ended()));

@@ -30,7 +30,7 @@ const HOST_PORT = 1024;
  * to try. The first time it tries again at once.
  */
 const FIRST_RETRY = 10;
-const LAST_RETRY = 500;
+const LAST_RETRY = 200;
 
 async function dial(socketPath: string | undefined): Promise<Socket> {
   if (socketPath === undefined) {

@@ -7,7 +7,7 @@
 import { closeSync, rmSync } from 'node:fs';
 import { type Pipe, pipe2 } from '../src/sys/pipe.ts';
 import { duplicate, setWindowSize } from '../src/sys/terminal.ts';
-import { listenForFd, receiveFd } from '../src/sys/unix-fd.ts';
+import { listenForPeers, receiveFd } from '../src/sys/unix-fd.ts';
 import { AgentError } from './errors.ts';
 import { Input } from './input.ts';
 import { Output } from './output.ts';
@@ -104,7 +104,7 @@ class TerminalStdio implements ProcessStdio {
   constructor(wanted: WantedStdio, consoleSocket: string) {
     this.#wanted = wanted;
     this.consoleSocket = consoleSocket;
-    this.#listener = listenForFd(consoleSocket);
+    this.#listener = listenForPeers(consoleSocket);
   }
 
   get stdin(): Input | undefined {

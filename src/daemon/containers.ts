@@ -10,6 +10,7 @@ import { guestRootDirectory, planRootfs } from '../rootfs/index.ts';
 import { Container } from '../sandbox/container.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
 import type { HostServices } from '../sandbox/resources.ts';
+import { isIdentifier } from '../shim/control/request.ts';
 import { openStdio, type StdioPaths } from '../shim/stdio.ts';
 import type { ExecTaskRequest, TaskRequest } from '../shim/task-service.ts';
 import type { ContainerContext } from './daemon.ts';
@@ -77,6 +78,11 @@ export function prepareExec(request: ExecTaskRequest, context: ExecContext): Exe
   const { id, execId, stdin, stdout, stderr, terminal, spec } = request;
   const { logger } = context;
   const name = `exec ${execId} of container ${id}`;
+  // It becomes a part of a path.
+  if (!isIdentifier(execId))
+    throw new KilnError('invalid-argument', `${JSON.stringify(execId)} is no exec id`, {
+      hint: 'it has 1 to 76 letters, digits, ".", "_" or "-"',
+    });
   if (spec === undefined || !processType.test(spec.typeUrl)) {
     throw new KilnError('invalid-argument', `${name}: its spec is ${spec?.typeUrl || 'missing'}, not an OCI process`);
   }

@@ -25,7 +25,7 @@ import {
 } from '../shim/task-service.ts';
 import { kilnVersion } from '../version.ts';
 import { removeDeadSockets } from './dead-sockets.ts';
-import { containerDirectory, takeStock, taskFile } from './earlier.ts';
+import { containerDirectory, knownOf, takeStock, taskFile } from './earlier.ts';
 import { Endings } from './endings.ts';
 import { Turns } from './turns.ts';
 
@@ -148,9 +148,8 @@ export class Daemon {
   #restore(key: string, { context, state }: TaskRecord): Promise<void> {
     const { adoptContainer } = this.#options;
     const endpoint = this.#makeEndpoint(key, context);
-    return endpoint.restore(state, (signal) =>
-      adoptContainer(state, { ...this.#contextOf(key, context, endpoint), timeline: new Timeline() }, signal),
-    );
+    const given = { ...this.#contextOf(key, context, endpoint), timeline: new Timeline() };
+    return endpoint.restore(state, knownOf(given.directory), (signal) => adoptContainer(state, given, signal));
   }
 
   async #handle(request: ControlRequest): Promise<ControlReply | null> {

@@ -3,7 +3,10 @@ import { existsSync, readdirSync, rmSync } from 'node:fs';
 import path from 'node:path';
 import { killProcessesOf } from '../host/stale.ts';
 import type { Logger } from '../observe/logger.ts';
+import { readContainerRecord } from '../sandbox/record.ts';
+import { toTaskBefore } from '../shim/status.ts';
 import { readTaskRecord, removeTaskRecord, type TaskRecord } from '../shim/task-record.ts';
+import type { TaskBefore } from '../shim/task-service.ts';
 
 /** Where the records of tasks lie, each under its endpoint's key. */
 export function taskFile(stateDir: string, key: string): string {
@@ -13,6 +16,16 @@ export function taskFile(stateDir: string, key: string): string {
 /** The private directory of a container. */
 export function containerDirectory(stateDir: string, key: string): string {
   return path.join(stateDir, 'c', key);
+}
+
+/** What is known of a container that is not taken over yet, as State has it. */
+export function knownOf(directory: string): TaskBefore {
+  try {
+    return toTaskBefore(readContainerRecord(directory));
+  } catch {
+    // Whoever takes it over tells why.
+    return toTaskBefore(undefined);
+  }
 }
 
 /**

@@ -44,8 +44,8 @@ const podAnnotations = ['io.kubernetes.cri.container-type', 'io.kubernetes.cri-o
 
 const processRules: Rules = {
   terminal: keep,
-  // The agent sets it, when it has the terminal: terminalSize().
-  consoleSize: drop(),
+  // The agent sets it too, when it has the terminal: a client may have changed it before the start (terminalSize).
+  consoleSize: keep,
   user: keep,
   args: keep,
   commandLine: drop(),

@@ -208,6 +208,7 @@ export class Container {
       faultPoint('container-start');
       this.timeline.mark('started');
       this.#state = { kind: 'running' };
+      this.#save();
     } catch (error) {
       this.#state = { kind: 'created' };
       throw error;
@@ -264,6 +265,7 @@ export class Container {
     );
     const record: ContainerRecord = {
       ...{ version: 1, id: this.id, terminal: this.terminal, vmm: this.#vmm },
+      started: this.#state.kind !== 'created' && this.#state.kind !== 'starting',
       ...sandbox.record(),
       standIn: standIn.identity,
       disks: { lower: rootfs.lower.file, writable: rootfs.writable?.file ?? null },

@@ -106,9 +106,12 @@ export class Exec {
       const stdio = undo.adopt(await openStdio(), (opened) => opened.dispose());
       stdio.startStdin();
       if (this.#stdinClosed) stdio.closeStdin();
-      this.#pid = await guest.exec(this.#ref, process, guestStdio(stdio, terminal, this.#size));
+      const size = this.#size;
+      this.#pid = await guest.exec(this.#ref, process, guestStdio(stdio, terminal, size));
       undo.move();
       this.#run(stdio);
+      // It was changed while the start was under way.
+      if (this.#size !== undefined && this.#size !== size) await this.resize(this.#size);
     } catch (error) {
       this.#state = { kind: 'created' };
       throw error;

@@ -15,6 +15,8 @@ const containerRecord = z.object({
   version: z.literal(1),
   id: z.string(),
   terminal: z.boolean(),
+  /** The user's program was started. */
+  started: z.boolean(),
   /** Of the sandbox: see Hello in agent.proto. */
   session: z.string(),
   /** Milliseconds. */

@@ -1,5 +1,5 @@
 import { rmSync } from 'node:fs';
-import { forLog, KilnError } from '../errors.ts';
+import { KilnError } from '../errors.ts';
 import { requireSocketPath } from '../host/unix-socket.ts';
 import type { Logger } from '../observe/logger.ts';
 import { TtrpcServer } from '../rpc/ttrpc/index.ts';
@@ -7,7 +7,7 @@ import type { Keeper } from './relay/keeper.ts';
 import type { RelaySession } from './relay/server.ts';
 import { toTtrpcStatus } from './status.ts';
 import type { TaskState } from './task-record.ts';
-import { type RestoredTask, TaskService, type TaskServiceOptions } from './task-service.ts';
+import { type RestoredTask, type TaskBefore, TaskService, type TaskServiceOptions } from './task-service.ts';
 
 export interface EndpointOptions extends TaskServiceOptions {
   /** What the relay listens on. */
@@ -41,8 +41,8 @@ export class Endpoint {
   readonly #held = new Set<string>();
   #keeper: Keeper | undefined;
   #deletion: Promise<Uint8Array> | undefined;
-  /** While the task of an earlier kilnd is taken over. */
-  #restoring: { readonly done: Promise<void>; readonly abort: AbortController } | undefined;
+  /** Ends the taking over of an earlier kilnd's task. */
+  readonly #giveUp = new AbortController();
 
   /** Throws `failed-precondition` for a socket path that is too long. */
   constructor(options: EndpointOptions) {
@@ -66,7 +66,7 @@ export class Endpoint {
   }
 
   get hasTask(): boolean {
-    return this.#restoring !== undefined || this.#service.busy;
+    return this.#service.busy;
   }
 
   get busy(): boolean {
@@ -103,26 +103,21 @@ export class Endpoint {
   /**
    * Takes over the task of an earlier kilnd; requests wait for it. Resolves when that is done, or given up because of
    * `delete`. Never rejects.
+   *
+   * @param before what is known of the task until then
    */
-  restore(state: TaskState, adopt: (signal: AbortSignal) => Promise<RestoredTask>): Promise<void> {
-    const abort = new AbortController();
-    const done = this.#restore(state, () => adopt(abort.signal)).catch((error: unknown) => {
-      this.logger.error({ err: forLog(error) }, 'cannot take the task over');
-    });
-    this.#restoring = { done, abort };
-    return done.then(() => {
-      this.#restoring = undefined;
-      this.#options.onQuiet();
-    });
-  }
-
-  async #restore(state: TaskState, adopt: () => Promise<RestoredTask>): Promise<void> {
-    this.#service.restore(state, state.create === undefined ? undefined : await adopt());
+  async restore(
+    state: TaskState,
+    before: TaskBefore,
+    adopt: (signal: AbortSignal) => Promise<RestoredTask>,
+  ): Promise<void> {
+    const adopting = state.create === undefined ? undefined : adopt(this.#giveUp.signal);
+    await this.#service.restore(state, before, adopting);
+    this.#options.onQuiet();
   }
 
   /** Serves a connection of containerd. */
-  async serve({ header, socket }: RelaySession): Promise<void> {
-    await this.#restoring?.done;
+  serve({ header, socket }: RelaySession): void {
     this.#ttrpc.serve(socket, { replayedRequests: header.replayed });
     socket.resume();
   }
@@ -160,8 +155,7 @@ export class Endpoint {
   }
 
   async #delete(): Promise<Uint8Array> {
-    this.#restoring?.abort.abort(new KilnError('canceled', `container ${this.id} was deleted`));
-    await this.#restoring?.done;
+    this.#giveUp.abort(new KilnError('canceled', `container ${this.id} was deleted`));
     // First, so that nobody connects any more; what is connected goes on until its session ends. The file goes here and
     // now: a relay that is slow, or dead, must not be found by the next `start` of this container.
     this.#keeper?.end();

@@ -3,6 +3,8 @@ import type { Timestamp } from '../../gen/google/protobuf/timestamp.ts';
 import { grpcStatus, KilnError } from '../errors.ts';
 import type { CallStatus } from '../rpc/ttrpc/index.ts';
 import type { ProcessState } from '../sandbox/process-state.ts';
+import type { ContainerRecord } from '../sandbox/record.ts';
+import type { TaskBefore } from './task-service.ts';
 
 /** What containerd is told of a thrown value. */
 export function toTtrpcStatus(error: unknown): CallStatus {
@@ -27,4 +29,11 @@ export function toTaskStatus(state: ProcessState): Status {
     case 'deleted':
       return Status.STOPPED;
   }
+}
+
+/** What State says of a container that is written down and not taken over yet. */
+export function toTaskBefore(record: ContainerRecord | undefined): TaskBefore {
+  if (record === undefined) return { pid: 0, status: Status.UNKNOWN };
+  const alive = record.started ? Status.RUNNING : Status.CREATED;
+  return { pid: record.standIn.pid, status: record.exit === undefined ? alive : Status.STOPPED };
 }

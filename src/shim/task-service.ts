@@ -87,6 +87,9 @@ export interface TaskServiceOptions {
   readonly logger: Logger;
 }
 
+/** What State says of a task until it is taken over. */
+export type TaskBefore = Pick<api.StateResponse, 'pid' | 'status'>;
+
 /** A task of an earlier kilnd. */
 export interface RestoredTask {
   readonly container: TaskContainer;
@@ -125,6 +128,8 @@ export class TaskService {
   #task: Task | undefined;
   #creating: { abort: AbortController; done: Promise<unknown> } | undefined;
   #lastExit: { pid: number; exit: Exit } | undefined;
+  /** While the task of an earlier kilnd is taken over. */
+  #restoring: { readonly request: TaskRequest; readonly before: TaskBefore; readonly done: Promise<void> } | undefined;
   readonly #announcing: AnnouncerOptions;
   /** Of the task that is there, or was last. */
   #announcer: Announcer;
@@ -136,30 +141,47 @@ export class TaskService {
     this.#announcer = new Announcer(this.#announcing);
   }
 
-  /** Takes over what an earlier kilnd has written down; `task` is absent when it was deleted. */
-  restore(state: TaskState, task: RestoredTask | undefined): void {
+  /**
+   * Takes over what an earlier kilnd has written down. Requests wait for `adopting`, except for State, for which containerd
+   * has little patience: until then it is answered from `before`. Never rejects.
+   *
+   * @param adopting undefined when the task was deleted
+   */
+  async restore(state: TaskState, before: TaskBefore, adopting: Promise<RestoredTask> | undefined): Promise<void> {
     this.#announcer = new Announcer(this.#announcing, state.announced);
-    const { create, lastExit } = state;
+    const { lastExit } = state;
     if (lastExit !== undefined) {
       const { pid, status, atMs } = lastExit;
       this.#lastExit = { pid, exit: { status, at: new Date(atMs) } };
     }
     const request = createRequestOf(state);
-    if (create === undefined || request === undefined || task === undefined) return;
-    const { container } = task;
-    const init = track('', container, request, create);
-    const restored: Task = { container, bundle: request.bundle, init, execs: new Map(), silenced: false };
+    if (adopting === undefined || request === undefined) return;
+    const done = adopting
+      .then((task) => this.#takeOver(state, request, task))
+      .catch((error: unknown) => {
+        this.#options.logger.error({ err: forLog(error) }, 'cannot take the task over');
+      })
+      .finally(() => {
+        this.#restoring = undefined;
+      });
+    this.#restoring = { request, before, done };
+    await done;
+  }
+
+  #takeOver(state: TaskState, request: TaskRequest, { container, execs }: RestoredTask): void {
+    const init = track('', container, request, encodeCreate(request));
+    const task: Task = { container, bundle: request.bundle, init, execs: new Map(), silenced: false };
+    this.#task = task;
     for (const [execId, exec] of execRequestsOf(state)) {
-      const process = task.execs.get(execId) ?? container.exec(this.#options.prepareExec(exec));
-      restored.execs.set(execId, track(execId, process, exec, encodeExec(exec)));
+      const process = execs.get(execId) ?? container.exec(this.#options.prepareExec(exec));
+      task.execs.set(execId, track(execId, process, exec, encodeExec(exec)));
     }
-    this.#task = restored;
-    for (const tracked of [...restored.execs.values(), restored.init]) this.#followExit(restored, tracked);
+    for (const tracked of [...task.execs.values(), init]) this.#followExit(task, tracked);
   }
 
   /** True while there is something that must not be lost. */
   get busy(): boolean {
-    return this.#task !== undefined || this.#creating !== undefined;
+    return this.#task !== undefined || this.#creating !== undefined || this.#restoring !== undefined;
   }
 
   /** The whole service: method name to handler. A method that is not here is answered Unimplemented. */
@@ -188,6 +210,7 @@ export class TaskService {
    */
   async forceDelete(): Promise<Uint8Array> {
     this.#closed = true;
+    await this.#restoring?.done;
     if (this.#creating !== undefined) {
       this.#creating.abort.abort(new KilnError('canceled', `container ${this.#options.id} was deleted during Create`));
       await this.#creating.done.catch(() => {});
@@ -215,6 +238,7 @@ export class TaskService {
   ): (request: Request, context: CallContext) => Promise<Response> {
     return async (request, context) => {
       try {
+        if (name !== 'State' && name !== 'Connect') await this.#restoring?.done;
         return await method.call(this, request, context);
       } catch (error) {
         const expected = error instanceof TtrpcError || (error instanceof KilnError && ordinary.has(error.code));
@@ -273,8 +297,7 @@ export class TaskService {
       await container.destroy();
       throw signal.reason;
     }
-    const bytes = Buffer.from(api.CreateTaskRequest.encode(request).finish());
-    const init = track('', container, request, bytes);
+    const init = track('', container, request, encodeCreate(request));
     const task: Task = { container, bundle: request.bundle, init, execs: new Map(), silenced: false };
     this.#task = task;
     this.#announcer = new Announcer(this.#announcing);
@@ -387,6 +410,13 @@ export class TaskService {
   }
 
   async #state({ id, execId }: api.StateRequest): Promise<api.StateResponse> {
+    if (this.#restoring !== undefined && id === this.#options.id && execId === '') {
+      const { request, before } = this.#restoring;
+      const { bundle, stdin, stdout, stderr, terminal } = request;
+      const stdio = { stdin, stdout, stderr, terminal };
+      return { id, bundle, ...before, ...stdio, execId, exitStatus: 0, exitedAt: undefined };
+    }
+    await this.#restoring?.done;
     const { task, tracked } = this.#findProcess(id, execId);
     const { process, stdio } = tracked;
     const exit = process.exit.peek();
@@ -476,7 +506,8 @@ export class TaskService {
 
   /** An id that is not ours has no pid, which is what runc's shim answers too. */
   async #connect({ id }: api.ConnectRequest): Promise<api.ConnectResponse> {
-    const taskPid = id === this.#options.id ? (this.#task?.container.pid ?? 0) : 0;
+    const known = this.#task?.container.pid ?? this.#restoring?.before.pid ?? 0;
+    const taskPid = id === this.#options.id ? known : 0;
     return { shimPid: process.pid, taskPid, version: '' };
   }
 }
@@ -486,6 +517,10 @@ function track(execId: string, process: TaskProcess, asked: Tracked['stdio'], re
   const stdio = { stdin, stdout, stderr, terminal };
   const settled = Promise.resolve();
   return { execId, process, request, stdio, startAnnounced: settled, exitAnnounced: settled, deletion: undefined };
+}
+
+function encodeCreate(request: TaskRequest): Buffer {
+  return Buffer.from(api.CreateTaskRequest.encode(request).finish());
 }
 
 function encodeExec(request: ExecTaskRequest): Buffer {

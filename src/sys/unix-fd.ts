@@ -50,12 +50,12 @@ const cRecvmsg = declare<[fd: number, message: Uint8Array, flags: number]>(
 );
 
 /**
- * A Unix socket that listens on `path`, for one sender.
+ * A Unix socket that listens on `path`: for one who sends a descriptor, or for another process to accept on.
  *
  * @returns a non-blocking descriptor; the caller closes it and removes the file
- * @throws SysError, ENAMETOOLONG for a path of over 107 bytes
+ * @throws SysError; RangeError for a path of over 107 bytes
  */
-export function listenForFd(path: string): number {
+export function listenForPeers(path: string): number {
   const name = Buffer.from(path);
   const address = Buffer.alloc(2 + SUN_PATH_SIZE);
   address.writeUInt16LE(AF_UNIX, 0);

@@ -47,7 +47,7 @@ describe.each(containerdVersions)('a terminal under containerd %s', (version) =>
 
     // A program that draws the whole screen.
     await screen.type('clear; vi /tmp/note\r');
-    await screen.waitFor(/^~$[^]*note/m);
+    await screen.waitFor(/^~$[\s\S]*note/m);
     await screen.type('ihello from vi');
     await screen.waitFor(/^I .*note/m);
     await screen.press('Escape');

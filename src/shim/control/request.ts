@@ -26,6 +26,11 @@ const equalsSign = 0x3d;
 /** containerd pkg/identifiers: at most 76 bytes; letters, digits and separators, so never a path. */
 const identifier = /^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,75})$/;
 
+/** Whether this may be the name of a namespace, a container or an exec, which become parts of paths. */
+export function isIdentifier(value: string): boolean {
+  return identifier.test(value);
+}
+
 /** What containerd says, by flags and environment, about the container a launcher was run for. */
 export interface LauncherContext {
   readonly namespace: string;
@@ -195,7 +200,7 @@ export function launcherContext(fields: ReadonlyMap<string, string>): LauncherCo
 /** Checked here because both become parts of paths. */
 function identifierOf(fields: ReadonlyMap<string, string>, key: 'namespace' | 'id'): string {
   const value = required(fields, key);
-  if (identifier.test(value)) return value;
+  if (isIdentifier(value)) return value;
   throw invalid(`field "${key}" must be 1 to 76 letters, digits, ".", "_" or "-", not ${quote(value)}`);
 }
 

@@ -13,6 +13,9 @@ export const consoleBufferBytes = 64 * 1024;
  */
 const lastTransport = 23;
 
+/** The descriptor on which QEMU gets its listening control socket: the first after the standard ones. */
+export const qmpFd = 3;
+
 export type VsockDevice =
   | { readonly kind: 'vhost-user'; readonly socket: string }
   | { readonly kind: 'vhost-kernel'; readonly cid: number };
@@ -21,7 +24,6 @@ export interface CommandLineOptions {
   readonly config: VmConfig;
   readonly accelerator: Accelerator;
   readonly tscKhz: number | undefined;
-  readonly qmpSocket: string;
   readonly vsock: VsockDevice;
   /** The vsock port on which the host awaits the agent's call. */
   readonly agentPort: number;
@@ -69,7 +71,7 @@ function emptySlot(name: SlotName, readOnly: boolean, transport: number): string
   return drive(name, readOnly, nothing, name, transport);
 }
 
-/** QEMU's arguments for a microvm with placeholder drives, a console ring buffer, and a QMP connection to us. */
+/** QEMU's arguments for a microvm with placeholder drives, a console ring buffer, and a QMP server on `qmpFd`. */
 export function qemuArguments(options: CommandLineOptions): string[] {
   const { config, accelerator, vsock } = options;
   const machine =
@@ -112,12 +114,7 @@ export function qemuArguments(options: CommandLineOptions): string[] {
     ...['-kernel', config.kernel, ...(config.initrd === undefined ? [] : ['-initrd', config.initrd])],
     ...['-append', kernelCommandLine(options)],
     ...['-chardev', `ringbuf,id=console,size=${consoleBufferBytes}`, '-serial', 'chardev:console'],
-    ...[
-      '-chardev',
-      `socket,id=qmp,path=${optionValue(options.qmpSocket)},reconnect=1`,
-      '-mon',
-      'chardev=qmp,mode=control',
-    ],
+    ...['-chardev', `socket,id=qmp,fd=${qmpFd},server=on,wait=off`, '-mon', 'chardev=qmp,mode=control'],
     ...disks,
     ...vsockDevice,
   ];

@@ -1,12 +1,14 @@
-import { accessSync, constants } from 'node:fs';
+import { accessSync, closeSync, constants } from 'node:fs';
 import { rm } from 'node:fs/promises';
+import net from 'node:net';
 import path from 'node:path';
 import { KilnError } from '../../errors.ts';
 import { adoptHelper, describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
 import type { ProcessIdentity } from '../../host/process-identity.ts';
-import { listenUnix } from '../../host/unix-socket.ts';
+import { requireSocketPath } from '../../host/unix-socket.ts';
+import { listenForPeers } from '../../sys/unix-fd.ts';
 import { abortable } from '../abortable.ts';
-import { type AgentListener, type Channel, chooseChannel, type FirstConnection, firstConnection } from '../channel.ts';
+import { type AgentListener, type Channel, chooseChannel } from '../channel.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
 import { hostSocketFor, listenHybrid } from '../hybrid-vsock.ts';
 import { listenKernel, randomCid } from '../kernel-vsock.ts';
@@ -88,20 +90,28 @@ async function launch(request: Launch, signal: AbortSignal): Promise<Vm> {
   const { options, config, accelerator, tscKhz } = request;
   await using stack = new AsyncDisposableStack();
   const qmpSocket = qmpSocketIn(config.directory);
-  const control = stack.use(firstConnection(await listenUnix(qmpSocket), 'QEMU'));
+  stack.defer(() => rm(qmpSocket, { force: true }));
   const { agent, device, backend } = await openChannel(request, stack, signal);
-  const args = { config, accelerator, tscKhz, qmpSocket, vsock: device, agentPort: agent.port };
-  const qemu = stack.use(
-    await startHelper({
-      program: options.qemu,
-      args: qemuArguments(args),
-      directory: config.directory,
-      logName: vmmLogName,
-      title: 'QEMU (vm.qemu in the config file)',
-      hint: 'install the package qemu-system-x86, or run `npm run setup`',
-    }),
-  );
-  const qmp = await connectQmp(control, qemu, signal);
+  const args = { config, accelerator, tscKhz, vsock: device, agentPort: agent.port };
+  requireSocketPath(qmpSocket);
+  const listener = listenForPeers(qmpSocket);
+  let qemu: HelperProcess;
+  try {
+    qemu = stack.use(
+      await startHelper({
+        program: options.qemu,
+        args: qemuArguments(args),
+        directory: config.directory,
+        logName: vmmLogName,
+        title: 'QEMU (vm.qemu in the config file)',
+        hint: 'install the package qemu-system-x86, or run `npm run setup`',
+        inherit: [listener],
+      }),
+    );
+  } finally {
+    closeSync(listener);
+  }
+  const qmp = await connectQmp(qmpSocket, qemu, stack, signal);
   const channel = channelRecord(device, agent);
   return new QemuVm({ qemu, qmp, agent, channel, backend, resources: stack.move() });
 }
@@ -131,15 +141,20 @@ async function openChannel(
 }
 
 /** QEMU's control connection, ready for commands. A failure carries QEMU's own last words. */
-async function connectQmp(control: FirstConnection, qemu: HelperProcess, signal: AbortSignal): Promise<QmpClient> {
+async function connectQmp(
+  qmpSocket: string,
+  qemu: HelperProcess,
+  stack: AsyncDisposableStack,
+  signal: AbortSignal,
+): Promise<QmpClient> {
   const limit = AbortSignal.timeout(startLimitMs);
   const either = AbortSignal.any([signal, limit]);
   const ended = qemu.exited.then((exit) => {
     throw new KilnError('internal', `QEMU ended at start ${describeExit(exit)}: ${qemu.lastWords()}`);
   });
   ended.catch(() => {});
+  const qmp = stack.adopt(new QmpClient(net.connect(qmpSocket)), (client) => client.close());
   try {
-    const qmp = new QmpClient(await Promise.race([control.accept(either), ended]));
     await abortable(Promise.race([qmp.negotiate(), ended]), either).catch((error: unknown) => {
       // QEMU closes its connection a moment before it has exited, and its exit says more.
       if (qmp.closedByPeer) return abortable(ended, either);
@@ -155,14 +170,11 @@ async function connectQmp(control: FirstConnection, qemu: HelperProcess, signal:
   }
 }
 
-/**
- * Takes over a VM whose kilnd is gone. QEMU dials its control socket again within a second (`reconnect=1`), the agent
- * its own; both sockets are made anew where they were.
- */
+/** Takes over a VM whose kilnd is gone: its control socket is there, and the agent dials again. */
 async function adoptQemu(given: VmRecord, directory: string, signal: AbortSignal): Promise<Vm> {
   const record = parseQemuRecord(given);
   await using stack = new AsyncDisposableStack();
-  for (const file of [udsPathIn(directory), path.join(directory, vsockSocketName)]) {
+  for (const file of [udsPathIn(directory), path.join(directory, vsockSocketName), qmpSocketIn(directory)]) {
     stack.defer(() => rm(file, { force: true }));
   }
   const backend = record.backend && adoptHelper(record.backend, { directory, logName: vsockLogName });
@@ -170,10 +182,7 @@ async function adoptQemu(given: VmRecord, directory: string, signal: AbortSignal
   for (const helper of [backend, qemu]) if (helper !== undefined) stack.use(helper);
   if (qemu === undefined) throw hasEnded('QEMU', record.qemu);
   if (backend === undefined && record.backend !== undefined) throw hasEnded('the vsock backend', record.backend);
-  const qmpSocket = qmpSocketIn(directory);
-  await rm(qmpSocket, { force: true });
-  const control = stack.use(firstConnection(await listenUnix(qmpSocket), 'QEMU'));
-  const qmp = await connectQmp(control, qemu, signal);
+  const qmp = await connectQmp(qmpSocketIn(directory), qemu, stack, signal);
   const { channel, usedSlots } = record;
   const resources = stack.move();
   const accept = async (accepting: AbortSignal) => {
@@ -200,7 +209,7 @@ function channelRecord(device: VsockDevice, { port }: AgentListener): ChannelRec
 
 const vmmLogName = 'vmm.log';
 
-/** QEMU dials this for its commands. */
+/** Where QEMU takes its commands. */
 function qmpSocketIn(directory: string): string {
   return path.join(directory, 'qmp.sock');
 }

@@ -10,7 +10,8 @@ import { KilnError } from '../../errors.ts';
  *   answer:           {"return": {…}, "id": 7}  or  {"error": {"class": "GenericError", "desc": "…"}, "id": 7}
  *   event, any time:  {"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-panic"}, "timestamp": …}
  * Events from before the negotiation are never sent: what happened until then has to be asked for (query-status).
- * QEMU is the one that dials: kilnd listens, so that the connection itself says that QEMU is ready.
+ * QEMU gets the socket that it serves from kilnd, already listening, so that kilnd can dial at once: the greeting comes
+ * when QEMU is ready. A later kilnd dials the same socket.
  *
  * A guest that has broken into its QEMU can send anything here, so nothing that comes is trusted to have its right form:
  * whatever is not QMP closes the connection.

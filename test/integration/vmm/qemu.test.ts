@@ -1,8 +1,9 @@
 import { execFileSync } from 'node:child_process';
-import { existsSync, mkdirSync, readFileSync } from 'node:fs';
+import { closeSync, existsSync, mkdirSync, readFileSync } from 'node:fs';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { startHelper } from '../../../src/host/helper-process.ts';
+import { listenForPeers } from '../../../src/sys/unix-fd.ts';
 import { hostDevices } from '../../../src/vmm/host-devices.ts';
 import { listenHybrid } from '../../../src/vmm/hybrid-vsock.ts';
 import { chooseAccelerator, hostTscKhz } from '../../../src/vmm/qemu/accelerator.ts';
@@ -108,12 +109,13 @@ describe('a guest in QEMU', () => {
       config: { id: 'one', directory, memoryMib: 256, vcpus: 1, ...guest },
       accelerator: chooseAccelerator('auto').accelerator,
       tscKhz: hostTscKhz(),
-      qmpSocket: path.join(directory, 'nobody'),
       vsock: { kind: 'vhost-user', socket: backend.socket },
       agentPort: 40_000,
     });
+    const control = listenForPeers(path.join(directory, 'qmp.sock'));
+    stack.defer(() => closeSync(control));
     const helper = { program: options.qemu, args, directory, logName: 'vmm.log', title: 'QEMU', hint: '' };
-    stack.use(await startHelper(helper));
+    stack.use(await startHelper({ ...helper, inherit: [control] }));
     await listener.accept(AbortSignal.timeout(50_000));
   });
 });

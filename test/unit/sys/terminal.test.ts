@@ -7,7 +7,7 @@ import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { bytesInPipe, pipe2 } from '../../../src/sys/pipe.ts';
 import { duplicate, setWindowSize, socketFromTerminal } from '../../../src/sys/terminal.ts';
-import { listenForFd, receiveFd } from '../../../src/sys/unix-fd.ts';
+import { listenForPeers, receiveFd } from '../../../src/sys/unix-fd.ts';
 import { compileFakeConsole } from '../agent/agent.ts';
 import { hasGcc } from '../native/harness.ts';
 
@@ -23,7 +23,7 @@ afterEach(() => {
 
 function listen(): { path: string; listener: number } {
   const path = join(directory, 'socket');
-  const listener = listenForFd(path);
+  const listener = listenForPeers(path);
   opened.push(listener);
   return { path, listener };
 }
@@ -57,10 +57,10 @@ describe('a descriptor that another process sends', () => {
   });
 
   it('cannot be sent to a path that is too long, in use, or in no directory', () => {
-    expect(() => listenForFd(join(directory, 'x'.repeat(108)))).toThrow(/is too long/);
+    expect(() => listenForPeers(join(directory, 'x'.repeat(108)))).toThrow(/is too long/);
     const { path } = listen();
-    expect(() => listenForFd(path)).toThrow(expect.objectContaining({ code: 'EADDRINUSE', path }));
-    expect(() => listenForFd(join(directory, 'no/such'))).toThrow(expect.objectContaining({ code: 'ENOENT' }));
+    expect(() => listenForPeers(path)).toThrow(expect.objectContaining({ code: 'EADDRINUSE', path }));
+    expect(() => listenForPeers(join(directory, 'no/such'))).toThrow(expect.objectContaining({ code: 'ENOENT' }));
   });
 
   it.skipIf(!hasGcc)('can be received when the sender has gone, and is not inherited', () => {

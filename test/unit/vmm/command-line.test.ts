@@ -13,7 +13,6 @@ const options: CommandLineOptions = {
   },
   accelerator: 'tcg',
   tscKhz: 2_799_998,
-  qmpSocket: '/run/kiln/c/1/qmp.sock',
   vsock: { kind: 'vhost-user', socket: '/run/kiln/c/1/vu.sock' },
   agentPort: 1024,
 };
@@ -100,14 +99,13 @@ test('doubles the commas of paths and names inside of option lists, and nowhere 
   const args = qemuArguments({
     ...options,
     config: { ...options.config, id: 'a,b', kernel: '/g,1/vmlinux', initrd: '/g,1/initrd', guestImage: '/g,1/image' },
-    qmpSocket: '/r,1/qmp.sock',
     vsock: { kind: 'vhost-user', socket: '/r,1/vu.sock' },
   });
   expect(valuesOf(args, '-name')).toEqual(['kiln-a,,b,debug-threads=on']);
   expect(valuesOf(args, '-kernel')).toEqual(['/g,1/vmlinux']);
   expect(valuesOf(args, '-initrd')).toEqual(['/g,1/initrd']);
   expect(valuesOf(args, '-chardev').filter((it) => it.startsWith('socket'))).toEqual([
-    'socket,id=qmp,path=/r,,1/qmp.sock,reconnect=1',
+    'socket,id=qmp,fd=3,server=on,wait=off',
     'socket,id=vsock,path=/r,,1/vu.sock',
   ]);
   expect(JSON.parse(valuesOf(args, '-blockdev')[0]!).file.filename).toBe('/g,1/image');

@@ -3,7 +3,7 @@
  * under the driver's eyes: everything but the machine is real.
  */
 import { appendFileSync, readFileSync } from 'node:fs';
-import { connect, type Socket } from 'node:net';
+import { createServer, type Socket } from 'node:net';
 import { createInterface } from 'node:readline';
 
 const cidInUse =
@@ -22,27 +22,27 @@ export function main(mode: string, self: string): void {
     case 'cid-in-use':
       // The first N starts fail.
       if (starts <= Number(detail)) end(cidInUse, 1);
-      else dial(args, (socket) => serve(socket, 'running'));
+      else answer(args, (socket) => serve(socket, 'running'));
       break;
     case 'close':
       // As real QEMU does: the control connection is gone before the process.
-      dial(args, (socket) => {
+      answer(args, (socket) => {
         socket.end();
         socket.once('close', () => end('qemu-system-x86_64: too late to say', 1));
         socket.resume();
       });
       break;
     case 'rubbish':
-      dial(args, (socket) => socket.write('220 mail.example.org ESMTP\n'));
+      answer(args, (socket) => socket.write('220 mail.example.org ESMTP\n'));
       break;
     case 'silent':
-      dial(args, (socket) => socket.resume());
+      answer(args, (socket) => socket.resume());
       break;
     case 'idle':
       setInterval(() => {}, 1 << 30);
       break;
     default:
-      dial(args, (socket) => serve(socket, name ?? ''));
+      answer(args, (socket) => serve(socket, name ?? ''));
   }
 }
 
@@ -51,9 +51,14 @@ function end(words: string, code: number): void {
   process.exitCode = code;
 }
 
-function dial(args: string[], use: (socket: Socket) => void): void {
+/** Takes the first connection on the listening descriptor that it was given. */
+function answer(args: string[], use: (socket: Socket) => void): void {
   const chardev = args.find((arg) => arg.startsWith('socket,id=qmp,')) ?? '';
-  const socket = connect(/path=([^,]*)/.exec(chardev)?.[1] ?? '', () => use(socket));
+  const fd = Number(/fd=(\d+)/.exec(chardev)?.[1]);
+  const server = createServer((socket) => {
+    server.close();
+    use(socket);
+  }).listen({ fd });
 }
 
 /** Answers every command; `status` is what query-status says. */

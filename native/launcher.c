@@ -10,7 +10,8 @@
  * Control protocol (the other end: src/shim/control/request.ts), one request per connection to <state>/kilnd.sock:
  *   request = *( key "=" value NUL ) NUL payload, then shutdown(SHUT_WR)
  *             keys: protocol (1), action (start|delete), namespace, id, bundle, address, ttrpc_address,
- *                   publish_binary, debug (0|1), launcher_started_ns (CLOCK_REALTIME at the start of main)
+ *                   publish_binary, debug (0|1), max_shim_version (MAX_SHIM_VERSION, or nothing),
+ *                   launcher_started_ns (CLOCK_REALTIME at the start of main)
  *             payload: the bytes of our stdin for start (containerd's options), empty otherwise; 8 MiB in all
  *   reply   = one byte exit code, then the bytes for our stdout until EOF
  *   EOF before the first reply byte: that kilnd was stopping; the request goes to a fresh one, at most 3 times.
@@ -253,6 +254,7 @@ static void __attribute__((noreturn)) run(const struct options *options, const c
 	append_field(&request, "ttrpc_address", getenv("TTRPC_ADDRESS") ?: "");
 	append_field(&request, "publish_binary", options->publish_binary);
 	append_field(&request, "debug", options->debug ? "1" : "0");
+	append_field(&request, "max_shim_version", getenv("MAX_SHIM_VERSION") ?: "");
 	append_field(&request, "launcher_started_ns", started_ns);
 	append(&request, "", 1, "the request");
 	waiting_for = "the end of standard input";

@@ -7,6 +7,7 @@ import { killProcessesOf } from '../host/stale.ts';
 import type { DaemonLog, Logger } from '../observe/logger.ts';
 import { TaskLog } from '../observe/task-log.ts';
 import { Timeline } from '../observe/timeline.ts';
+import { type Bootstrap, encodeStartAnswer, readBootstrap } from '../shim/control/bootstrap.ts';
 import type { ControlReply, ControlRequest, StartRequest } from '../shim/control/request.ts';
 import { ControlServer } from '../shim/control/server.ts';
 import { Endpoint } from '../shim/endpoint.ts';
@@ -151,6 +152,7 @@ export class Daemon {
   /** Makes the container's endpoint, or finds it when containerd asks again, and leaves its address in the bundle. */
   async #startEndpoint(request: StartRequest): Promise<ControlReply | null> {
     const key = keyOf(request);
+    const bootstrap = readBootstrap(request);
     let made: Endpoint | undefined;
     try {
       // Without an answer the launcher asks the next kilnd; while we drain there is none, and nobody should wait.
@@ -158,13 +160,13 @@ export class Daemon {
       if (this.#draining) throw new KilnError('unavailable', 'kilnd is stopping and takes no new container');
       const launchedAtMs = Number(request.launcherStartedNs / 1000n) / 1000;
       const known = this.#served.get(key);
-      if (known === undefined) made = await this.#makeEndpoint(key, request, launchedAtMs);
+      if (known === undefined) made = await this.#makeEndpoint(key, request, bootstrap, launchedAtMs);
       else known.launchedAtMs = launchedAtMs;
       const { address } = made ?? (known as Served).endpoint;
       // containerd 1.6 and 1.7 find the endpoint again by this file after their own restart.
       writeFileSync(path.join(request.bundle, 'address'), address, { mode: 0o600 });
       // Stopping removes this endpoint, too: the address would be good for nothing.
-      return this.#stopping === undefined ? text(0, address) : null;
+      return this.#stopping === undefined ? { exitCode: 0, stdout: encodeStartAnswer(bootstrap, address) } : null;
     } catch (error) {
       // containerd never learns of it, so it would not ask for its removal either.
       if (made !== undefined) await this.#deleteEndpoint(key);
@@ -174,12 +176,18 @@ export class Daemon {
     }
   }
 
-  async #makeEndpoint(key: string, request: StartRequest, launchedAtMs: number): Promise<Endpoint> {
+  async #makeEndpoint(
+    key: string,
+    request: StartRequest,
+    bootstrap: Bootstrap,
+    launchedAtMs: number,
+  ): Promise<Endpoint> {
     const { paths, log, createContainer } = this.#options;
     const { namespace, id, bundle } = request;
     const publisher = this.#publisherFor(request.ttrpcAddress);
     const taskLog = new TaskLog(bundle, id);
-    const logger = log.forTask(taskLog).child({ namespace, id });
+    const logger = log.forTask(taskLog, bootstrap.logLevel).child({ namespace, id });
+    logger.debug({ bootstrap }, 'containerd starts a container');
     const endpoint = await Endpoint.listen({
       socketPath: path.join(paths.stateDir, 's', key),
       namespace,

@@ -1,4 +1,6 @@
 import { readFileSync } from 'node:fs';
+import { writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { busyboxImage, imageArchive } from '../support/images.ts';
 import { containerdVersions, runtime, underKiln } from '../support/paths.ts';
@@ -150,6 +152,17 @@ describe('a container', () => {
     await scene.containerd.ctr(['task', 'rm', '--force', id], { namespace: 'other' });
     expect(await scene.tasks()).toMatchObject([{ id, status: 'RUNNING' }]);
     await scene.ctr(['container', 'rm', id], { namespace: 'other' });
+    await scene.remove(id);
+  });
+
+  it.runIf(underKiln)('is served under version 3 of the task service where containerd wants that', async () => {
+    const shim = '#!/bin/sh\nMAX_SHIM_VERSION=3 exec containerd-shim-kiln-v2 "$@"\n';
+    await writeFile(join(scene.dir, 'shims', 'containerd-shim-kilnthree-v2'), shim, { mode: 0o755 });
+    const id = scene.id();
+    await scene.run(id, waiting, { flags: ['-d'], runtime: 'io.containerd.kilnthree.v2' });
+    const record = readFileSync(join(scene.containerd.bundles, 'default', id, 'bootstrap.json'), 'utf8');
+    expect(JSON.parse(record)).toMatchObject({ version: 3, protocol: 'ttrpc' });
+    expect(await scene.tasks()).toMatchObject([{ id, status: 'RUNNING' }]);
     await scene.remove(id);
   });
 

@@ -90,6 +90,7 @@ class Bench {
       ttrpcAddress: join(root, 'ttrpc'),
       publishBinary: '',
       debug: false,
+      maxShimVersion: 0,
       launcherStartedNs: 1_700_000_000_000_000_000n,
       ...fields,
     };
@@ -180,6 +181,14 @@ describe('start', () => {
     expect(readFileSync(join(root, 'bundles/c1/address'), 'utf8')).toBe(address);
     const client = await bench.dial('c1');
     expect((await client.connect()).shimPid).toBe(process.pid);
+  });
+
+  it('answers in the form that this containerd takes, and leaves the bare address in the bundle', async () => {
+    const bench = await startedWithEvents();
+    const [code, json] = await bench.start('c1', { maxShimVersion: 2 });
+    const address = readFileSync(join(root, 'bundles/c1/address'), 'utf8');
+    expect(address).toMatch(/^unix:\/\//);
+    expect([code, JSON.parse(json)]).toEqual([0, { version: 2, address, protocol: 'ttrpc' }]);
   });
 
   it('again gives the same address, and the timeline of the next Create begins with the latest launcher', async () => {

@@ -20,6 +20,7 @@ const fields: Readonly<Record<string, string>> = {
   ttrpc_address: '',
   publish_binary: '',
   debug: '0',
+  max_shim_version: '',
   launcher_started_ns: '12',
 };
 
@@ -41,6 +42,7 @@ const context = {
   ttrpcAddress: line,
   publishBinary: line,
   debug: fc.boolean(),
+  maxShimVersion: fc.nat(999_999_999),
   launcherStartedNs: fc.bigInt({ min: 0n, max: 9_999_999_999_999_999_999n }),
 };
 const anyRequest: fc.Arbitrary<ControlRequest> = fc.oneof(

@@ -11,6 +11,7 @@ import type { Crun } from './crun.ts';
 import { AgentError } from './errors.ts';
 import { mountOne } from './mounts.ts';
 import type { Reaper } from './reaper.ts';
+import { deadlyBeforeStart } from './signals.ts';
 import { type ContainerExit, ContainerState, type State } from './state.ts';
 import { ContainerStdio } from './stdio.ts';
 
@@ -25,6 +26,10 @@ interface Container {
   readonly ended: PromiseWithResolvers<ContainerExit>;
   /** Set when it has been created. */
   made?: Made;
+  /** Set from when its program may run: from then on, signals are the program's. */
+  starting?: boolean;
+  /** The signal that ended it before its start; the kernel was told SIGKILL. */
+  endedBy?: number;
   /** Set while it is being removed. */
   removal?: Promise<void>;
   /** The VM ends next: crun's own state of the container goes with it, without a process to remove it. */
@@ -103,7 +108,7 @@ export class Containers {
   }
 
   #ended(container: Container, pid: number, exit: Exit): void {
-    const status = exit.kind === 'exited' ? exit.code : 128 + exit.signal;
+    const status = exit.kind === 'exited' ? exit.code : 128 + (container.endedBy ?? exit.signal);
     const ended: ContainerExit = { status, atNs: clockGettime(CLOCK_REALTIME) };
     container.state.become({ kind: 'stopped', pid, exit: ended });
     container.ended.resolve(ended);
@@ -111,9 +116,11 @@ export class Containers {
 
   /** Runs the user's program. */
   async start(id: string): Promise<void> {
-    const { state, made } = this.#get(id);
+    const container = this.#get(id);
+    const { state, made } = container;
     const { pid } = state.expect('start', 'created');
     if (made === undefined) throw state.refusal('start');
+    container.starting = true;
     await this.#options.crun.start(id, made.bundle);
     // A short program may have ended while crun was still returning.
     if (state.current.kind === 'created') state.become({ kind: 'running', pid });
@@ -121,7 +128,13 @@ export class Containers {
 
   /** Sends a signal to the init, or to every process of the container. */
   signal(id: string, signal: number, all: boolean): void {
-    const { state, made } = this.#get(id);
+    const container = this.#get(id);
+    const { state, made } = container;
+    if (state.current.kind === 'created' && container.starting !== true && deadlyBeforeStart.has(signal)) {
+      container.endedBy = signal;
+      if (!kill(state.current.pid, SIGKILL)) throw state.refusal('signal');
+      return;
+    }
     if (all) {
       const current = state.expect('signal', 'created', 'running', 'stopped');
       if (signal === SIGKILL && made?.cgroup !== undefined) killAll(made.cgroup);
@@ -208,7 +221,9 @@ function kill(pid: number, signal: number): boolean {
   } catch (error) {
     const { code } = error as NodeJS.ErrnoException;
     if (code === 'ESRCH') return false;
-    if (code === 'EINVAL') throw new AgentError('invalid-argument', `there is no signal ${signal}`);
+    // Node's own word for what is no number of 31 bits.
+    if (code === 'EINVAL' || code === 'ERR_UNKNOWN_SIGNAL')
+      throw new AgentError('invalid-argument', `there is no signal ${signal}`);
     throw error;
   }
 }

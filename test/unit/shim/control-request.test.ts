@@ -88,6 +88,17 @@ describe('control request', () => {
   });
 
   test.each([
+    ['3', 3],
+    ['', 0],
+    ['2 ', 0],
+    ['-2', 0],
+    ['0x2', 0],
+    ['9999999999', 0],
+  ])('MAX_SHIM_VERSION "%s" counts as %i: the environment may be anybody\'s', (text, maxShimVersion) => {
+    expect(parseControlRequest(withFields({ max_shim_version: text }))).toMatchObject({ maxShimVersion });
+  });
+
+  test.each([
     ['nothing at all', Buffer.alloc(0), 'ends within its header'],
     ['no end of the header', Buffer.from('protocol=1\0action=stop\0'), 'ends within its header'],
     ['an empty header', Buffer.from('\0'), 'lacks the field "protocol"'],

@@ -152,7 +152,7 @@ export class Daemon {
   /** Makes the container's endpoint, or finds it when containerd asks again, and leaves its address in the bundle. */
   async #startEndpoint(request: StartRequest): Promise<ControlReply | null> {
     const key = keyOf(request);
-    const bootstrap = readBootstrap(request);
+    const bootstrap = readBootstrap(request, request.payload);
     let made: Endpoint | undefined;
     try {
       // Without an answer the launcher asks the next kilnd; while we drain there is none, and nobody should wait.

@@ -18,7 +18,7 @@
  */
 import { BootstrapParams, BootstrapResult, LogLevel } from '../../../gen/containerd/bootstrap.ts';
 import type { TaskLogLevel } from '../../observe/task-log.ts';
-import type { StartRequest } from './request.ts';
+import type { LauncherContext } from './request.ts';
 
 const newestTaskVersion = 3;
 
@@ -34,11 +34,14 @@ export interface Bootstrap {
   readonly containerdVersion: string;
 }
 
-/** Never throws: a payload that is no BootstrapParams of this very container is an older containerd's. */
-export function readBootstrap(request: StartRequest): Bootstrap {
-  const { maxShimVersion, debug } = request;
+/**
+ * @param payload what containerd wrote to stdin. One that is no BootstrapParams of this very container is an older
+ *   containerd's, and no error.
+ */
+export function readBootstrap(context: LauncherContext, payload: Uint8Array): Bootstrap {
+  const { maxShimVersion, debug } = context;
   const taskVersion = maxShimVersion >= newestTaskVersion ? newestTaskVersion : 2;
-  const params = paramsOf(request);
+  const params = paramsOf(context, payload);
   if (params === undefined) {
     return {
       answer: maxShimVersion >= 2 ? 'json' : 'text',
@@ -68,7 +71,7 @@ export function encodeStartAnswer({ answer, taskVersion }: Bootstrap, address: s
   }
 }
 
-function paramsOf({ payload, id, namespace }: StartRequest): BootstrapParams | undefined {
+function paramsOf({ id, namespace }: LauncherContext, payload: Uint8Array): BootstrapParams | undefined {
   let params: BootstrapParams;
   try {
     params = BootstrapParams.decode(payload);

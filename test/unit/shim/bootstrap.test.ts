@@ -1,12 +1,12 @@
 import { describe, expect, it } from 'vitest';
-import { encodeStartAnswer, readBootstrap } from '../../../src/shim/control/bootstrap.ts';
+import { type Bootstrap, encodeStartAnswer, readBootstrap } from '../../../src/shim/control/bootstrap.ts';
 import type { StartRequest } from '../../../src/shim/control/request.ts';
 
 const address = 'unix:///run/kiln/s/0123456789abcdef';
 
-function start(fields: Partial<StartRequest> = {}): StartRequest {
-  return {
-    kind: 'start',
+/** What is made of a `start` with these fields and this stdin. */
+function bootstrap(fields: Partial<StartRequest> = {}): Bootstrap {
+  const context = {
     namespace: 'default',
     id: 'web',
     bundle: '/b',
@@ -16,9 +16,9 @@ function start(fields: Partial<StartRequest> = {}): StartRequest {
     debug: false,
     maxShimVersion: 0,
     launcherStartedNs: 0n,
-    payload: new Uint8Array(),
     ...fields,
   };
+  return readBootstrap(context, fields.payload ?? new Uint8Array());
 }
 
 /** Hexadecimal with blanks, and text in quotes, as bytes. */
@@ -30,8 +30,7 @@ function bytes(text: string): Buffer {
 }
 
 /** What `start` prints for this request. */
-const answer = (fields: Partial<StartRequest>): Buffer =>
-  Buffer.from(encodeStartAnswer(readBootstrap(start(fields)), address));
+const answer = (fields: Partial<StartRequest>): Buffer => Buffer.from(encodeStartAnswer(bootstrap(fields), address));
 
 /** runtimeoptions.v1.Options with config_path /etc/x, as containerd up to 2.2 writes it. */
 const options = bytes('0a 19 "runtimeoptions.v1.Options" 12 08 12 06 "/etc/x"');
@@ -103,7 +102,7 @@ describe('an answer to start', () => {
 
 describe('the bootstrap', () => {
   it('has the version of a containerd that tells it', () => {
-    expect(readBootstrap(start({ payload: params }))).toEqual({
+    expect(bootstrap({ payload: params })).toEqual({
       answer: 'protobuf',
       taskVersion: 2,
       logLevel: 'debug',
@@ -115,7 +114,7 @@ describe('the bootstrap', () => {
     [true, 'debug'],
     [false, 'info'],
   ] as const)('takes the log level of an older containerd from -debug (%s)', (debug, logLevel) => {
-    expect(readBootstrap(start({ debug }))).toMatchObject({ logLevel, containerdVersion: '' });
+    expect(bootstrap({ debug })).toMatchObject({ logLevel, containerdVersion: '' });
   });
 
   it.each([
@@ -132,6 +131,6 @@ describe('the bootstrap', () => {
   ])('takes log level %s to be the nearest of ours', (_name, varint, logLevel) => {
     const payload = Buffer.concat([identity, bytes(`18 ${varint}`)]);
     // The flag says the same in coarser words, and is not asked.
-    expect(readBootstrap(start({ payload, debug: true }))).toMatchObject({ logLevel });
+    expect(bootstrap({ payload, debug: true })).toMatchObject({ logLevel });
   });
 });

@@ -10,6 +10,7 @@ import { AgentError } from './errors.ts';
 import { mountOne } from './mounts.ts';
 import { kill, Process, type ProcessExit } from './process.ts';
 import type { Reaper } from './reaper.ts';
+import { deadlyBeforeStart } from './signals.ts';
 import { ContainerState, type State } from './state.ts';
 import { makeStdio, type ProcessStdio } from './stdio.ts';
 
@@ -31,6 +32,10 @@ interface Container {
   readonly execs: Map<string, Process | null>;
   /** Set when it has been created. */
   made?: Made;
+  /** Set from when its program may run: from then on, signals are the program's. */
+  starting?: boolean;
+  /** The signal that ended it before its start; the kernel was told SIGKILL. */
+  endedBy?: number;
   /** Set while it is being removed. */
   removal?: Promise<void>;
   /** The VM ends next: crun's own state of the container goes with it, without a process to remove it. */
@@ -108,17 +113,21 @@ export class Containers {
     return pid;
   }
 
-  #ended(container: Container, pid: number, exit: ProcessExit): void {
+  #ended(container: Container, pid: number, seen: ProcessExit): ProcessExit {
+    const exit = container.endedBy === undefined ? seen : { ...seen, status: 128 + container.endedBy };
     container.state.become({ kind: 'stopped', pid, exit });
     // The kernel does it where the container has a PID namespace of its own; runc does it where it has none.
     if (container.made?.cgroup !== undefined) killAll(container.made.cgroup);
+    return exit;
   }
 
   /** Runs the user's program. */
   async start(id: string): Promise<void> {
-    const { state, made } = this.#get(id);
+    const container = this.#get(id);
+    const { state, made } = container;
     const { pid } = state.expect('start', 'created');
     if (made === undefined) throw state.refusal('start');
+    container.starting = true;
     await this.#options.crun.start(id, made.bundle);
     // A short program may have ended while crun was still returning.
     if (state.current.kind === 'created') state.become({ kind: 'running', pid });
@@ -181,6 +190,11 @@ export class Containers {
   signal({ id, execId }: ProcessName, signal: number, all: boolean): void {
     const container = this.#get(id);
     const { state, made } = container;
+    if (execId === '' && !container.starting && state.current.kind === 'created' && deadlyBeforeStart.has(signal)) {
+      container.endedBy = signal;
+      if (!kill(state.current.pid, SIGKILL)) throw state.refusal('signal');
+      return;
+    }
     if (all) {
       const current = state.expect('signal', 'created', 'running', 'stopped');
       if (signal === SIGKILL && made?.cgroup !== undefined) killAll(made.cgroup);

@@ -24,18 +24,26 @@ export class Process implements Disposable {
   readonly #ended = Promise.withResolvers<ProcessExit>();
   #exit: ProcessExit | undefined;
 
-  /** Watches the process, which the reaper has been held for since before it existed; takes the stdio over. */
-  constructor(pid: number, stdio: ProcessStdio, reaper: Reaper, onExit: (exit: ProcessExit) => void = () => {}) {
+  /**
+   * Watches the process, which the reaper has been held for since before it existed; takes the stdio over.
+   *
+   * @param onExit told of the exit before anybody else; returns it as it is to be told
+   */
+  constructor(
+    pid: number,
+    stdio: ProcessStdio,
+    reaper: Reaper,
+    onExit: (seen: ProcessExit) => ProcessExit = (seen) => seen,
+  ) {
     this.pid = pid;
     this.stdio = stdio;
     reaper.watch(pid, (exit) => {
-      this.#exit = {
+      this.#exit = onExit({
         status: statusOf(exit),
         atNs: clockGettime(CLOCK_REALTIME),
         stdoutBytes: stdio.stdout?.written(),
         stderrBytes: stdio.stderr?.written(),
-      };
-      onExit(this.#exit);
+      });
       this.#ended.resolve(this.#exit);
     });
   }
@@ -73,7 +81,9 @@ export function kill(pid: number, signal: number): boolean {
   } catch (error) {
     const { code } = error as NodeJS.ErrnoException;
     if (code === 'ESRCH') return false;
-    if (code === 'EINVAL') throw new AgentError('invalid-argument', `there is no signal ${signal}`);
+    // Node's own word for what is no number of 31 bits.
+    if (code === 'EINVAL' || code === 'ERR_UNKNOWN_SIGNAL')
+      throw new AgentError('invalid-argument', `there is no signal ${signal}`);
     throw error;
   }
 }

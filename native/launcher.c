@@ -11,7 +11,8 @@
  * Control protocol (the other end: src/shim/control/request.ts), one request per connection to <state>/kilnd.sock:
  *   request = *( key "=" value NUL ) NUL payload, then shutdown(SHUT_WR)
  *             keys: protocol (2), action (start|delete), namespace, id, bundle, address, ttrpc_address,
- *                   publish_binary, debug (0|1), launcher_started_ns (CLOCK_REALTIME at the start of main)
+ *                   publish_binary, debug (0|1), max_shim_version (MAX_SHIM_VERSION, or nothing),
+ *                   launcher_started_ns (CLOCK_REALTIME at the start of main)
  *             payload: the bytes of our stdin for start (containerd's options), empty otherwise; 8 MiB in all
  *   reply   = one byte exit code, the path of the socket that a relay shall listen on (or nothing) NUL,
  *             then the bytes for our stdout until EOF
@@ -281,6 +282,7 @@ static void __attribute__((noreturn)) run(const struct options *options, const c
 	append_field(&context, "ttrpc_address", getenv("TTRPC_ADDRESS") ?: "");
 	append_field(&context, "publish_binary", options->publish_binary);
 	append_field(&context, "debug", options->debug ? "1" : "0");
+	append_field(&context, "max_shim_version", getenv("MAX_SHIM_VERSION") ?: "");
 	append_field(&context, "launcher_started_ns", started_ns);
 	struct relay relay = {.bundle = bundle,
 			      .context = context,

@@ -7,6 +7,7 @@ import type { DaemonLog, Logger } from '../observe/logger.ts';
 import { TaskLog } from '../observe/task-log.ts';
 import { Timeline } from '../observe/timeline.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
+import { type Bootstrap, encodeStartAnswer, readBootstrap } from '../shim/control/bootstrap.ts';
 import type { ControlReply, ControlRequest, LauncherContext, StartRequest } from '../shim/control/request.ts';
 import { ControlServer } from '../shim/control/server.ts';
 import { Endpoint } from '../shim/endpoint.ts';
@@ -181,6 +182,7 @@ export class Daemon {
   /** Makes the container's endpoint, or finds it when containerd asks again, and leaves its address in the bundle. */
   async #startEndpoint(request: StartRequest): Promise<ControlReply | null> {
     const key = keyOf(request);
+    const bootstrap = readBootstrap(request, request.payload);
     let made: Endpoint | undefined;
     try {
       // Without an answer the launcher asks the next kilnd; while we drain there is none, and nobody should wait.
@@ -189,13 +191,15 @@ export class Daemon {
       const known = this.#served.get(key);
       if (known === undefined) {
         this.#endings.forget(key);
-        made = this.#makeEndpoint(key, request);
+        made = this.#makeEndpoint(key, request, bootstrap);
       } else known.launchedAtMs = inMs(request.launcherStartedNs);
       const { address, socketPath } = made ?? (known as Served).endpoint;
       // containerd 1.6 and 1.7 find the endpoint again by this file after their own restart.
       writeFileSync(path.join(request.bundle, 'address'), address, { mode: 0o600 });
       // Stopping removes this endpoint, too: the address would be good for nothing.
-      return this.#stopping === undefined ? { ...text(0, address), relaySocket: socketPath } : null;
+      return this.#stopping === undefined
+        ? { exitCode: 0, stdout: encodeStartAnswer(bootstrap, address), relaySocket: socketPath }
+        : null;
     } catch (error) {
       // containerd never learns of it, so it would not ask for its removal either.
       if (made !== undefined) await this.#deleteEndpoint(key, request.launcherStartedNs);
@@ -205,12 +209,18 @@ export class Daemon {
     }
   }
 
-  #makeEndpoint(key: string, launcher: LauncherContext): Endpoint {
+  /** @param bootstrap what containerd has told with `start`; a relay of an earlier kilnd has only its launcher's flags */
+  #makeEndpoint(
+    key: string,
+    launcher: LauncherContext,
+    bootstrap: Bootstrap = readBootstrap(launcher, new Uint8Array(0)),
+  ): Endpoint {
     const { paths, log, createContainer, prepareExec } = this.#options;
     const { namespace, id, bundle, launcherStartedNs } = launcher;
     const publisher = this.#publisherFor(launcher.ttrpcAddress);
     const taskLog = new TaskLog(bundle, id);
-    const logger = log.forTask(taskLog).child({ namespace, id });
+    const logger = log.forTask(taskLog, bootstrap.logLevel).child({ namespace, id });
+    logger.debug({ bootstrap }, 'containerd starts a container');
     const endpoint: Endpoint = new Endpoint({
       socketPath: path.join(paths.stateDir, 's', key),
       namespace,

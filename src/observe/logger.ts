@@ -7,7 +7,7 @@
 import { join } from 'node:path';
 import { type Logger, pino } from 'pino';
 import { LogFile } from './log-file.ts';
-import type { TaskLog } from './task-log.ts';
+import type { TaskLog, TaskLogLevel } from './task-log.ts';
 
 export type { Logger } from 'pino';
 
@@ -19,8 +19,11 @@ export interface LoggerOptions {
 
 export interface DaemonLog extends Disposable {
   readonly logger: Logger;
-  /** A logger whose lines go to the same file and, from level info on, to containerd through the task's own log. */
-  forTask(taskLog: TaskLog): Logger;
+  /**
+   * A logger whose lines go to the same file and, from `level` on, to containerd through the task's own log. At level
+   * debug these are logged even where the file does not take them.
+   */
+  forTask(taskLog: TaskLog, level: TaskLogLevel): Logger;
   readonly path: string;
   /** Opens the file anew, for after a rotation. */
   reopen(): void;
@@ -40,12 +43,14 @@ export function createLogger({ stateDir, level }: LoggerOptions): DaemonLog {
   });
   return {
     logger: loggerTo(file, level),
-    forTask: (taskLog) => {
+    forTask: (taskLog, taskLevel) => {
+      const finest = taskLevel === 'debug' && severity[level] > severity.debug ? 'debug' : level;
       const write = (line: string) => {
-        file.write(line);
-        relay(line, taskLog);
+        const entry = JSON.parse(line) as Entry;
+        if (severity[entry.level] >= severity[level]) file.write(line);
+        relay(entry, taskLog, taskLevel);
       };
-      return loggerTo({ write }, level);
+      return loggerTo({ write }, finest);
     },
     path,
     reopen: () => file.reopen(),
@@ -53,13 +58,24 @@ export function createLogger({ stateDir, level }: LoggerOptions): DaemonLog {
   };
 }
 
-/** One JSON line as a line of the task's log; the daemon's finer levels are not containerd's business. */
-function relay(line: string, taskLog: TaskLog): void {
-  const { level, msg, err } = JSON.parse(line) as { level: string; msg?: string; err?: { message?: string } };
+/** What is read of a line. */
+interface Entry {
+  readonly level: keyof typeof severity;
+  readonly msg?: string;
+  readonly err?: { readonly message?: string };
+}
+
+/** pino's levels, and what containerd's log calls warn. */
+const severity = { trace: 10, debug: 20, info: 30, warn: 40, warning: 40, error: 50, fatal: 60 } as const;
+
+/** A line as one of the task's log; what is finer than containerd's own log is not its business. */
+function relay({ level, msg, err }: Entry, taskLog: TaskLog, finest: TaskLogLevel): void {
+  if (severity[level] < severity[finest]) return;
   const text = [msg, err?.message].filter((part) => part !== undefined).join(': ');
-  if (level === 'error' || level === 'fatal') taskLog.error(text);
+  if (severity[level] >= severity.error) taskLog.error(text);
   else if (level === 'warn') taskLog.warn(text);
   else if (level === 'info') taskLog.info(text);
+  else taskLog.debug(text);
 }
 
 /** A logger of the same form to anything that takes lines. */

@@ -37,6 +37,7 @@ const launcherContext = z.object({
   ttrpcAddress: z.string(),
   publishBinary: z.string(),
   debug: z.boolean(),
+  maxShimVersion: z.int().nonnegative(),
   launcherStartedNs: z.string().transform(BigInt),
 });
 

@@ -15,7 +15,9 @@ function milliseconds(timestamp: unknown): number {
 
 // runc's shim may end before its TaskDelete is out, so that this event is now and then never seen: try again. Kiln has
 // one try.
-describe.each(containerdVersions)('events under containerd %s', { retry: underKiln ? 0 : 5 }, (version) => {
+const tries = { retry: underKiln ? 0 : 5 };
+
+describe.each(containerdVersions)('events under containerd %s', tries, (version) => {
   const scene = useScene({ version });
 
   it('tell the life of a task in order, each exactly once, with its pid and exit code', async () => {
@@ -56,6 +58,10 @@ describe.each(containerdVersions)('events under containerd %s', { retry: underKi
     await scene.remove(id);
     await log.waitFor('/tasks/delete', id);
   });
+});
+
+describe('events', tries, () => {
+  const scene = useScene({ version: '2.1' });
 
   it('go to the namespace of their task', async () => {
     await using log = await scene.events();

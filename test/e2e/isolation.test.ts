@@ -1,16 +1,16 @@
 import { readFileSync } from 'node:fs';
 import { release } from 'node:os';
 import { describe, expect, it } from 'vitest';
-import { containerdVersions, underKiln } from '../support/paths.ts';
+import { underKiln } from '../support/paths.ts';
 import { Lines } from '../support/spawn.ts';
 import { useScene } from '../support/use-scene.ts';
 
 const bootIdFile = '/proc/sys/kernel/random/boot_id';
 
-describe.runIf(underKiln).each(containerdVersions)('the kernel of a container under containerd %s', (version) => {
-  const scene = useScene({ version });
+describe('a container', () => {
+  const scene = useScene({ version: '2.1' });
 
-  it("is the guest's own", async () => {
+  it.runIf(underKiln)('has a kernel of its own', async () => {
     const script = `uname -r; cat ${bootIdFile}`;
     const result = await scene.run(scene.id(), ['sh', '-c', script]);
     const [kernel, bootId] = result.stdout.toString().trim().split('\n');

@@ -1,4 +1,6 @@
 import { readFileSync } from 'node:fs';
+import { writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { busyboxImage, imageArchive } from '../support/images.ts';
 import { containerdVersions, runtime, underKiln } from '../support/paths.ts';
@@ -20,8 +22,15 @@ describe.each(containerdVersions)('a container under containerd %s', (version) =
     expect(await scene.ctr(['snapshot', 'ls'])).not.toContain(id);
   });
 
-  it.each([0, 1, 42])('hands exit code %i to ctr', async (code) => {
-    expect(await scene.run(scene.id(), ['sh', '-c', `exit ${code}`])).toMatchObject({ code, stderr: '' });
+  it('has an input and two outputs, and hands its exit code to ctr', async () => {
+    const script = 'echo ready; cat; echo err >&2; exit 42';
+    await using program = scene.runStream(scene.id(), ['sh', '-c', script], { interactive: true });
+    const lines = new Lines(program.stdout);
+    const errors = new Lines(program.stderr);
+    await lines.waitFor((line) => line === 'ready', 'ready');
+    program.stdin.end('in\n');
+    expect(await program.exit).toBe(42);
+    expect([lines.all, errors.all]).toEqual([['ready', 'in'], ['err']]);
   });
 
   it('without --rm stays as a container after its end, can be started again, and is removed by ctr', async () => {
@@ -67,23 +76,6 @@ describe.each(containerdVersions)('a container under containerd %s', (version) =
     await scene.ctr(['container', 'rm', id]);
   });
 
-  it.each([
-    ['SIGKILL', 137, ['sleep', '1000']],
-    ['SIGTERM', 143, ['sh', '-c', 'trap "exit 143" TERM; echo up; sleep 1000 & wait']],
-  ] as const)('ended by %s exits with %i', async (name, code, command) => {
-    const id = scene.id();
-    await using events = await scene.events();
-    await using program = scene.runStream(id, command);
-    await events.waitFor('/tasks/start', id);
-    if (command[0] === 'sh') await new Lines(program.stdout).waitFor((line) => line === 'up', 'up');
-    program.stdout.resume();
-    program.stderr.resume();
-    await scene.ctr(['task', 'kill', '--signal', name, id]);
-    expect(await program.exit).toBe(code);
-    const exit = await events.waitFor('/tasks/exit', id);
-    expect(exit.event.exit_status).toBe(code);
-  });
-
   it('refuses to remove a running task, and does with --force', async () => {
     const id = scene.id();
     await scene.run(id, waiting, { flags: ['-d'] });
@@ -116,6 +108,27 @@ describe.each(containerdVersions)('a container under containerd %s', (version) =
         .filter((topic) => /start|exit/.test(topic)),
     ).toEqual([]);
   });
+});
+
+describe('a container', () => {
+  const scene = useScene({ version: '2.1' });
+
+  it.each([
+    ['SIGKILL', 137, ['sleep', '1000']],
+    ['SIGTERM', 143, ['sh', '-c', 'trap "exit 143" TERM; echo up; sleep 1000 & wait']],
+  ] as const)('ended by %s exits with %i', async (name, code, command) => {
+    const id = scene.id();
+    await using events = await scene.events();
+    await using program = scene.runStream(id, command);
+    await events.waitFor('/tasks/start', id);
+    if (command[0] === 'sh') await new Lines(program.stdout).waitFor((line) => line === 'up', 'up');
+    program.stdout.resume();
+    program.stderr.resume();
+    await scene.ctr(['task', 'kill', '--signal', name, id]);
+    expect(await program.exit).toBe(code);
+    const exit = await events.waitFor('/tasks/exit', id);
+    expect(exit.event.exit_status).toBe(code);
+  });
 
   it('with a name that containerd already knows fails and leaves the first alone', async () => {
     const id = scene.id();
@@ -139,6 +152,17 @@ describe.each(containerdVersions)('a container under containerd %s', (version) =
     await scene.containerd.ctr(['task', 'rm', '--force', id], { namespace: 'other' });
     expect(await scene.tasks()).toMatchObject([{ id, status: 'RUNNING' }]);
     await scene.ctr(['container', 'rm', id], { namespace: 'other' });
+    await scene.remove(id);
+  });
+
+  it.runIf(underKiln)('is served under version 3 of the task service where containerd wants that', async () => {
+    const shim = '#!/bin/sh\nMAX_SHIM_VERSION=3 exec containerd-shim-kiln-v2 "$@"\n';
+    await writeFile(join(scene.dir, 'shims', 'containerd-shim-kilnthree-v2'), shim, { mode: 0o755 });
+    const id = scene.id();
+    await scene.run(id, waiting, { flags: ['-d'], runtime: 'io.containerd.kilnthree.v2' });
+    const record = readFileSync(join(scene.containerd.bundles, 'default', id, 'bootstrap.json'), 'utf8');
+    expect(JSON.parse(record)).toMatchObject({ version: 3, protocol: 'ttrpc' });
+    expect(await scene.tasks()).toMatchObject([{ id, status: 'RUNNING' }]);
     await scene.remove(id);
   });
 

@@ -61,6 +61,16 @@ const disabledPlugins: Record<ContainerdVersion, readonly string[]> = {
     'io.containerd.internal.v1.tracing',
     'io.containerd.tracing.processor.v1.otlp',
   ],
+  '1.7': [
+    'io.containerd.grpc.v1.cri',
+    'io.containerd.internal.v1.tracing',
+    'io.containerd.nri.v1.nri',
+    'io.containerd.snapshotter.v1.blockfile',
+    'io.containerd.snapshotter.v1.btrfs',
+    'io.containerd.snapshotter.v1.devmapper',
+    'io.containerd.snapshotter.v1.zfs',
+    'io.containerd.tracing.processor.v1.otlp',
+  ],
   '2.1': [
     'io.containerd.cri.v1.images',
     'io.containerd.cri.v1.runtime',
@@ -80,7 +90,7 @@ function configuration(version: ContainerdVersion, dir: string): string {
   // JSON strings are TOML basic strings.
   const s = JSON.stringify;
   return [
-    `version = ${version === '1.6' ? 2 : 3}`,
+    `version = ${version.startsWith('1.') ? 2 : 3}`,
     `root = ${s(join(dir, 'root'))}`,
     `state = ${s(join(dir, 'state'))}`,
     `temp = ${s(join(dir, 'tmp'))}`,

@@ -10,7 +10,7 @@
  * in C, needs no escaping. Every request has `protocol` (2) and `action`: `start` and `delete` come from containerd by
  * way of the launcher, `status` and `stop` from the command line. Unknown keys are skipped, so that a newer launcher can
  * say more to an older kilnd; a key said twice, or one that is missing, is an error. The payload is what containerd
- * wrote to the launcher's stdin: a protobuf Any of options, a BootstrapParams (containerd 2.3), or nothing.
+ * wrote to the launcher's stdin; bootstrap.ts tells what that is.
  * A reply with a path asks the launcher to have a relay listen there before it prints anything (native/relay.c).
  * A connection that ends before the first reply byte means "I was stopping": the launcher asks a fresh kilnd.
  */
@@ -45,6 +45,8 @@ export interface LauncherContext {
   readonly publishBinary: string;
   /** True when containerd logs at debug level. */
   readonly debug: boolean;
+  /** The highest version of the task service that containerd wants (MAX_SHIM_VERSION); 0 when it does not say. */
+  readonly maxShimVersion: number;
   /** When the launcher's main began: CLOCK_REALTIME in ns, the first mark of the start timeline. */
   readonly launcherStartedNs: bigint;
 }
@@ -120,6 +122,7 @@ export function encodeControlRequest(request: ControlRequest): Uint8Array {
       ['ttrpc_address', request.ttrpcAddress],
       ['publish_binary', request.publishBinary],
       ['debug', request.debug ? '1' : '0'],
+      ['max_shim_version', request.maxShimVersion === 0 ? '' : request.maxShimVersion.toString()],
       ['launcher_started_ns', request.launcherStartedNs.toString()],
     );
   }
@@ -181,6 +184,7 @@ export function launcherContext(fields: ReadonlyMap<string, string>): LauncherCo
   if (!bundle.startsWith('/')) throw invalid(`field "bundle" must be an absolute path, not ${quote(bundle)}`);
   const debug = required(fields, 'debug');
   if (debug !== '0' && debug !== '1') throw invalid(`field "debug" must be 0 or 1, not ${quote(debug)}`);
+  const maxShimVersion = required(fields, 'max_shim_version');
   const startedNs = required(fields, 'launcher_started_ns');
   if (!/^\d{1,19}$/.test(startedNs)) {
     throw invalid(`field "launcher_started_ns" must be a number of nanoseconds, not ${quote(startedNs)}`);
@@ -193,6 +197,8 @@ export function launcherContext(fields: ReadonlyMap<string, string>): LauncherCo
     ttrpcAddress: required(fields, 'ttrpc_address'),
     publishBinary: required(fields, 'publish_binary'),
     debug: debug === '1',
+    // From an environment that others may have filled: what is no number says nothing.
+    maxShimVersion: /^\d{1,9}$/.test(maxShimVersion) ? Number(maxShimVersion) : 0,
     launcherStartedNs: BigInt(startedNs),
   };
 }

@@ -1,4 +1,5 @@
 import { existsSync } from 'node:fs';
+import { constants } from 'node:os';
 import { join } from 'node:path';
 import { status } from '@grpc/grpc-js';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
@@ -142,7 +143,10 @@ describe('a container', () => {
       code: status.FAILED_PRECONDITION,
       details: 'cannot remove container "e": it is running',
     });
-    await expect(signal(client, 'e', 999)).rejects.toMatchObject({ code: status.INVALID_ARGUMENT });
+    for (const number of [65, 999, 2 ** 32 - 1]) {
+      const refusal = { code: status.INVALID_ARGUMENT, details: `there is no signal ${number}` };
+      await expect(signal(client, 'e', number)).rejects.toMatchObject(refusal);
+    }
     await signal(client, 'e', 15);
     expect(await wait(client, 'e')).toMatchObject({ exitStatus: 143 });
     await expect(signal(client, 'e', 15)).rejects.toMatchObject({
@@ -159,6 +163,28 @@ describe('a container', () => {
     await remove(client, 'f', true);
     expect(await exit).toMatchObject({ exitStatus: 137 });
     expect(agent.leftovers()).toEqual([]);
+  });
+
+  it.each([
+    ['SIGTERM', 143],
+    ['SIGINT', 130],
+    ['SIGSYS', 159],
+  ] as const)('ends by %s before its start, though its init is deaf to it', async (name, exitStatus) => {
+    await create(client, 'p', 'exit 0');
+    await signal(client, 'p', constants.signals[name]);
+    expect(await wait(client, 'p')).toMatchObject({ exitStatus });
+    await expect(start(client, 'p')).rejects.toMatchObject({ code: status.FAILED_PRECONDITION });
+    await remove(client, 'p');
+  });
+
+  it('leaves signals to its program once that may run', async () => {
+    await create(client, 'q', 'end() { exit 7; }; trap end TERM; echo up; while :; do sleep 0.01; done');
+    await start(client, 'q');
+    for await (const { data } of client.readOutput({ id: 'q', stream: OutputStream.OUTPUT_STREAM_STDOUT })) {
+      if (data.toString().includes('up')) await signal(client, 'q', constants.signals.SIGTERM);
+    }
+    expect(await wait(client, 'q')).toMatchObject({ exitStatus: 7 });
+    await remove(client, 'q');
   });
 
   it('can be killed and removed before it was started', async () => {

@@ -113,7 +113,7 @@ describe.skipIf(!hasGcc)('the launcher (needs gcc)', () => {
           ...['-namespace=k8s.io', '--address', '/run/c.sock', '-publish-binary', '/usr/bin/containerd'],
           ...['-id', 'a-b_c.d', '-socket', 'x', '-debug-socket=y', '-debug', 'start'],
         ],
-        { stdin: payload, env: { TTRPC_ADDRESS: '/run/c.sock.ttrpc' } },
+        { stdin: payload, env: { TTRPC_ADDRESS: '/run/c.sock.ttrpc', MAX_SHIM_VERSION: '2' } },
       );
       expectSuccess(outcome);
       expect(outcome.text).toBe('unix:///run/kiln/s');
@@ -127,6 +127,7 @@ describe.skipIf(!hasGcc)('the launcher (needs gcc)', () => {
           ttrpcAddress: '/run/c.sock.ttrpc',
           publishBinary: '/usr/bin/containerd',
           debug: true,
+          maxShimVersion: 2,
           launcherStartedNs: expect.any(BigInt),
           payload,
         },

@@ -1,10 +1,11 @@
-import { mkdtempSync, readFileSync, renameSync, rmSync, symlinkSync } from 'node:fs';
+import { mkdtempSync, readFileSync, renameSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { KilnError } from '../../../src/errors.ts';
 import { LogFile } from '../../../src/observe/log-file.ts';
 import { createLogger, loggerTo } from '../../../src/observe/logger.ts';
+import { TaskLog } from '../../../src/observe/task-log.ts';
 
 let folder: string;
 
@@ -40,6 +41,25 @@ describe('the daemon log', () => {
       err: { code: 'not-found', message: expect.stringContaining('ENOENT') },
       msg: 'no kernel',
     });
+  });
+
+  test.each([
+    ['info', 'info', ['info', 'warn', 'error'], ['info', 'warning', 'error']],
+    ['info', 'debug', ['info', 'warn', 'error'], ['debug', 'info', 'warning', 'error']],
+    ['trace', 'debug', ['trace', 'debug', 'info', 'warn', 'error'], ['debug', 'info', 'warning', 'error']],
+    ['debug', 'warning', ['debug', 'info', 'warn', 'error'], ['warning', 'error']],
+    ['warn', 'info', ['warn', 'error'], ['warning', 'error']],
+  ] as const)("at level %s, of a task at containerd's level %s", (level, taskLevel, inFile, inTaskLog) => {
+    const fifo = join(folder, 'log');
+    writeFileSync(fifo, '');
+    using log = createLogger({ stateDir: folder, level });
+    using taskLog = new TaskLog(folder, 'c1');
+    const logger = log.forTask(taskLog, taskLevel);
+    for (const name of ['trace', 'debug', 'info', 'warn', 'error'] as const) logger[name]('said');
+    expect(linesOf(log.path).map((line) => line.level)).toEqual(inFile);
+    expect(
+      Array.from(readFileSync(fifo, 'utf8').matchAll(/level=(\w+) msg=said id=c1\n/g), ([, name]) => name),
+    ).toEqual(inTaskLog);
   });
 
   test('never has an environment in it', () => {

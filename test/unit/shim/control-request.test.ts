@@ -20,6 +20,7 @@ const fields: Readonly<Record<string, string>> = {
   ttrpc_address: '',
   publish_binary: '',
   debug: '0',
+  max_shim_version: '',
   launcher_started_ns: '12',
 };
 
@@ -41,6 +42,7 @@ const context = {
   ttrpcAddress: line,
   publishBinary: line,
   debug: fc.boolean(),
+  maxShimVersion: fc.nat(999_999_999),
   launcherStartedNs: fc.bigInt({ min: 0n, max: 9_999_999_999_999_999_999n }),
 };
 const anyRequest: fc.Arbitrary<ControlRequest> = fc.oneof(
@@ -83,6 +85,17 @@ describe('control request', () => {
 
   test('fields that this version does not know are skipped', () => {
     expect(parseControlRequest(withFields({ colour: 'red=blue' }))).toMatchObject({ kind: 'start', id: 'c1' });
+  });
+
+  test.each([
+    ['3', 3],
+    ['', 0],
+    ['2 ', 0],
+    ['-2', 0],
+    ['0x2', 0],
+    ['9999999999', 0],
+  ])('MAX_SHIM_VERSION "%s" counts as %i: the environment may be anybody\'s', (text, maxShimVersion) => {
+    expect(parseControlRequest(withFields({ max_shim_version: text }))).toMatchObject({ maxShimVersion });
   });
 
   test.each([

@@ -54,6 +54,7 @@ describe('ControlServer and controlCall', () => {
       ttrpcAddress: '',
       publishBinary: '/usr/bin/containerd',
       debug: true,
+      maxShimVersion: 2,
       launcherStartedNs: 1_763_000_000_123_456_789n,
       payload: Buffer.from('a\0b=c\0\0'),
     };

@@ -14,6 +14,7 @@ import {
   requireStartable,
 } from './container-state.ts';
 import { faultPoint } from './faults.ts';
+import { ContainerHooks } from './hooks.ts';
 import { deleteDrainMs, destroyGraceMs, outputGraceMs } from './limits.ts';
 import { assertNoInterfaces } from './network-check.ts';
 import { acquire, type ContainerRequest, type HostServices, type Resources } from './resources.ts';
@@ -42,6 +43,7 @@ export class Container {
   #state: ContainerState = { kind: 'created' };
   readonly #resources: Resources;
   readonly #disposal: AsyncDisposableStack;
+  readonly #hooks: ContainerHooks;
   readonly #logger: Logger;
   readonly #outputs: Promise<unknown>;
   #starting: Promise<void> = Promise.resolve();
@@ -52,13 +54,19 @@ export class Container {
   /** Settled when output, guest and VM are done with; set before `exit`. Never rejects. */
   #woundUp: Promise<void> | undefined;
 
-  private constructor(id: string, resources: Resources, disposal: AsyncDisposableStack, request: ContainerRequest) {
+  private constructor(
+    { id, timeline, logger }: ContainerRequest,
+    resources: Resources,
+    disposal: AsyncDisposableStack,
+    hooks: ContainerHooks,
+  ) {
     this.id = id;
     this.pid = resources.standIn.pid;
-    this.timeline = request.timeline;
+    this.timeline = timeline;
     this.#resources = resources;
     this.#disposal = disposal;
-    this.#logger = request.logger;
+    this.#hooks = hooks;
+    this.#logger = logger;
     this.#outputs = this.#relayStdio();
     void this.#supervise();
     void this.#followStandIn();
@@ -71,6 +79,9 @@ export class Container {
   static async create(host: HostServices, request: ContainerRequest, signal: AbortSignal): Promise<Container> {
     const { id, directory, timeline } = request;
     await using stack = new AsyncDisposableStack();
+    const hooks = new ContainerHooks(request);
+    // First on the stack, because they run when all the rest is gone.
+    stack.defer(() => hooks.poststop());
     // One that could not be removed with an earlier container of this id.
     await rm(directory, { recursive: true, force: true });
     await mkdir(directory, { mode: 0o700 });
@@ -78,6 +89,8 @@ export class Container {
     faultPoint('sandbox-directory');
     const resources = await acquire(host, request, signal, stack);
     const { sandbox, rootfs, stdio } = resources;
+    await hooks.create(resources.standIn.pid, signal);
+    faultPoint('hooks');
     const lower = await sandbox.attachDisk(rootfs.lower, signal);
     const writable = rootfs.writable === null ? undefined : await sandbox.attachDisk(rootfs.writable, signal);
     timeline.mark('rootfs-attached');
@@ -93,7 +106,7 @@ export class Container {
     await sandbox.createContainer(container, signal);
     timeline.mark('created');
     faultPoint('container-create');
-    return new Container(id, resources, stack.move(), request);
+    return new Container(request, resources, stack.move(), hooks);
   }
 
   /** Runs the user's program. When it fails, the program has not run, as far as the guest has told. */
@@ -117,6 +130,10 @@ export class Container {
     } finally {
       started.resolve();
     }
+    await this.#hooks.poststart(this.pid, async () => {
+      await this.kill(sigkill, true);
+      await this.exit.wait();
+    });
   }
 
   /** Sends a signal; `not-found` when there is no process any more. */

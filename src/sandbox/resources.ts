@@ -6,6 +6,7 @@ import type { Timeline } from '../observe/timeline.ts';
 import type { PreparedRootfs, RootfsPlan, RootfsStore } from '../rootfs/index.ts';
 import type { VmConfig, Vmm } from '../vmm/vmm.ts';
 import { faultPoint } from './faults.ts';
+import type { HookPlan } from './hooks.ts';
 import { Sandbox } from './sandbox.ts';
 import type { ContainerStdio } from './stdio.ts';
 
@@ -24,6 +25,7 @@ export interface ContainerRequest {
   /** The guest's runtime-spec, JSON; its root filesystem is at `guestRootDirectory(id)`. */
   readonly spec: string;
   readonly rootfs: RootfsPlan;
+  readonly hooks: HookPlan;
   readonly files: Pick<VmConfig, 'kernel' | 'initrd' | 'guestImage'>;
   readonly memoryMib: number;
   readonly vcpus: number;

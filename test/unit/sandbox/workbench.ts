@@ -13,6 +13,7 @@ import { loggerTo } from '../../../src/observe/logger.ts';
 import { Timeline } from '../../../src/observe/timeline.ts';
 import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
 import { Container } from '../../../src/sandbox/container.ts';
+import type { HookPlan } from '../../../src/sandbox/hooks.ts';
 import type { ContainerRequest } from '../../../src/sandbox/resources.ts';
 import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
 import type { SlotName, Vm, VmConfig, VmExit, Vmm } from '../../../src/vmm/vmm.ts';
@@ -23,6 +24,8 @@ const unshare = ['unshare -n', 'unshare -r -n'].find((command) => {
   return spawnSync('/bin/sh', ['-c', `${command} true`]).status === 0;
 });
 export const canMakeNetns = unshare !== undefined;
+
+const noHooks = { prestart: [], createRuntime: [], poststart: [], poststop: [] };
 
 export class ScriptedVm implements Vm {
   readonly pid = 1_000_000;
@@ -158,6 +161,8 @@ export class Workbench implements AsyncDisposable {
   releaseRootfs: () => Promise<void> = async () => {};
   beforeBoot: (signal: AbortSignal) => Promise<void> = async () => {};
   bootTimeoutS = 60;
+  bundle = this.root;
+  hooks: Partial<Pick<HookPlan, keyof typeof noHooks>> = {};
   /** Lines of shell in place of a stand-in that is well. */
   standIn = `exec ${unshare} -- /bin/sh -c 'echo ready >&3; exec 3>&-; exec sleep 1000'`;
   vm: ScriptedVm | undefined;
@@ -234,6 +239,13 @@ export class Workbench implements AsyncDisposable {
       config: { ...defaultConfig, vm: { ...defaultConfig.vm, bootTimeoutS: this.bootTimeoutS } },
       spec: '{}',
       rootfs: {} as RootfsPlan,
+      hooks: {
+        ...noHooks,
+        ...this.hooks,
+        bundle: this.bundle,
+        ociVersion: '1.2.1',
+        annotations: { 'org.example': 'x' },
+      },
       files: { kernel: '/k', initrd: undefined, guestImage: '/g' },
       memoryMib: 256,
       vcpus: 1,

@@ -6,6 +6,7 @@ import { join } from 'node:path';
 import type { CreateContainerRequest } from '../gen/kiln/agent/v1/agent.ts';
 import { CLOCK_REALTIME, clockGettime } from '../src/sys/clock.ts';
 import type { Exit } from '../src/sys/process.ts';
+import { BeyondCrun } from './beyond-crun.ts';
 import { cgroupOf, killAll, processesIn } from './cgroup.ts';
 import type { Crun } from './crun.ts';
 import { AgentError } from './errors.ts';
@@ -81,8 +82,12 @@ export class Containers {
   async #make(container: Container, request: CreateContainerRequest): Promise<number> {
     const { directory, crun, reaper } = this.#options;
     const { id } = container;
+    const beyondCrun = new BeyondCrun(request.spec);
+    beyondCrun.check();
     await using undo = new AsyncDisposableStack();
     const bundle = join(directory, id);
+    // Whoever is root in a user namespace is not root here, and reaches its root filesystem by a path beside this one.
+    mkdirSync(directory, { recursive: true, mode: 0o711 });
     mkdirSync(bundle, { recursive: true, mode: 0o700 });
     undo.defer(() => rmSync(bundle, { recursive: true, force: true }));
     for (const mount of request.mounts) mountOne(mount, undo);
@@ -94,6 +99,7 @@ export class Containers {
       if (!container.guestEnds) await crun.delete(id, bundle);
     });
     const pid = await crun.create(id, bundle, stdio.forProgram);
+    beyondCrun.apply(pid);
     stdio.release();
     const cgroup = cgroupOf(pid);
     container.state.become({ kind: 'created', pid });

@@ -113,7 +113,7 @@ const linuxRules: Rules = {
     if (flag === undefined) return personality;
     throw new KilnError('invalid-argument', `${path}.flags[0]: ${flag} is not known; the spec has no flags yet`);
   }),
-  timeOffsets: refuse('crun in the guest cannot set offsets of a time namespace'),
+  timeOffsets: refuse('crun in the guest cannot set the clocks of a time namespace'),
 };
 
 const specRules: Rules = {

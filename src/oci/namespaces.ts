@@ -37,6 +37,13 @@ export function translateNamespaces(
       throw new KilnError('unimplemented', `${at}.path: joining a ${type} namespace is not supported yet: ${joined}`);
     }
   }
+  const time = namespaces.findIndex(({ type }) => type === 'time');
+  if (time !== -1 && !types.has('user')) {
+    // crun 1.8 forks once more for it. Without a user namespace that comes after the process namespace was made, whose
+    // first process then ends, and everything in it.
+    const reason = 'crun in the guest can make a time namespace only together with a user namespace';
+    throw new KilnError('unimplemented', `${path}[${time}]: ${reason}`);
+  }
   for (const [type, shared] of Object.entries(required)) {
     if (types.has(type)) continue;
     throw new KilnError('invalid-argument', `${path}: a container in a virtual machine cannot share ${shared}`, {

@@ -201,6 +201,7 @@ const rows: Readonly<Record<string, readonly Case[]>> = {
       given: [...namespaces, { type: 'cgroup' }, { type: 'user' }, { type: 'time' }],
       becomes: expect.arrayContaining([{ type: 'time' }, { type: 'user' }]),
     },
+    refused([...namespaces, { type: 'time' }], '[5]: crun in the guest can make a time namespace only together with a'),
     refused([{ type: 'tea' }], '[0]: unknown namespace "tea"'),
     refused([{ type: 'pid' }, { type: 'pid' }], '[1]: namespace "pid" is listed twice'),
     refused([{ type: 'pid', path: '/proc/1/ns/pid' }], '[0].path: joining a pid namespace is not supported yet'),
@@ -245,7 +246,7 @@ const rows: Readonly<Record<string, readonly Case[]>> = {
   ],
   'linux.timeOffsets': [
     leftOut({ boottime: { secs: 0 } }),
-    refused({ boottime: { secs: 1 } }, ': crun in the guest cannot set offsets of a time namespace'),
+    refused({ boottime: { secs: 1 } }, ': crun in the guest cannot set the clocks of a time namespace'),
   ],
 
   'linux.seccomp.defaultAction': [

@@ -202,7 +202,6 @@ describe('refused', () => {
       'invalid-argument: linux.devices[0]: /dev/x has the unknown type "x"',
     ],
     ['cache allocation', withLinux({ intelRdt: { closID: 'a' } }), 'unimplemented: linux.intelRdt: '],
-    ['time offsets', withLinux({ timeOffsets: { boottime: { secs: 1 } } }), 'unimplemented: linux.timeOffsets: '],
     ['a network device', withLinux({ netDevices: { eth1: {} } }), 'unimplemented: linux.netDevices: moving a network'],
   ])('is %s', (_name, spec, expected) => {
     expect(refusal(spec)).toContain(expected);

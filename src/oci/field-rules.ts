@@ -16,6 +16,8 @@ export interface Translation {
   readonly domainname: string | undefined;
   /** True when linux.sysctl has parameters of the network. */
   readonly setsNetwork: boolean;
+  /** True when the container has a user namespace. */
+  readonly mapsIds: boolean;
   /** What was left out, for the caller to log. */
   readonly warnings: string[];
 }

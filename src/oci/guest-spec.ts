@@ -153,9 +153,6 @@ export const fieldRules: Readonly<Record<string, Rules>> = {
  * @throws KilnError unimplemented for what Kiln cannot do yet, invalid-argument for what makes no sense in a microVM
  */
 export function toGuestSpec(spec: Spec, { id, rootfsPath, hostname }: GuestSpecOptions): GuestSpec {
-  const { domainname } = spec;
-  const setsNetwork = Object.keys(spec.linux?.sysctl ?? {}).some(isOfNetwork);
-  const translation: Translation = { id, rootfsPath, hostname, domainname, setsNetwork, warnings: [] };
   // Fields whose rule makes something out of nothing must be there.
   const whole = {
     ...spec,
@@ -164,6 +161,10 @@ export function toGuestSpec(spec: Spec, { id, rootfsPath, hostname }: GuestSpecO
     mounts: spec.mounts ?? [],
     linux: { ...spec.linux, namespaces: spec.linux?.namespaces ?? [], cgroupsPath: '' },
   };
+  const { domainname } = spec;
+  const setsNetwork = Object.keys(spec.linux?.sysctl ?? {}).some(isOfNetwork);
+  const mapsIds = whole.linux.namespaces.some(({ type }) => type === 'user');
+  const translation: Translation = { id, rootfsPath, hostname, domainname, setsNetwork, mapsIds, warnings: [] };
   return { spec: applyRules(specRules, whole, '', translation) as Spec, warnings: translation.warnings };
 }
 

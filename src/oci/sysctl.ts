@@ -17,7 +17,7 @@ const ipcParameters = new Set([
 export function translateSysctl(
   sysctl: Readonly<Record<string, string>>,
   path: string,
-  { domainname }: Translation,
+  { domainname, mapsIds }: Translation,
 ): object {
   for (const [name, value] of Object.entries(sysctl)) {
     const refuse = (reason: string): never => {
@@ -31,6 +31,7 @@ export function translateSysctl(
       if (![undefined, '', value].includes(domainname)) refuse('the field domainname says otherwise');
       continue;
     }
+    if (isOfNetwork(name) && mapsIds) refuse('the network is not of the user namespace that the container has');
     if (isOfNetwork(name) || parameter.startsWith('fs/mqueue/') || ipcParameters.has(parameter)) continue;
     refuse('this parameter is not of a namespace but of the whole kernel');
   }

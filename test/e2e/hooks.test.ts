@@ -59,10 +59,13 @@ describe('hooks', () => {
     const result = await scene.runWithSpec(id, ['echo', 'ran'], withHooks(hooks));
     expect(result.stdout.toString()).toBe('ran\n');
     expect(result.code).toBe(0);
-    expect(trace().map(({ name, state }) => `${name} ${state.status}`)).toEqual([
-      ...['prestart creating', 'createRuntime-1 creating', 'createRuntime-2 creating', 'poststart running'],
-      ...['poststop-1 stopped', 'poststop-2 stopped'],
-    ]);
+    const order = trace().map(({ name, state }) => `${name} ${state.status}`);
+    const created = ['prestart creating', 'createRuntime-1 creating', 'createRuntime-2 creating'];
+    // runc 1.1 calls it "created" still, and stops at the first poststop hook that fails; the spec says otherwise.
+    const rest = underKiln
+      ? ['poststart running', 'poststop-1 stopped', 'poststop-2 stopped']
+      : ['poststart created', 'poststop-1 stopped'];
+    expect(order).toEqual([...created, ...rest]);
     const [first] = trace();
     expect(first?.state).toMatchObject({ id, annotations: { 'org.example.note': 'kept' } });
     expect(first?.state.bundle).toContain(id);

@@ -376,6 +376,14 @@ describe('the field', () => {
     expect(spec.linux?.namespaces).toContainEqual({ type: 'network', path: '/proc/self/ns/net' });
   });
 
+  test('linux.sysctl: of the network is refused beside a user namespace', () => {
+    const spec = withValue('linux.namespaces', [...namespaces, { type: 'user' }]);
+    const both = { ...spec, linux: { ...spec.linux, sysctl: { 'net.core.somaxconn': '1' } } };
+    expect(errorOf(() => translate(both)).message).toBe(
+      'linux.sysctl["net.core.somaxconn"]: the network is not of the user namespace that the container has',
+    );
+  });
+
   test('linux.sysctl: a domain that the field domainname contradicts is refused', () => {
     const spec = { ...withValue('linux.sysctl', { 'kernel.domainname': 'a' }), domainname: 'b' };
     expect(errorOf(() => translate(spec)).message).toBe(

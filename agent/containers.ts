@@ -4,6 +4,7 @@
 import { mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import type { CreateContainerRequest, ExecProcessRequest, Stdio } from '../gen/kiln/agent/v1/agent.ts';
+import { BeyondCrun } from './beyond-crun.ts';
 import { cgroupOf, killAll, processesIn } from './cgroup.ts';
 import type { Crun } from './crun.ts';
 import { AgentError } from './errors.ts';
@@ -92,8 +93,12 @@ export class Containers {
   async #make(container: Container, request: CreateContainerRequest): Promise<number> {
     const { directory, crun, reaper } = this.#options;
     const { id } = container;
+    const beyondCrun = new BeyondCrun(request.spec);
+    beyondCrun.check();
     await using undo = new AsyncDisposableStack();
     const bundle = join(directory, id);
+    // Whoever is root in a user namespace is not root here, and reaches its root filesystem by a path beside this one.
+    mkdirSync(directory, { recursive: true, mode: 0o711 });
     mkdirSync(bundle, { recursive: true, mode: 0o700 });
     undo.defer(() => rmSync(bundle, { recursive: true, force: true }));
     for (const mount of request.mounts) mountOne(mount, undo);
@@ -105,6 +110,7 @@ export class Containers {
       if (!container.guestEnds) await crun.delete(id, bundle);
     });
     const pid = await crun.create(id, bundle, stdio);
+    beyondCrun.apply(pid);
     stdio.connect();
     const cgroup = cgroupOf(pid);
     container.state.become({ kind: 'created', pid });

@@ -4,6 +4,7 @@ import { forLog } from '../errors.ts';
 import { killProcessesOf } from '../host/stale.ts';
 import { Container } from '../sandbox/container.ts';
 import { EndedContainer, EndedProcess } from '../sandbox/ended.ts';
+import { ContainerHooks } from '../sandbox/hooks.ts';
 import type { Exit } from '../sandbox/process-state.ts';
 import { type ContainerRecord, readContainerRecord } from '../sandbox/record.ts';
 import { createRequestOf, execRequestsOf, type TaskState } from '../shim/task-record.ts';
@@ -49,11 +50,15 @@ export async function adoptContainer(
 function endedTask(
   state: TaskState,
   record: ContainerRecord | undefined,
-  { directory }: ContainerContext,
+  { directory, logger }: ContainerContext,
 ): RestoredTask {
   const request = createRequestOf(state);
   const exit = record?.exit && { status: record.exit.status, at: new Date(record.exit.atMs) };
   const disposal = new AsyncDisposableStack();
+  if (record !== undefined) {
+    const hooks = new ContainerHooks({ id: record.id, hooks: record.hooks, logger, begun: true });
+    disposal.defer(() => hooks.poststop());
+  }
   disposal.defer(() => rm(directory, { recursive: true, force: true }));
   disposal.defer(() => killProcessesOf(directory).then(() => {}));
   const pid = record?.standIn.pid ?? 0;

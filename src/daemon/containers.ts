@@ -4,6 +4,7 @@ import type { LoadedConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
 import { parseProcess, readBundle } from '../oci/bundle.ts';
 import { terminalSize, toGuestProcess, toGuestSpec } from '../oci/guest-spec.ts';
+import { hostHooks } from '../oci/hooks.ts';
 import { stringifyJson } from '../oci/json.ts';
 import { vmSize } from '../oci/vm-size.ts';
 import { guestRootDirectory, planRootfs } from '../rootfs/index.ts';
@@ -57,6 +58,12 @@ export async function createContainer(
       vmm: selectVmm(config, logger),
       spec: stringifyJson(guest.spec),
       rootfs,
+      hooks: {
+        ...hostHooks(bundle.spec),
+        bundle: bundle.dir,
+        ociVersion: bundle.spec.ociVersion,
+        annotations: bundle.spec.annotations ?? {},
+      },
       files: guestFiles(config, loaded.paths),
       memoryMib,
       vcpus,

@@ -34,6 +34,17 @@ const strings = z.array(z.string());
 const stringMap = z.record(z.string(), z.string());
 const object = z.looseObject;
 
+const hooks = z
+  .array(
+    object({
+      path: z.string().startsWith('/', { error: 'expected an absolute path' }),
+      args: strings.optional(),
+      env: z.array(z.string().includes('=', { error: 'expected NAME=VALUE' })).optional(),
+      timeout: integer.refine((seconds) => seconds > 0, { error: 'expected more than 0 seconds' }).optional(),
+    }),
+  )
+  .optional();
+
 const characters = integer.refine((value) => value >= 0 && value <= maxTerminalSide, {
   error: `expected 0 to ${maxTerminalSide}`,
 });
@@ -47,6 +58,16 @@ const processSchema: z.ZodType<Process> = object({
   user: object({ uid: integer.optional(), gid: integer.optional() }).optional(),
   apparmorProfile: z.string().optional(),
   selinuxLabel: z.string().optional(),
+  capabilities: object({
+    bounding: strings.optional(),
+    effective: strings.optional(),
+    inheritable: strings.optional(),
+    permitted: strings.optional(),
+    ambient: strings.optional(),
+  }).optional(),
+  rlimits: z.array(object({ type: z.string() })).optional(),
+  scheduler: object({ flags: strings.optional() }).optional(),
+  ioPriority: object({ priority: integer.optional() }).optional(),
 });
 
 const specSchema: z.ZodType<Spec> = object({
@@ -57,17 +78,26 @@ const specSchema: z.ZodType<Spec> = object({
     readonly: z.boolean().optional(),
   }),
   hostname: z.string().optional(),
+  domainname: z.string().optional(),
   mounts: z
     .array(
       object({
-        destination: z.string().startsWith('/', { error: 'expected an absolute path' }),
+        // Relative ones are relative to /: deprecated, but allowed.
+        destination: z.string().min(1, { error: 'expected a path' }),
         type: z.string().optional(),
         source: z.string().optional(),
         options: strings.optional(),
       }),
     )
     .optional(),
-  hooks: z.record(z.string(), z.array(object({ path: z.string() }))).optional(),
+  hooks: object({
+    prestart: hooks,
+    createRuntime: hooks,
+    createContainer: hooks,
+    startContainer: hooks,
+    poststart: hooks,
+    poststop: hooks,
+  }).optional(),
   annotations: stringMap.optional(),
   linux: object({
     namespaces: z.array(object({ type: z.string(), path: z.string().optional() })).optional(),
@@ -78,9 +108,17 @@ const specSchema: z.ZodType<Spec> = object({
     resources: object({
       memory: object({ limit: integer.optional() }).optional(),
       cpu: object({ quota: integer.optional(), period: integer.optional() }).optional(),
+      hugepageLimits: z.array(object({ pageSize: z.string(), limit: integer })).optional(),
       unified: stringMap.optional(),
     }).optional(),
     sysctl: stringMap.optional(),
+    seccomp: object({
+      flags: strings.optional(),
+      syscalls: z.array(object({})).optional(),
+    }).optional(),
+    rootfsPropagation: z.string().optional(),
+    personality: object({ flags: strings.optional() }).optional(),
+    memoryPolicy: object({ mode: z.string().optional() }).optional(),
   }).optional(),
 });
 

@@ -11,6 +11,9 @@ const guestDevices: Readonly<Record<string, string>> = {
   'c 5:0': 'tty',
   'c 5:1': 'console',
   'c 5:2': 'ptmx',
+  // Drivers that the guest's kernels have, and that give every opener something new.
+  'c 10:200': 'net/tun',
+  'c 10:229': 'fuse',
 };
 
 /**
@@ -20,14 +23,15 @@ const guestDevices: Readonly<Record<string, string>> = {
  * @throws KilnError unimplemented, naming the device
  */
 export function translateDevices(devices: readonly Device[], path: string): readonly Device[] {
-  for (const { path: node, type, major = 0, minor = 0 } of devices) {
+  for (const [index, { path: node, type, major = 0, minor = 0 }] of devices.entries()) {
+    const at = `${path}[${index}]`;
     if (type === 'p') continue;
     if (!['c', 'u', 'b'].includes(type)) {
-      throw new KilnError('invalid-argument', `${path}: ${node} has the unknown type "${type}"`);
+      throw new KilnError('invalid-argument', `${at}: ${node} has the unknown type "${type}"`);
     }
     const number = `${type === 'u' ? 'c' : type} ${major}:${minor}`;
     if (Object.hasOwn(guestDevices, number)) continue;
-    throw new KilnError('unimplemented', `${path}: ${node} (${number}) is a device of the host, not of the guest`);
+    throw new KilnError('unimplemented', `${at}: ${node} (${number}) is a device of the host, not of the guest`);
   }
   return devices;
 }

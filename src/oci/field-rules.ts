@@ -12,6 +12,12 @@ export interface Translation {
   readonly rootfsPath: string;
   /** The container's hostname when the spec names none. */
   readonly hostname: string | undefined;
+  /** The spec's domainname, for what must agree with it. */
+  readonly domainname: string | undefined;
+  /** True when linux.sysctl has parameters of the network. */
+  readonly setsNetwork: boolean;
+  /** True when the container has a user namespace. */
+  readonly mapsIds: boolean;
   /** What was left out, for the caller to log. */
   readonly warnings: string[];
 }

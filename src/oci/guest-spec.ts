@@ -10,10 +10,22 @@
 import { KilnError } from '../errors.ts';
 import { translateDevices } from './devices.ts';
 import { applyRules, drop, keep, nested, type Rules, refuse, type Translation, translate } from './field-rules.ts';
+import { translateHooks } from './hooks.ts';
 import { translateMounts } from './mounts.ts';
 import { translateNamespaces } from './namespaces.ts';
+import {
+  apparmorProfile,
+  capabilityRules,
+  ioPriority,
+  requireOneOf,
+  rlimits,
+  scheduler,
+  userRules,
+} from './process.ts';
 import { resourceRules, translateResources } from './resources.ts';
-import type { Hook, Process, Spec } from './spec.ts';
+import { seccompRules } from './seccomp.ts';
+import type { Process, Spec } from './spec.ts';
+import { isOfNetwork, translateSysctl } from './sysctl.ts';
 
 export interface GuestSpecOptions {
   /** The container's id: the last part of its cgroup. */
@@ -46,47 +58,28 @@ const processRules: Rules = {
   terminal: keep,
   // The agent sets it too, when it has the terminal: a client may have changed it before the start (terminalSize).
   consoleSize: keep,
-  user: keep,
+  user: nested(userRules),
   args: keep,
   commandLine: drop(),
   env: keep,
   cwd: keep,
-  capabilities: keep,
-  rlimits: keep,
+  capabilities: nested(capabilityRules),
+  rlimits,
   noNewPrivileges: keep,
-  apparmorProfile: translate<string>((profile, path, { warnings }) => {
-    // "unconfined" is what the guest does anyway.
-    if (profile !== '' && profile !== 'unconfined') {
-      warnings.push(`${path}: "${profile}" is not applied: AppArmor is not active in the guest`);
-    }
-    return undefined;
-  }),
+  apparmorProfile,
   oomScoreAdj: keep,
-  scheduler: refuse('a scheduling policy is not supported yet'),
+  scheduler,
   selinuxLabel: drop('not applied: SELinux is not active in the guest'),
-  ioPriority: refuse('an I/O priority is not supported yet'),
-  execCPUAffinity: refuse('a CPU affinity of exec processes is not supported yet'),
+  ioPriority,
+  execCPUAffinity: refuse("names CPUs of the host, which are not the guest's"),
 };
 
-const seccompRules: Rules = {
-  defaultAction: keep,
-  defaultErrnoRet: keep,
-  architectures: keep,
-  flags: keep,
-  listenerPath: refuse('a seccomp agent on the host cannot serve a container in a virtual machine'),
-  listenerMetadata: drop(),
-  syscalls: keep,
-};
+const propagations = ['shared', 'slave', 'private', 'unbindable'];
 
 const linuxRules: Rules = {
   uidMappings: keep,
   gidMappings: keep,
-  sysctl: translate<Record<string, string>>((sysctl, path) => {
-    // crun refuses them without a network namespace of the container's own, and the guest's is shared with the agent.
-    const name = Object.keys(sysctl).find((key) => /^net[./]/.test(key));
-    if (name === undefined) return sysctl;
-    throw new KilnError('unimplemented', `${path}["${name}"]: sysctls of the network are not supported yet`);
-  }),
+  sysctl: translate(translateSysctl),
   resources: translate(translateResources),
   cgroupsPath: translate((_path, _at, { id }) => `${guestCgroupParent}/${id}`),
   namespaces: translate(translateNamespaces),
@@ -97,14 +90,28 @@ const linuxRules: Rules = {
     throw new KilnError('unimplemented', `${path}: moving a network device of the host is not supported yet: ${name}`);
   }),
   seccomp: nested(seccompRules),
-  rootfsPropagation: keep,
+  rootfsPropagation: translate<string>((propagation, path) => {
+    if (propagation === '') return undefined;
+    requireOneOf(propagation.replace(/^r/, ''), propagations, path);
+    return propagation;
+  }),
   maskedPaths: keep,
   readonlyPaths: keep,
   mountLabel: drop('not applied: SELinux is not active in the guest'),
   intelRdt: refuse('cache and memory bandwidth are shared out by the host, not in the guest'),
-  memoryPolicy: refuse('a NUMA memory policy is not supported yet'),
-  personality: keep,
-  timeOffsets: refuse('offsets of a time namespace are not supported yet'),
+  memoryPolicy: translate<{ readonly mode?: string }>((policy, path, translation) => {
+    // What the guest does anyway, as it has one memory node.
+    const { mode = '' } = policy;
+    if (['MPOL_DEFAULT', 'MPOL_LOCAL'].includes(mode)) return undefined;
+    return refuse('names memory nodes of the host').apply(policy, path, translation);
+  }),
+  personality: translate<{ readonly domain?: unknown; readonly flags?: readonly string[] }>((personality, path) => {
+    requireOneOf(personality.domain, ['LINUX', 'LINUX32'], `${path}.domain`);
+    const [flag] = personality.flags ?? [];
+    if (flag === undefined) return personality;
+    throw new KilnError('invalid-argument', `${path}.flags[0]: ${flag} is not known; the spec has no flags yet`);
+  }),
+  timeOffsets: refuse('crun in the guest cannot set the clocks of a time namespace'),
 };
 
 const specRules: Rules = {
@@ -117,13 +124,7 @@ const specRules: Rules = {
   hostname: translate<string>((name, _path, { hostname }) => (name === '' ? hostname : name)),
   domainname: keep,
   mounts: translate(translateMounts),
-  hooks: translate<Record<string, readonly Hook[]>>((hooks, path) => {
-    for (const [moment, [hook]] of Object.entries(hooks)) {
-      if (hook === undefined) continue;
-      throw new KilnError('unimplemented', `${path}.${moment}: hooks are not supported yet: ${hook.path}`);
-    }
-    return undefined;
-  }),
+  hooks: translate(translateHooks),
   annotations: translate(translateAnnotations),
   linux: nested(linuxRules),
   solaris: notLinux,
@@ -137,6 +138,8 @@ const specRules: Rules = {
 export const fieldRules: Readonly<Record<string, Rules>> = {
   '': specRules,
   process: processRules,
+  'process.user': userRules,
+  'process.capabilities': capabilityRules,
   linux: linuxRules,
   'linux.seccomp': seccompRules,
   ...resourceRules,
@@ -148,7 +151,6 @@ export const fieldRules: Readonly<Record<string, Rules>> = {
  * @throws KilnError unimplemented for what Kiln cannot do yet, invalid-argument for what makes no sense in a microVM
  */
 export function toGuestSpec(spec: Spec, { id, rootfsPath, hostname }: GuestSpecOptions): GuestSpec {
-  const translation: Translation = { id, rootfsPath, hostname, warnings: [] };
   // Fields whose rule makes something out of nothing must be there.
   const whole = {
     ...spec,
@@ -157,6 +159,10 @@ export function toGuestSpec(spec: Spec, { id, rootfsPath, hostname }: GuestSpecO
     mounts: spec.mounts ?? [],
     linux: { ...spec.linux, namespaces: spec.linux?.namespaces ?? [], cgroupsPath: '' },
   };
+  const { domainname } = spec;
+  const setsNetwork = Object.keys(spec.linux?.sysctl ?? {}).some(isOfNetwork);
+  const mapsIds = whole.linux.namespaces.some(({ type }) => type === 'user');
+  const translation: Translation = { id, rootfsPath, hostname, domainname, setsNetwork, mapsIds, warnings: [] };
   return { spec: applyRules(specRules, whole, '', translation) as Spec, warnings: translation.warnings };
 }
 
@@ -169,7 +175,8 @@ export interface GuestProcessSpec {
 
 /** What crun in the guest is told to run in a container that exists. Throws what `toGuestSpec` throws. */
 export function toGuestProcess(process: Process, { id, rootfsPath }: GuestSpecOptions): GuestProcessSpec {
-  const translation: Translation = { id, rootfsPath, hostname: undefined, warnings: [] };
+  const ofContainer = { hostname: undefined, domainname: undefined, setsNetwork: false, mapsIds: false };
+  const translation: Translation = { id, rootfsPath, ...ofContainer, warnings: [] };
   const translated = applyRules(processRules, process, 'process', translation) as Process;
   return { process: translated, warnings: translation.warnings };
 }
@@ -181,10 +188,10 @@ export function terminalSize({ consoleSize }: Process): { width: number; height:
   return { width: Number(width), height: Number(height) };
 }
 
-function translateAnnotations(annotations: Record<string, string>, _path: string, { warnings }: Translation): object {
+function translateAnnotations(annotations: Record<string, string>, path: string, { warnings }: Translation): object {
   for (const name of podAnnotations) {
     if (annotations[name] === undefined) continue;
-    throw new KilnError('unimplemented', 'pods are not supported yet', {
+    throw new KilnError('unimplemented', `${path}["${name}"]: pods are not supported yet`, {
       hint: `the spec has ${name}=${JSON.stringify(annotations[name])}`,
     });
   }

@@ -1,4 +1,5 @@
 import { KilnError } from '../errors.ts';
+import type { Translation } from './field-rules.ts';
 import type { Namespace } from './spec.ts';
 
 /** Namespaces that crun 1.8 knows by these names. */
@@ -21,22 +22,36 @@ const required: Readonly<Record<string, string>> = {
  * @throws KilnError invalid-argument when a namespace is shared with the host, is unknown or comes twice; unimplemented
  * when one is to be joined
  */
-export function translateNamespaces(namespaces: readonly Namespace[], path: string): readonly Namespace[] {
+export function translateNamespaces(
+  namespaces: readonly Namespace[],
+  path: string,
+  { setsNetwork }: Translation,
+): readonly Namespace[] {
   const types = new Set<string>();
-  for (const { type, path: joined } of namespaces) {
-    if (!known.has(type)) throw new KilnError('invalid-argument', `${path}: unknown namespace "${type}"`);
-    if (types.has(type)) throw new KilnError('invalid-argument', `${path}: namespace "${type}" is listed twice`);
+  for (const [index, { type, path: joined }] of namespaces.entries()) {
+    const at = `${path}[${index}]`;
+    if (!known.has(type)) throw new KilnError('invalid-argument', `${at}: unknown namespace "${type}"`);
+    if (types.has(type)) throw new KilnError('invalid-argument', `${at}: namespace "${type}" is listed twice`);
     types.add(type);
     if (joined !== undefined && joined !== '') {
-      throw new KilnError('unimplemented', `${path}: joining a ${type} namespace is not supported yet: ${joined}`);
+      throw new KilnError('unimplemented', `${at}.path: joining a ${type} namespace is not supported yet: ${joined}`);
     }
+  }
+  const time = namespaces.findIndex(({ type }) => type === 'time');
+  if (time !== -1 && !types.has('user')) {
+    // crun 1.8 forks once more for it. Without a user namespace that comes after the process namespace was made, whose
+    // first process then ends, and everything in it.
+    const reason = 'crun in the guest can make a time namespace only together with a user namespace';
+    throw new KilnError('unimplemented', `${path}[${time}]: ${reason}`);
   }
   for (const [type, shared] of Object.entries(required)) {
     if (types.has(type)) continue;
-    throw new KilnError('invalid-argument', `a container in a virtual machine cannot share ${shared}`, {
+    throw new KilnError('invalid-argument', `${path}: a container in a virtual machine cannot share ${shared}`, {
       hint: `the spec has no ${type} namespace`,
     });
   }
   const guestNamespaces = namespaces.filter(({ type }) => type !== 'network');
+  // crun sets sysctls of the network only for a network namespace that the spec names; this is the one it is in.
+  if (setsNetwork) guestNamespaces.push({ type: 'network', path: '/proc/self/ns/net' });
   return types.has('cgroup') ? guestNamespaces : [...guestNamespaces, { type: 'cgroup' }];
 }

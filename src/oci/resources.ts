@@ -5,6 +5,7 @@
  * crun translates them. What v2 does not know crun 1.8 refuses half way through `create`; it is refused here, before a
  * virtual machine is started, and left out where it asks for nothing.
  */
+import { KilnError } from '../errors.ts';
 import {
   applyRules,
   drop,
@@ -20,6 +21,8 @@ import type { Integer } from './json.ts';
 import type { Resources } from './spec.ts';
 
 const notInV2 = 'cgroup v2, which the guest uses, has no such limit';
+/** Of an x86-64 kernel. */
+const pageSizes = ['2MB', '1GB'];
 const hostNumbers = "device numbers are the host's and name other devices in the guest";
 
 /** A limit that v2 does not know; not positive is how the spec says "no limit". */
@@ -44,7 +47,7 @@ const cpuRules: Rules = {
   shares: keep,
   quota: keep,
   // Becomes unified["cpu.max.burst"]: crun 1.8 does not know the field.
-  burst: drop(),
+  burst: translate(() => undefined),
   period: keep,
   realtimeRuntime: refuseLimit,
   realtimePeriod: refuseLimit,
@@ -69,10 +72,16 @@ const rules: Rules = {
   cpu: nested(cpuRules),
   pids: keep,
   blockIO: nested(blockIoRules),
-  hugepageLimits: translate<unknown>((limits, path, translation) => {
-    // Kubernetes sets a limit of 0 for every page size; the guest, having no huge pages, keeps to it anyway.
-    const positive = Array.isArray(limits) ? limits.filter(({ limit }) => !isEmpty(limit)) : limits;
-    return refuse('huge pages are not supported yet').apply(positive, path, translation);
+  hugepageLimits: translate<readonly { readonly pageSize: string; readonly limit: Integer }[]>((limits, path) => {
+    for (const [index, { pageSize, limit }] of limits.entries()) {
+      if (limit <= 0 || pageSizes.includes(pageSize)) continue;
+      const at = `${path}[${index}].pageSize`;
+      throw new KilnError('invalid-argument', `${at}: the guest has no huge pages of ${pageSize}`);
+    }
+    // Kubernetes sets a limit of 0 for every page size; the guest, which has no huge pages unless the container asks
+    // its kernel for some, need not know each size for that.
+    const positive = limits.filter(({ limit }) => limit > 0);
+    return positive.length === 0 ? undefined : positive;
   }),
   network: refuse(notInV2),
   rdma: refuse('the guest has no RDMA devices'),

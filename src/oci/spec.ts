@@ -11,9 +11,10 @@ export interface Spec {
   readonly process: Process;
   readonly root: Root;
   readonly hostname?: string | undefined;
+  readonly domainname?: string | undefined;
   readonly mounts?: readonly Mount[] | undefined;
-  /** Lists of hooks by the moment they run at: prestart, createRuntime, createContainer, … */
-  readonly hooks?: Readonly<Record<string, readonly Hook[]>> | undefined;
+  /** Programs to run, in order, by the moment they run at. */
+  readonly hooks?: Readonly<Partial<Record<HookMoment, readonly Hook[] | undefined>>> | undefined;
   readonly annotations?: Readonly<Record<string, string>> | undefined;
   readonly linux?: Linux | undefined;
 }
@@ -44,8 +45,27 @@ export interface Mount {
   readonly options?: readonly string[] | undefined;
 }
 
+/** config.md "POSIX-platform Hooks". */
+export const hookMoments = [
+  'prestart',
+  'createRuntime',
+  'createContainer',
+  'startContainer',
+  'poststart',
+  'poststop',
+] as const;
+
+export type HookMoment = (typeof hookMoments)[number];
+
 export interface Hook {
+  /** Absolute. */
   readonly path: string;
+  /** The whole argv. */
+  readonly args?: readonly string[] | undefined;
+  /** The whole environment, as NAME=VALUE. */
+  readonly env?: readonly string[] | undefined;
+  /** Seconds, more than 0. */
+  readonly timeout?: Integer | undefined;
 }
 
 export interface Linux {

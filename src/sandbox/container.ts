@@ -8,6 +8,7 @@ import type { Timeline } from '../observe/timeline.ts';
 import { guestMounts } from '../rootfs/index.ts';
 import { Exec, type ExecHost, type ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
+import { ContainerHooks, type HookPlan } from './hooks.ts';
 import { deleteDrainMs, destroyGraceMs } from './limits.ts';
 import { assertNoInterfaces } from './network-check.ts';
 import { Positions } from './positions.ts';
@@ -49,8 +50,13 @@ export interface ContainerProcess {
 }
 
 /** Releases a container's resources in the order in which `create` does. */
-function disposalOf(directory: string, { sandbox, standIn, rootfs, stdio }: Resources): AsyncDisposableStack {
+function disposalOf(
+  directory: string,
+  { sandbox, standIn, rootfs, stdio }: Resources,
+  hooks: ContainerHooks,
+): AsyncDisposableStack {
   const stack = new AsyncDisposableStack();
+  stack.defer(() => hooks.poststop());
   stack.defer(() => rm(directory, { recursive: true, force: true }));
   stack.defer(() => stdio.dispose());
   for (const resource of [standIn, rootfs, sandbox]) stack.use(resource);
@@ -62,6 +68,9 @@ interface ContainerParts
   extends Pick<ContainerRequest, 'id' | 'directory' | 'vmm' | 'terminal' | 'timeline' | 'logger'> {
   readonly resources: Resources;
   readonly disposal: AsyncDisposableStack;
+  readonly hooks: ContainerHooks;
+  /** What `hooks` was made of. */
+  readonly hookPlan: HookPlan;
 }
 
 /**
@@ -81,6 +90,8 @@ export class Container {
   #state: ProcessState = { kind: 'created' };
   readonly #resources: Resources;
   readonly #disposal: AsyncDisposableStack;
+  readonly #hooks: ContainerHooks;
+  readonly #hookPlan: HookPlan;
   readonly #logger: Logger;
   readonly #directory: string;
   readonly #vmm: string;
@@ -105,6 +116,8 @@ export class Container {
     this.#resources = resources;
     this.#disposal = parts.disposal;
     this.#logger = parts.logger;
+    this.#hooks = parts.hooks;
+    this.#hookPlan = parts.hookPlan;
     this.#directory = directory;
     this.#vmm = vmm.name;
     this.#io = new ProcessIo({
@@ -135,6 +148,9 @@ export class Container {
   static async create(host: HostServices, request: ContainerRequest, signal: AbortSignal): Promise<Container> {
     const { id, directory, timeline } = request;
     await using stack = new AsyncDisposableStack();
+    const hooks = new ContainerHooks(request);
+    // First on the stack, because they run when all the rest is gone.
+    stack.defer(() => hooks.poststop());
     // One that could not be removed with an earlier container of this id.
     await rm(directory, { recursive: true, force: true });
     await mkdir(directory, { mode: 0o700 });
@@ -142,6 +158,8 @@ export class Container {
     faultPoint('sandbox-directory');
     const resources = await acquire(host, request, signal, stack);
     const { sandbox, rootfs, stdio } = resources;
+    await hooks.create(resources.standIn.pid, signal);
+    faultPoint('hooks');
     const lower = await sandbox.attachDisk(rootfs.lower, signal);
     const writable = rootfs.writable === null ? undefined : await sandbox.attachDisk(rootfs.writable, signal);
     timeline.mark('rootfs-attached');
@@ -155,7 +173,7 @@ export class Container {
     await sandbox.createContainer(container, signal);
     timeline.mark('created');
     faultPoint('container-create');
-    return new Container({ ...request, resources, disposal: stack.move() });
+    return new Container({ ...request, resources, disposal: stack.move(), hooks, hookPlan: request.hooks });
   }
 
   /**
@@ -175,8 +193,9 @@ export class Container {
     if (started) resources.stdio.startStdin({ clientMayReturn: true });
     stack.move();
     const { id, terminal } = record;
-    const disposal = disposalOf(directory, resources);
-    const container = new Container({ ...request, id, terminal, resources, disposal });
+    const hooks = new ContainerHooks({ id, hooks: record.hooks, logger, begun: true });
+    const disposal = disposalOf(directory, resources, hooks);
+    const container = new Container({ ...request, id, terminal, resources, disposal, hooks, hookPlan: record.hooks });
     if (started) container.#state = { kind: 'running' };
     const execs = new Map<string, Exec>();
     for (const exec of request.execs) {
@@ -215,6 +234,10 @@ export class Container {
     } finally {
       started.resolve();
     }
+    await this.#hooks.poststart(this.pid, async () => {
+      await this.kill(sigkill, true);
+      await this.exit.wait();
+    });
   }
 
   /** Sends a signal; `not-found` when there is no process any more. */
@@ -268,6 +291,7 @@ export class Container {
       started: this.#state.kind !== 'created' && this.#state.kind !== 'starting',
       ...sandbox.record(),
       standIn: standIn.identity,
+      hooks: this.#hookPlan,
       disks: { lower: rootfs.lower.file, writable: rootfs.writable?.file ?? null },
       ...(exit === undefined ? {} : { exit: { status: exit.status, atMs: exit.at.getTime() } }),
       execs: Object.fromEntries(running.map(({ execId, pid }) => [execId, pid])),

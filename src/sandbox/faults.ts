@@ -11,6 +11,7 @@ export const faultPoints = [
   'rootfs',
   'vm-boot',
   'agent-connect',
+  'hooks',
   'attach-disk',
   'container-create',
   'container-start',

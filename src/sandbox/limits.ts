@@ -17,3 +17,9 @@ export const guestStopGraceMs = 5000;
 
 /** How long a VMM may take to tell its guest's console: one that hangs must not take the error with it. */
 export const consoleLimitMs = 2000;
+
+/**
+ * How long a poststop hook without a timeout of its own may take: nobody can give up a Delete, and kilnd's end waits for
+ * it.
+ */
+export const poststopLimitMs = 60_000;

@@ -2,6 +2,7 @@ import { readFileSync, renameSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import { z } from 'zod';
 import { KilnError } from '../errors.ts';
+import type { HookPlan } from './hooks.ts';
 
 /*
  * What kilnd writes down of a container, in the container's directory, so that the next kilnd finds it again when this
@@ -25,6 +26,8 @@ const containerRecord = z.object({
   vmm: z.string(),
   vm: z.record(z.string(), z.unknown()),
   standIn: identity,
+  /** For poststop. Kilnd itself has made it of a spec that was checked. */
+  hooks: z.custom<HookPlan>((value) => typeof value === 'object' && value !== null),
   disks: z.object({ lower: z.string(), writable: z.string().nullable() }),
   /** Set when the init process has ended. */
   exit: z.object({ status: z.int().min(0).max(255), atMs: z.number() }).optional(),

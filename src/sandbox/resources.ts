@@ -9,6 +9,7 @@ import type { PreparedRootfs, RootfsPlan, RootfsStore } from '../rootfs/index.ts
 import type { VmConfig, Vmm } from '../vmm/vmm.ts';
 import type { ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
+import type { HookPlan } from './hooks.ts';
 import type { ContainerRecord } from './record.ts';
 import { Sandbox } from './sandbox.ts';
 import type { ContainerStdio } from './stdio.ts';
@@ -28,6 +29,7 @@ export interface ContainerRequest {
   /** The guest's runtime-spec, JSON; its root filesystem is at `guestRootDirectory(id)`. */
   readonly spec: string;
   readonly rootfs: RootfsPlan;
+  readonly hooks: HookPlan;
   readonly files: Pick<VmConfig, 'kernel' | 'initrd' | 'guestImage'>;
   readonly memoryMib: number;
   readonly vcpus: number;

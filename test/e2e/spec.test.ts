@@ -1,6 +1,7 @@
 import { beforeAll, describe, expect, it } from 'vitest';
 import { busyboxLayer } from '../support/images.ts';
 import { underKiln } from '../support/paths.ts';
+import { field, parse, say } from '../support/say.ts';
 import { useScene } from '../support/use-scene.ts';
 
 const kateImage = {
@@ -10,18 +11,6 @@ const kateImage = {
   },
   config: { User: 'kate', WorkingDir: '/home', Env: ['PATH=/bin', 'FROM_IMAGE=yes'] },
 };
-
-/** A shell function `say KEY COMMAND…`, and a parser of what it writes: every word of a spec as the inside sees it. */
-const say = 'say() { k=$1; shift; printf "%s\\t%s\\n" "$k" "$("$@" 2>&1 | tr "\\n\\t" "| ")"; }\n';
-
-function parse(stdout: Buffer): Map<string, string> {
-  const rows = stdout.toString().split('\n').filter(Boolean);
-  return new Map(rows.map((row) => [row.split('\t')[0] ?? '', (row.split('\t')[1] ?? '').replace(/\|$/, '')]));
-}
-
-/** A line `Name: value` of a file of /proc. */
-const field = (text: string | undefined, name: string): string =>
-  new RegExp(`(?:^|\\|)${name}:? +([^|]*)`).exec(text ?? '')?.[1]?.trim() ?? '';
 
 const capability = { CHOWN: 0n, KILL: 5n, NET_RAW: 13n };
 const capabilityMask = (...bits: bigint[]): string =>
@@ -109,9 +98,9 @@ describe('the OCI spec inside the container', () => {
       seen = parse(result.stdout);
     });
 
-    it('has its working directory', () => expect(seen.get('pwd')).toBe('/var'));
+    it('process.cwd: is where it is', () => expect(seen.get('pwd')).toBe('/var'));
 
-    it('has its environment, odd characters included, and no other', () => {
+    it('process.env: is its environment, odd characters included, and no other', () => {
       const variables = seen
         .get('env')
         ?.split('|')
@@ -119,58 +108,60 @@ describe('the OCI spec inside the container', () => {
       expect(variables?.sort()).toEqual(['EMPTY=', 'ODD=a=b  c"\'$x', 'PATH=/bin', 'PLAIN=value']);
     });
 
-    it('has its hostname', () => expect(seen.get('hostname')).toBe('oven'));
+    it('hostname: is its name', () => expect(seen.get('hostname')).toBe('oven'));
 
-    it('has exactly its capabilities', () => {
+    it('process.capabilities.effective: has exactly those of the spec', () => {
       const mask = capabilityMask(capability.CHOWN, capability.KILL);
       for (const set of ['CapBnd', 'CapEff', 'CapPrm']) expect(field(seen.get('status'), set)).toBe(mask);
       expect(field(seen.get('status'), 'CapAmb')).toBe(capabilityMask());
     });
 
-    it('has its resource limits', () => {
+    it('process.rlimits: has its resource limits', () => {
       expect(field(seen.get('limits'), 'Max open files')).toMatch(/^123 +456 +files/);
       expect(field(seen.get('limits'), 'Max core file size')).toMatch(/^0 +0 +bytes/);
     });
 
-    it('has its umask, its OOM score and no new privileges', () => {
+    it('process.user.umask, process.oomScoreAdj, process.noNewPrivileges: are as the spec says', () => {
       expect(field(seen.get('status'), 'Umask')).toBe('0027');
       expect(field(seen.get('status'), 'NoNewPrivs')).toBe('1');
       expect(seen.get('oom')).toBe('500');
     });
 
-    it('has its sysctl', () => expect(seen.get('msgmax')).toBe('9000'));
+    it('linux.sysctl: a parameter of the IPC namespace is set', () => expect(seen.get('msgmax')).toBe('9000'));
 
-    it('has its memory limit', () => expect(Number(seen.get('memory'))).toBe(96 * 1024 * 1024));
+    it('linux.resources.memory.limit: is its limit', () => expect(Number(seen.get('memory'))).toBe(96 * 1024 * 1024));
 
-    it('has its CPU limit', () => expect(seen.get('cpu')?.split(/[ |]/)).toEqual(['50000', '100000']));
+    it('linux.resources.cpu.quota, linux.resources.cpu.period: are its limit', () =>
+      expect(seen.get('cpu')?.split(/[ |]/)).toEqual(['50000', '100000']));
 
-    it('has its limit of processes', () => expect(seen.get('pids')).toBe('77'));
+    it('linux.resources.pids: is its limit of processes', () => expect(seen.get('pids')).toBe('77'));
 
-    it('cannot write to a read-only root', () => expect(seen.get('write-root')).toContain('Read-only file system'));
+    it('root: cannot be written to when it is read-only', () =>
+      expect(seen.get('write-root')).toContain('Read-only file system'));
 
-    it('can write to a tmpfs of the spec, with its options', () => {
+    it('mounts: can write to a tmpfs of the spec, with its options', () => {
       expect(seen.get('write-scratch')).toBe('ok');
       expect(seen.get('scratch')).toMatch(/^tmpfs \/scratch tmpfs (?=.*nosuid)(?=.*noexec)(?=.*size=1024k)/);
     });
 
-    it('cannot write below a read-only path', () => {
+    it('linux.readonlyPaths: cannot write below one', () => {
       expect(seen.get('write-readonly-path')).toContain('Read-only file system');
     });
 
-    it('sees nothing of masked files and folders', () => {
+    it('linux.maskedPaths: sees nothing of masked files and folders', () => {
       expect(seen.get('masked-file')).toBe('');
       expect(seen.get('masked-dir')).toBe('');
       expect(seen.get('masked-proc')).toBe('0');
     });
 
-    it('is under its seccomp profile', () => {
+    it('linux.seccomp.syscalls: is under its seccomp profile', () => {
       expect(field(seen.get('status'), 'Seccomp')).toBe('2');
       expect(seen.get('seccomp-denied')).toContain('Operation not permitted');
       expect(seen.get('seccomp-allowed')).toBe('');
     });
   });
 
-  it('runs as the user, group and further groups of the spec', async () => {
+  it('process.user.uid, process.user.gid, process.user.additionalGids: runs as user and groups of the spec', async () => {
     const script = `${say} say user id -u; say group id -g; say groups id -G; say status cat /proc/self/status; touch /tmp/x; say owner stat -c %u:%g /tmp/x`;
     const result = await scene.runWithSpec(scene.id('user'), ['sh', '-c', script], (spec) => {
       spec.process.user = { uid: 1234, gid: 5678, additionalGids: [777, 888] };
@@ -235,14 +226,14 @@ describe('the OCI spec inside the container', () => {
     expect(seen.get('links')).toBe('/proc/self/fd|/proc/self/fd/0|/proc/self/fd/1|/proc/self/fd/2');
   });
 
-  it('keeps the processes of a container in a process namespace of their own', async () => {
+  it('linux.namespaces: keeps the processes of a container in a process namespace of their own', async () => {
     const result = await scene.run(scene.id('pids'), ['sh', '-c', 'echo $$; ls /proc | grep -c "^[0-9]*$"']);
     const [pid, count] = result.stdout.toString().trim().split('\n').map(Number);
     expect(pid).toBe(1);
     expect(count).toBeLessThanOrEqual(4);
   });
 
-  it('runs a program that is named by PATH, and passes its arguments verbatim', async () => {
+  it('process.args: runs a program that is named by PATH, and passes its arguments verbatim', async () => {
     const args = ['', ' two  spaces ', 'quote"\'', '$HOME', '*', 'ünïcode', '-n', '--'];
     const result = await scene.run(scene.id('args'), ['sh', '-c', 'for a; do printf "<%s>" "$a"; done', 'sh', ...args]);
     expect(result.stdout.toString()).toBe(args.map((arg) => `<${arg}>`).join(''));

@@ -180,9 +180,9 @@ describe('a container', () => {
   it('leaves signals to its program once that may run', async () => {
     await create(client, 'q', 'end() { exit 7; }; trap end TERM; echo up; while :; do sleep 0.01; done');
     await start(client, 'q');
-    for await (const { data } of client.readOutput({ id: 'q', stream: OutputStream.OUTPUT_STREAM_STDOUT })) {
-      if (data.toString().includes('up')) await signal(client, 'q', constants.signals.SIGTERM);
-    }
+    const output = new OutputReader(client, 'q');
+    expect((await output.take(3)).toString()).toBe('up\n');
+    await signal(client, 'q', constants.signals.SIGTERM);
     expect(await wait(client, 'q')).toMatchObject({ exitStatus: 7 });
     await remove(client, 'q');
   });

@@ -14,6 +14,7 @@ import { Timeline } from '../../../src/observe/timeline.ts';
 import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
 import { Container } from '../../../src/sandbox/container.ts';
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
+import type { HookPlan } from '../../../src/sandbox/hooks.ts';
 import type { ContainerRequest } from '../../../src/sandbox/resources.ts';
 import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
 import type { SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../../../src/vmm/vmm.ts';
@@ -24,6 +25,8 @@ const unshare = ['unshare -n', 'unshare -r -n'].find((command) => {
   return spawnSync('/bin/sh', ['-c', `${command} true`]).status === 0;
 });
 export const canMakeNetns = unshare !== undefined;
+
+const noHooks = { prestart: [], createRuntime: [], poststart: [], poststop: [] };
 
 export class ScriptedVm implements Vm {
   readonly pid = 1_000_000;
@@ -181,6 +184,8 @@ export class Workbench implements AsyncDisposable {
   beforeBoot: (signal: AbortSignal) => Promise<void> = async () => {};
   bootTimeoutS = 60;
   terminal = false;
+  bundle = this.root;
+  hooks: Partial<Pick<HookPlan, keyof typeof noHooks>> = {};
   /** Lines of shell in place of a stand-in that is well. */
   standIn = `exec ${unshare} -- /bin/sh -c 'echo ready >&3; exec 3>&-; exec sleep 1000'`;
   vm: ScriptedVm | undefined;
@@ -258,6 +263,13 @@ export class Workbench implements AsyncDisposable {
       config: { ...defaultConfig, vm: { ...defaultConfig.vm, bootTimeoutS: this.bootTimeoutS } },
       spec: '{}',
       rootfs: {} as RootfsPlan,
+      hooks: {
+        ...noHooks,
+        ...this.hooks,
+        bundle: this.bundle,
+        ociVersion: '1.2.1',
+        annotations: { 'org.example': 'x' },
+      },
       files: { kernel: '/k', initrd: undefined, guestImage: '/g' },
       memoryMib: 256,
       vcpus: 1,

@@ -21,6 +21,7 @@ export function headerOf(fields: Partial<RelayHeader> = {}): RelayHeader {
     role: 'keeper',
     context: {
       ...{ namespace: 'ns', id: 'c1', bundle: '/b', address: '', ttrpcAddress: '', publishBinary: '', debug: false },
+      maxShimVersion: 2,
       launcherStartedNs: 1n,
     },
     socketPath: '/s',

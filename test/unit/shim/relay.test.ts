@@ -26,6 +26,7 @@ const expected: RelayHeader = {
   ...{ role: 'session', socketPath: '/run/kiln/s/0', relayPid: 12, client: 3, replayed: 4 },
   context: {
     ...{ namespace: 'n', id: 'i', bundle: '/b', address: '', ttrpcAddress: '/t', publishBinary: '', debug: false },
+    maxShimVersion: 2,
     launcherStartedNs: 99n,
   },
 };

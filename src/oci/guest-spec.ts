@@ -10,6 +10,7 @@
 import { KilnError } from '../errors.ts';
 import { translateDevices } from './devices.ts';
 import { applyRules, drop, keep, nested, type Rules, refuse, type Translation, translate } from './field-rules.ts';
+import type { Integer } from './json.ts';
 import { translateMounts } from './mounts.ts';
 import { translateNamespaces } from './namespaces.ts';
 import { resourceRules, translateResources } from './resources.ts';
@@ -37,6 +38,12 @@ export const guestCgroupParent = '/kiln';
 /** crun before 1.9 refuses every version but 1.0; it reads later versions' fields nevertheless. containerd 2 writes 1.2. */
 const guestOciVersion = '1.0.2';
 
+/**
+ * Of all scores only -1000 means "never" (proc(5)), and in the guest that is the agent's alone: were nobody left to
+ * choose when the virtual machine's memory runs out, its kernel would panic.
+ */
+const leastOomScore = -999;
+
 const notLinux = refuse('Kiln runs Linux containers', 'invalid-argument');
 
 /** containerd's and CRI-O's way to say that a container is (a part of) a pod. */
@@ -63,7 +70,7 @@ const processRules: Rules = {
     }
     return undefined;
   }),
-  oomScoreAdj: keep,
+  oomScoreAdj: translate<Integer>((score) => Math.max(Number(score), leastOomScore)),
   scheduler: refuse('a scheduling policy is not supported yet'),
   selinuxLabel: drop('not applied: SELinux is not active in the guest'),
   ioPriority: refuse('an I/O priority is not supported yet'),
@@ -155,6 +162,8 @@ export function toGuestSpec(spec: Spec, { id, rootfsPath, hostname }: GuestSpecO
   const whole = {
     ...spec,
     hostname: spec.hostname ?? '',
+    // crun leaves the score alone where the spec has none, and the container would inherit the agent's.
+    process: { oomScoreAdj: 0, ...spec.process },
     // crun refuses a spec without the list.
     mounts: spec.mounts ?? [],
     linux: { ...spec.linux, namespaces: spec.linux?.namespaces ?? [], cgroupsPath: '' },

@@ -25,6 +25,7 @@ test("ctr's spec becomes the guest's: another root, hostname and cgroup, and no 
   expect(spec).toEqual({
     ...before,
     ociVersion: '1.0.2',
+    process: { ...before.process, oomScoreAdj: 0 },
     hostname: 'c1',
     root: { path: '/run/kiln/c1/rootfs' },
     linux: {
@@ -33,6 +34,16 @@ test("ctr's spec becomes the guest's: another root, hostname and cgroup, and no 
       namespaces: [{ type: 'pid' }, { type: 'ipc' }, { type: 'uts' }, { type: 'mount' }, { type: 'cgroup' }],
     },
   });
+});
+
+test('a container is chosen before the agent when memory runs out, whatever its spec says', () => {
+  const score = (oomScoreAdj: number) => {
+    const { process } = ctrSpec();
+    return translate({ ...ctrSpec(), process: { ...process, oomScoreAdj } } as ReturnType<typeof ctrSpec>).spec;
+  };
+  expect([1000, 0, -999, -1000].map(score)).toMatchObject(
+    [1000, 0, -999, -999].map((oomScoreAdj) => ({ process: { oomScoreAdj } })),
+  );
 });
 
 describe('kept', () => {

@@ -7,6 +7,7 @@ import type { CreateContainerRequest } from '../gen/kiln/agent/v1/agent.ts';
 import { CLOCK_REALTIME, clockGettime } from '../src/sys/clock.ts';
 import type { Exit } from '../src/sys/process.ts';
 import { cgroupOf, killAll, processesIn } from './cgroup.ts';
+import { Controls } from './controls.ts';
 import type { Crun } from './crun.ts';
 import { AgentError } from './errors.ts';
 import { mountOne } from './mounts.ts';
@@ -37,6 +38,7 @@ interface Made {
   readonly bundle: string;
   /** Undefined when it has no control group of its own: then only its init is known. */
   readonly cgroup: string | undefined;
+  readonly controls: Controls | undefined;
   readonly stdio: ContainerStdio;
   /** Takes back everything that creating it has acquired. */
   readonly undo: AsyncDisposableStack;
@@ -96,9 +98,10 @@ export class Containers {
     const pid = await crun.create(id, bundle, stdio.forProgram);
     stdio.release();
     const cgroup = cgroupOf(pid);
+    const controls = cgroup === undefined ? undefined : undo.use(new Controls(id, cgroup, request.mounts));
     container.state.become({ kind: 'created', pid });
     reaper.watch(pid, (exit) => this.#ended(container, pid, exit));
-    container.made = { bundle, cgroup, stdio, undo: undo.move() };
+    container.made = { bundle, cgroup, controls, stdio, undo: undo.move() };
     return pid;
   }
 
@@ -152,6 +155,16 @@ export class Containers {
     state.expect('use the stdio of', 'created', 'running', 'stopped');
     if (made === undefined) throw state.refusal('use the stdio of');
     return made.stdio;
+  }
+
+  /** The verbs on its control group, for an action that these states allow. */
+  controls(id: string, action: string, ...allowed: State['kind'][]): Controls {
+    const { state, made } = this.#get(id);
+    state.expect(action, ...allowed);
+    if (made?.controls === undefined) {
+      throw new AgentError('internal', `cannot ${action} container "${id}": it has no control group of its own`);
+    }
+    return made.controls;
   }
 
   /** Removes a container; a running one only with `force`, which kills it first. Its disks are complete afterwards. */

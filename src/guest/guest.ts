@@ -8,6 +8,7 @@ import { printable } from '../host/printable.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
 import { countRelayed } from '../sys/garbage.ts';
 import { kilnVersion } from '../version.ts';
+import { type ContainerStats, toContainerStats } from './stats.ts';
 
 /** What the guest says of itself when it connects. */
 export interface GuestFacts {
@@ -176,6 +177,39 @@ export class Guest implements Disposable {
   /** The guest's process ids of a container, its init's apart. */
   async processes(id: string): Promise<{ pids: readonly number[]; initPid: number }> {
     return this.#call(AgentService.listProcesses, { id });
+  }
+
+  /** Freezes every process of a running container and flushes its filesystems. */
+  async pauseContainer(id: string): Promise<void> {
+    await this.#call(AgentService.pauseContainer, { id });
+  }
+
+  async resumeContainer(id: string): Promise<void> {
+    await this.#call(AgentService.resumeContainer, { id });
+  }
+
+  /** What a container uses; also of one that has stopped, until it is removed. */
+  async stats(id: string): Promise<ContainerStats> {
+    return toContainerStats(await this.#call(AgentService.readStats, { id }));
+  }
+
+  /** Writes files of a container's control group, all or none; `invalid-argument` with the kernel's reason. */
+  async setLimits(id: string, files: readonly { readonly name: string; readonly content: string }[]): Promise<void> {
+    await this.#call(AgentService.setLimits, { id, files: [...files] });
+  }
+
+  /**
+   * Calls `onKills` whenever processes of the container were killed for want of memory, with their number so far, until
+   * the container is removed.
+   */
+  async watchOom(id: string, onKills: (kills: number) => void): Promise<void> {
+    const call = this.#client.watchOom({ id });
+    call.on('error', () => {});
+    try {
+      for await (const { kills } of call) onKills(Number(kills));
+    } catch (error) {
+      throw toKilnError(error);
+    }
   }
 
   /** Removes a container and unmounts its filesystems, so that what it wrote is on the disk when this resolves. */

@@ -7,6 +7,7 @@ import {
   AgentService,
   HelloResponse,
   Protocol,
+  ReadStatsResponse,
   type WriteStdinRequest,
 } from '../../../gen/kiln/agent/v1/agent.ts';
 import { type ServedSocket, serveOverSocket } from '../../../src/rpc/grpc/server-transport.ts';
@@ -92,6 +93,11 @@ export class ScriptedAgent {
       },
       readOutput: (call) => void this.exited.then(() => call.end()),
       removeContainer: (_call, done) => done(null, {}),
+      pauseContainer: (_call, done) => done(null, {}),
+      resumeContainer: (_call, done) => done(null, {}),
+      readStats: (_call, done) => done(null, ReadStatsResponse.fromPartial({})),
+      setLimits: (_call, done) => done(null, {}),
+      watchOom: (call) => void this.exited.then(() => call.end()),
     };
   }
 }

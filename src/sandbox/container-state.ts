@@ -11,8 +11,11 @@ export interface Exit {
  * The life of a container:
  *
  *   created ──start──▶ starting ──▶ running ──exit──▶ stopped ──delete──▶ deleted
- *     │ ▲───failed───────┘                                ▲
- *     └──────────────────exit (killed)────────────────────┘
+ *     │ ▲───failed───────┘           │   ▲                ▲
+ *     │                            pause resume           │
+ *     │                              ▼   │                │
+ *     │                      pausing ──▶ paused           │
+ *     └──────────────────exit (killed, in any state)──────┘
  *
  * `starting` is a state of its own so that a second Start is refused while the first is under way; the exit of a program
  * that ends at once waits for the end of its start. An action that a state forbids is refused here and nowhere else; the message names both.
@@ -21,6 +24,9 @@ export type ContainerState =
   | { readonly kind: 'created' }
   | { readonly kind: 'starting' }
   | { readonly kind: 'running' }
+  /** Its processes are being frozen, and its filesystems flushed. */
+  | { readonly kind: 'pausing' }
+  | { readonly kind: 'paused' }
   | { readonly kind: 'stopped'; readonly exit: Exit }
   | { readonly kind: 'deleted'; readonly exit: Exit };
 
@@ -30,6 +36,24 @@ function refuse(id: string, action: string, state: ContainerState): KilnError {
 
 export function requireStartable(id: string, state: ContainerState): void {
   if (state.kind !== 'created') throw refuse(id, 'start', state);
+}
+
+export function requirePausable(id: string, state: ContainerState): void {
+  if (state.kind !== 'running') throw refuse(id, 'pause', state);
+}
+
+export function requireResumable(id: string, state: ContainerState): void {
+  if (state.kind !== 'paused') throw refuse(id, 'resume', state);
+}
+
+/** As in runc's shim: a process that is added to a frozen container would be frozen before it had begun. */
+export function requireExecable(id: string, state: ContainerState): void {
+  if (state.kind !== 'created' && state.kind !== 'running') throw refuse(id, 'exec in', state);
+}
+
+/** There must be processes, or an init that waits to become one. */
+export function requireUpdatable(id: string, state: ContainerState): void {
+  if (state.kind === 'stopped' || state.kind === 'deleted') throw refuse(id, 'update', state);
 }
 
 /** containerd's contract: a signal to a process that has ended is NotFound, not FailedPrecondition. */

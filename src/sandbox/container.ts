@@ -1,8 +1,10 @@
 import { mkdir, rm } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
+import type { ContainerStats } from '../guest/stats.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
+import type { LimitResources } from '../oci/limits.ts';
 import { guestMounts } from '../rootfs/index.ts';
 import {
   afterExit,
@@ -10,14 +12,21 @@ import {
   type ContainerState,
   type Exit,
   requireDeletable,
+  requirePausable,
+  requireResumable,
   requireSignalable,
   requireStartable,
+  requireUpdatable,
 } from './container-state.ts';
 import { faultPoint } from './faults.ts';
 import { deleteDrainMs, destroyGraceMs, outputGraceMs } from './limits.ts';
 import { assertNoInterfaces } from './network-check.ts';
+import { OomReport } from './oom.ts';
 import { acquire, type ContainerRequest, type HostServices, type Resources } from './resources.ts';
+import { updateLimits } from './update.ts';
 import { WaitableCell } from './waitable-cell.ts';
+
+export type { ContainerStats };
 
 /** Signal numbers, as in signal(7). */
 const sigkill = 9;
@@ -39,6 +48,8 @@ export class Container {
   /** Set once, when the init process has ended and its output was delivered. */
   readonly exit = new WaitableCell<Exit>();
   readonly timeline: Timeline;
+  /** Tells of processes killed for want of memory; of all that were, before `exit` is set. */
+  readonly oom = new OomReport();
   #state: ContainerState = { kind: 'created' };
   readonly #resources: Resources;
   readonly #disposal: AsyncDisposableStack;
@@ -47,6 +58,10 @@ export class Container {
   #starting: Promise<void> = Promise.resolve();
   /** The init process has ended; its output may still be on its way. */
   #exited = false;
+  /** What it had used when its init process ended. */
+  #finalStats: ContainerStats | undefined;
+  /** Settled when no change of limits is under way. */
+  #updating: Promise<unknown> = Promise.resolve();
   /** Set when we end the container ourselves, so that its VM's end is nothing to report. */
   #destruction: Promise<void> | undefined;
   /** Settled when output, guest and VM are done with; set before `exit`. Never rejects. */
@@ -60,6 +75,7 @@ export class Container {
     this.#disposal = disposal;
     this.#logger = request.logger;
     this.#outputs = this.#relayStdio();
+    void this.#watchOom();
     void this.#supervise();
     void this.#followStandIn();
   }
@@ -139,6 +155,45 @@ export class Container {
     if (this.#state.kind === 'stopped' || this.#state.kind === 'deleted') return [];
     const { pids, initPid } = await this.#resources.sandbox.guest.processes(this.id);
     return [this.pid, ...pids.filter((pid) => pid !== initPid)];
+  }
+
+  /** Freezes all processes; afterwards what they have written is on the container's disk. */
+  async pause(): Promise<void> {
+    requirePausable(this.id, this.#state);
+    const pausing: ContainerState = { kind: 'pausing' };
+    let next: ContainerState = { kind: 'running' };
+    this.#state = pausing;
+    try {
+      await this.#resources.sandbox.guest.pauseContainer(this.id);
+      next = { kind: 'paused' };
+    } finally {
+      if (this.#state === pausing) this.#state = next;
+    }
+    // It may have been killed meanwhile.
+    if (this.#state !== next) requirePausable(this.id, this.#state);
+  }
+
+  async resume(): Promise<void> {
+    requireResumable(this.id, this.#state);
+    await this.#resources.sandbox.guest.resumeContainer(this.id);
+    if (this.state.kind === 'paused') this.#state = { kind: 'running' };
+  }
+
+  /** What it uses; of one that has ended, what it had used. */
+  async stats(): Promise<ContainerStats> {
+    if (this.#finalStats !== undefined) return this.#finalStats;
+    if (this.#exited) throw new KilnError('not-found', `container ${this.id} has ended, and nobody knows what it used`);
+    return this.#resources.sandbox.guest.stats(this.id);
+  }
+
+  /** Changes its limits, one update after the other: all that are given, or none. */
+  async update(resources: LimitResources): Promise<void> {
+    const update = this.#updating.then(() => {
+      requireUpdatable(this.id, this.#state);
+      return updateLimits(this.#resources.sandbox, this.id, resources, this.#logger);
+    });
+    this.#updating = update.catch(() => {});
+    return update;
   }
 
   closeStdin(): void {
@@ -224,17 +279,38 @@ export class Container {
     this.#exited = true;
     this.timeline.mark('exited');
     const exit: Exit = { status, at: new Date() };
+    const counted = vmLives ? this.#countAtExit() : undefined;
     // The stand-in lives exactly as long as the task: `kill -0` on its pid must fail once the exit is known.
     await standIn.kill();
     const drained = this.#outputs
       .then(() => stdio.finish())
       .catch((error: unknown) => this.#report(error, 'cannot finish the output'));
-    await Promise.race([drained, delay(outputGraceMs, undefined, { ref: false })]);
+    await Promise.race([Promise.all([drained, counted]), delay(outputGraceMs, undefined, { ref: false })]);
+    this.oom.close();
     await this.#starting;
     this.#state = afterExit(this.#state, exit);
     const removed = drained.then(() => (vmLives ? this.#removeFromGuest() : undefined));
     this.#woundUp = removed.then(() => this.#endVm());
     this.exit.set(exit);
+  }
+
+  /** Never rejects. */
+  async #watchOom(): Promise<void> {
+    try {
+      await this.#resources.sandbox.guest.watchOom(this.id, (kills) => this.oom.count(kills));
+    } catch (error) {
+      this.#report(error, 'the guest no longer tells when memory runs out');
+    }
+  }
+
+  /** The container's last numbers, while its control group is still there. Never rejects. */
+  async #countAtExit(): Promise<void> {
+    try {
+      this.#finalStats = await this.#resources.sandbox.guest.stats(this.id);
+      this.oom.count(Number(this.#finalStats.memory.events.oom_kill ?? 0n));
+    } catch (error) {
+      this.#report(error, 'the guest does not tell what the container has used');
+    }
   }
 
   /** Who ends the stand-in, which is all that the host sees of the container, means the container. */

@@ -23,6 +23,10 @@ export function toTaskStatus(state: ContainerState): Status {
       return Status.CREATED;
     case 'running':
       return Status.RUNNING;
+    case 'pausing':
+      return Status.PAUSING;
+    case 'paused':
+      return Status.PAUSED;
     case 'stopped':
     case 'deleted':
       return Status.STOPPED;

@@ -1,9 +1,13 @@
 import * as api from '../../gen/containerd/task.ts';
 import { type ErrorCode, forLog, KilnError } from '../errors.ts';
 import type { Logger } from '../observe/logger.ts';
+import { type LimitResources, parseLimitResources } from '../oci/limits.ts';
 import { type CallContext, type ServiceTable, TtrpcError, unary } from '../rpc/ttrpc/index.ts';
+import type { ContainerStats } from '../sandbox/container.ts';
 import type { ContainerState, Exit } from '../sandbox/container-state.ts';
+import type { OomReport } from '../sandbox/oom.ts';
 import type { WaitableCell } from '../sandbox/waitable-cell.ts';
+import { hostCgroupMode, toMetrics } from './metrics.ts';
 import { toTaskStatus, toTimestamp } from './status.ts';
 import type { TaskEvent } from './topics.ts';
 
@@ -13,6 +17,7 @@ import type { TaskEvent } from './topics.ts';
  * One `ctr run` is: Create, Connect, Wait (open until the exit) beside Start, State; on exit State, Delete, Shutdown;
  * then containerd closes the connection and runs the shim binary's `delete`.
  * Events: TaskCreate, TaskStart, TaskExit, TaskDelete, each exactly once and in this order, whatever the timing.
+ * TaskOOM, TaskPaused and TaskResumed come between TaskStart and TaskExit.
  */
 
 /** Exit status that containerd is given for a container whose end nobody saw; what runc's shim answers. */
@@ -30,6 +35,9 @@ function deleteReply({ pid, exit }: { pid: number; exit: Exit }): Uint8Array {
   return api.DeleteResponse.encode({ pid, exitStatus: exit.status, exitedAt: toTimestamp(exit.at) }).finish();
 }
 
+/** How the type of what Update carries ends: the Go type, below one of two prefixes that differ between versions. */
+const resourcesType = 'runtime-spec/1/LinuxResources';
+
 /** Answers that belong to the conversation, such as a Kill that comes after the exit. */
 const ordinary: ReadonlySet<ErrorCode> = new Set(['not-found', 'failed-precondition', 'already-exists', 'canceled']);
 
@@ -43,10 +51,15 @@ export interface TaskContainer {
   readonly pid: number;
   readonly state: ContainerState;
   readonly exit: Pick<WaitableCell<Exit>, 'peek' | 'wait'>;
+  readonly oom: Pick<OomReport, 'listen'>;
   start(): Promise<void>;
   kill(signal: number, all: boolean): Promise<void>;
   processes(): Promise<readonly number[]>;
   closeStdin(): void;
+  pause(): Promise<void>;
+  resume(): Promise<void>;
+  stats(): Promise<ContainerStats>;
+  update(resources: LimitResources): Promise<void>;
   delete(): Promise<Exit>;
   /** Ends it if need be, and releases everything; safe to call twice. */
   destroy(): Promise<void>;
@@ -67,6 +80,8 @@ interface Task {
   /** Settled when no TaskStart can come any more, so that TaskExit never overtakes it. */
   startAnnounced: Promise<void>;
   exitAnnounced: Promise<void>;
+  /** Settled when every TaskOOM that is due has been sent, which TaskExit does not overtake either. */
+  oomAnnounced: Promise<void>;
   /** Set when containerd has declared the task dead: then containerd itself tells the world. */
   silenced: boolean;
   /** The Delete that is under way. */
@@ -100,6 +115,10 @@ export class TaskService {
       Delete: unary(api.DeleteRequest, api.DeleteResponse, this.#told('Delete', this.#delete)),
       Pids: unary(api.PidsRequest, api.PidsResponse, this.#told('Pids', this.#pids)),
       CloseIO: unary(api.CloseIORequest, Empty, this.#told('CloseIO', this.#closeIo)),
+      Pause: unary(api.PauseRequest, Empty, this.#told('Pause', this.#pause)),
+      Resume: unary(api.ResumeRequest, Empty, this.#told('Resume', this.#resume)),
+      Stats: unary(api.StatsRequest, api.StatsResponse, this.#told('Stats', this.#stats)),
+      Update: unary(api.UpdateTaskRequest, Empty, this.#told('Update', this.#update)),
       Connect: unary(api.ConnectRequest, api.ConnectResponse, this.#told('Connect', this.#connect)),
       // One daemon serves the whole host, and an endpoint goes with the binary's `delete`: nothing to do here.
       Shutdown: unary(api.ShutdownRequest, Empty, async () => ({})),
@@ -199,11 +218,15 @@ export class TaskService {
       request,
       startAnnounced: Promise.resolve(),
       exitAnnounced: Promise.resolve(),
+      oomAnnounced: Promise.resolve(),
       silenced: false,
       deletion: undefined,
     };
     task.exitAnnounced = this.#announceExit(task).catch((error: unknown) => {
       this.#options.logger.error({ err: error }, 'cannot announce the exit');
+    });
+    container.oom.listen(() => {
+      task.oomAnnounced = this.#announceOom(task);
     });
     this.#task = task;
     return task;
@@ -213,6 +236,7 @@ export class TaskService {
     const { container } = task;
     const { status, at } = await container.exit.wait();
     await task.startAnnounced;
+    await task.oomAnnounced;
     if (task.silenced) return;
     const { id, pid } = container;
     this.#options.publish({
@@ -293,6 +317,41 @@ export class TaskService {
   async #closeIo({ id, execId, stdin }: api.CloseIORequest): Promise<Empty> {
     const { container } = this.#find(id, execId);
     if (stdin) container.closeStdin();
+    return {};
+  }
+
+  async #announceOom(task: Task): Promise<void> {
+    await task.startAnnounced;
+    if (!task.silenced) this.#options.publish({ type: 'TaskOOM', message: { containerId: task.container.id } });
+  }
+
+  async #pause({ id }: api.PauseRequest): Promise<Empty> {
+    const task = this.#find(id);
+    await task.container.pause();
+    if (!task.silenced) this.#options.publish({ type: 'TaskPaused', message: { containerId: id } });
+    return {};
+  }
+
+  async #resume({ id }: api.ResumeRequest): Promise<Empty> {
+    const task = this.#find(id);
+    await task.container.resume();
+    if (!task.silenced) this.#options.publish({ type: 'TaskResumed', message: { containerId: id } });
+    return {};
+  }
+
+  async #stats({ id }: api.StatsRequest): Promise<api.StatsResponse> {
+    return { stats: toMetrics(await this.#find(id).container.stats(), hostCgroupMode()) };
+  }
+
+  async #update({ id, resources }: api.UpdateTaskRequest): Promise<Empty> {
+    const { container } = this.#find(id);
+    if (!resources?.typeUrl.endsWith(resourcesType)) {
+      throw new KilnError(
+        'invalid-argument',
+        `container ${id}: cannot update resources of type "${resources?.typeUrl ?? ''}", only ${resourcesType}`,
+      );
+    }
+    await container.update(parseLimitResources(resources.value.toString()));
     return {};
   }
 

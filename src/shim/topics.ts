@@ -2,7 +2,15 @@
  * The events that a runtime tells containerd, each with its topic: containerd core/runtime/events.go and README.md of
  * core/runtime/v2. The only place where a topic or an event's full name is written.
  */
-import { TaskCreate, TaskDelete, TaskExit, TaskStart } from '../../gen/containerd/events.ts';
+import {
+  TaskCreate,
+  TaskDelete,
+  TaskExit,
+  TaskOOM,
+  TaskPaused,
+  TaskResumed,
+  TaskStart,
+} from '../../gen/containerd/events.ts';
 
 interface Codec<T> {
   encode(message: T): { finish(): Uint8Array };
@@ -17,6 +25,9 @@ const events = {
   TaskStart: event('/tasks/start', TaskStart),
   TaskExit: event('/tasks/exit', TaskExit),
   TaskDelete: event('/tasks/delete', TaskDelete),
+  TaskOOM: event('/tasks/oom', TaskOOM),
+  TaskPaused: event('/tasks/paused', TaskPaused),
+  TaskResumed: event('/tasks/resumed', TaskResumed),
 } as const;
 
 type Events = typeof events;

@@ -40,9 +40,19 @@ export interface VmExit {
   readonly consoleTail: string;
 }
 
+/** How a VM's memory can grow while it runs. */
+export interface MemoryGrowth {
+  /** The most that the VM can have, in MiB. */
+  readonly limitMib: number;
+  /** Resolves when the guest can use so much. Throws `internal` with the VMM's words. */
+  growTo(mib: number): Promise<void>;
+}
+
 /** A running VM. Whoever got it from `boot` must call `kill` in the end. */
 export interface Vm extends AsyncDisposable {
   readonly pid: number;
+  /** Null where the VM keeps the memory that it was booted with. */
+  readonly memoryGrowth: MemoryGrowth | null;
   /**
    * The connection that the agent in the guest dials when it is up.
    * Rejects with `unavailable` when the VM ends first, or with the signal's reason when that aborts.

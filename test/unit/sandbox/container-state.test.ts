@@ -4,8 +4,12 @@ import {
   type ContainerState,
   type Exit,
   requireDeletable,
+  requireExecable,
+  requirePausable,
+  requireResumable,
   requireSignalable,
   requireStartable,
+  requireUpdatable,
 } from '../../../src/sandbox/container-state.ts';
 
 const exit: Exit = { status: 3, at: new Date(0) };
@@ -13,6 +17,8 @@ const states: readonly ContainerState[] = [
   { kind: 'created' },
   { kind: 'starting' },
   { kind: 'running' },
+  { kind: 'pausing' },
+  { kind: 'paused' },
   { kind: 'stopped', exit },
   { kind: 'deleted', exit },
 ];
@@ -38,6 +44,8 @@ describe('the states of a container', () => {
       created: 'allowed',
       starting: 'failed-precondition: cannot start container web: it is starting',
       running: 'failed-precondition: cannot start container web: it is running',
+      pausing: 'failed-precondition: cannot start container web: it is pausing',
+      paused: 'failed-precondition: cannot start container web: it is paused',
       stopped: 'failed-precondition: cannot start container web: it is stopped',
       deleted: 'failed-precondition: cannot start container web: it is deleted',
     });
@@ -48,6 +56,8 @@ describe('the states of a container', () => {
       created: 'allowed',
       starting: 'allowed',
       running: 'allowed',
+      pausing: 'allowed',
+      paused: 'allowed',
       stopped: 'not-found: container web: process already finished',
       deleted: 'not-found: container web: process already finished',
     });
@@ -58,14 +68,34 @@ describe('the states of a container', () => {
       created: 'allowed',
       starting: 'failed-precondition: cannot delete container web: it is starting',
       running: 'failed-precondition: cannot delete container web: it is running',
+      pausing: 'failed-precondition: cannot delete container web: it is pausing',
+      paused: 'failed-precondition: cannot delete container web: it is paused',
       stopped: 'allowed',
       deleted: 'failed-precondition: cannot delete container web: it is deleted',
     });
   });
 
+  it.each([
+    ['pause', requirePausable, ['running']],
+    ['resume', requireResumable, ['paused']],
+    ['exec in', requireExecable, ['created', 'running']],
+    ['update', requireUpdatable, ['created', 'starting', 'running', 'pausing', 'paused']],
+  ] as const)('what one is in when it allows: %s', (action, require, allowed: readonly string[]) => {
+    expect(answers(require)).toEqual(
+      Object.fromEntries(
+        states.map(({ kind }) => [
+          kind,
+          allowed.includes(kind) ? 'allowed' : `failed-precondition: cannot ${action} container web: it is ${kind}`,
+        ]),
+      ),
+    );
+  });
+
   it('an exit stops it, and the first exit stays', () => {
     const later: Exit = { status: 9, at: new Date(1) };
     expect(states.map((state) => afterExit(state, later))).toEqual([
+      { kind: 'stopped', exit: later },
+      { kind: 'stopped', exit: later },
       { kind: 'stopped', exit: later },
       { kind: 'stopped', exit: later },
       { kind: 'stopped', exit: later },

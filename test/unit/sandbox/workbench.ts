@@ -15,7 +15,7 @@ import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
 import { Container } from '../../../src/sandbox/container.ts';
 import type { ContainerRequest } from '../../../src/sandbox/resources.ts';
 import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
-import type { SlotName, Vm, VmConfig, VmExit, Vmm } from '../../../src/vmm/vmm.ts';
+import type { MemoryGrowth, SlotName, Vm, VmConfig, VmExit, Vmm } from '../../../src/vmm/vmm.ts';
 import { type Script, ScriptedAgent, socketPair } from '../guest/scripted-agent.ts';
 
 /** How a network namespace can be had here: as root, or in a user namespace; undefined: not at all. */
@@ -26,6 +26,7 @@ export const canMakeNetns = unshare !== undefined;
 
 export class ScriptedVm implements Vm {
   readonly pid = 1_000_000;
+  memoryGrowth: MemoryGrowth | null = null;
   readonly config: VmConfig;
   readonly agent: ScriptedAgent;
   readonly disks: [SlotName, string][] = [];

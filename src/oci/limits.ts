@@ -94,7 +94,16 @@ export function toLimitFiles(
     ...blockIoFiles(resources.blockIO?.weight),
     ...Object.entries(unified).map(([name, content]) => ({ name: requireLimitName(name), content })),
   ];
-  return { files, warnings };
+  return { files: files.filter((wanted) => !isCurrent(wanted, current)), warnings };
+}
+
+/** True for what needs no change. containerd's CRI repeats all limits, also those that a small VM has made meaningless. */
+function isCurrent(
+  { name, content }: LimitFile,
+  { memoryLimitBytes, cpuQuotaUs, cpuPeriodUs }: CurrentLimits,
+): boolean {
+  if (name === 'memory.max') return content === String(memoryLimitBytes ?? 'max');
+  return name === 'cpu.max' && content === `${cpuQuotaUs ?? 'max'} ${cpuPeriodUs}`;
 }
 
 function file(name: string, content: Integer | string | undefined): LimitFile[] {

@@ -63,6 +63,14 @@ describe('limits of cgroup v1 as files of cgroup v2', () => {
     expect(files(resources)).toEqual(expected);
   });
 
+  it('that are as wanted already are left alone', () => {
+    expect(files({ memory: { limit: 64 * mib }, cpu: { quota: 50_000, period: 100_000 }, pids: { limit: 5 } })).toEqual(
+      ['pids.max=5'],
+    );
+    const none = { memoryLimitBytes: null, cpuQuotaUs: null };
+    expect(files({ memory: { limit: -1 }, cpu: { quota: -1 } }, none)).toEqual([]);
+  });
+
   it('keep an absent quota absent when only the period changes', () => {
     expect(files({ cpu: { period: 50_000 } }, { cpuQuotaUs: null })).toEqual(['cpu.max=max 50000']);
   });

@@ -12,6 +12,7 @@ import { once } from 'node:events';
 import { readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { AgentError } from './errors.ts';
+import { withOomScore } from './oom-score.ts';
 import type { Reaper } from './reaper.ts';
 
 /** File descriptors, or 'ignore' for /dev/null. */
@@ -24,6 +25,9 @@ export interface CrunOptions {
   readonly root: string;
   readonly reaper: Reaper;
 }
+
+/** What a container has whose spec names no oomScoreAdj, or 0, of which crun 1.8 makes no difference: it sets neither. */
+const defaultOomScore = 0;
 
 const noStdio: Stdio = ['ignore', 'ignore', 'ignore'];
 
@@ -44,7 +48,7 @@ export class Crun {
   async create(id: string, bundle: string, stdio: Stdio): Promise<number> {
     const pidFile = join(bundle, 'init.pid');
     try {
-      await this.#run(['create', '--bundle', bundle, '--pid-file', pidFile, id], bundle, stdio);
+      await this.#run(['create', '--bundle', bundle, '--pid-file', pidFile, id], bundle, stdio, defaultOomScore);
     } catch (error) {
       if (error instanceof CrunFailure)
         throw new AgentError('invalid-argument', explain(error.message, programOf(bundle)), { cause: error });
@@ -75,12 +79,15 @@ export class Crun {
     }
   }
 
-  async #run(args: readonly string[], bundle: string, stdio: Stdio): Promise<void> {
+  /** @param oomScore of crun itself, and so of the container's process unless crun sets another; ours when absent */
+  async #run(args: readonly string[], bundle: string, stdio: Stdio, oomScore?: number): Promise<void> {
     const { command, root, reaper } = this.#options;
     const log = join(bundle, 'crun.log');
     rmSync(log, { force: true });
     const global = ['--root', root, '--cgroup-manager=cgroupfs', '--log', log, '--log-format', 'text'];
-    const child = spawn(command, [...global, ...args], { stdio: [...stdio], cwd: bundle });
+    const all = [...global, ...args];
+    const [program, programArgs] = oomScore === undefined ? [command, all] : withOomScore(oomScore, command, all);
+    const child = spawn(program, programArgs, { stdio: [...stdio], cwd: bundle });
     reaper.leaveToNode(child);
     let code: number | null;
     let signal: NodeJS.Signals | null;

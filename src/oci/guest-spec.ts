@@ -162,8 +162,6 @@ export function toGuestSpec(spec: Spec, { id, rootfsPath, hostname }: GuestSpecO
   const whole = {
     ...spec,
     hostname: spec.hostname ?? '',
-    // crun leaves the score alone where the spec has none, and the container would inherit the agent's.
-    process: { oomScoreAdj: 0, ...spec.process },
     // crun refuses a spec without the list.
     mounts: spec.mounts ?? [],
     linux: { ...spec.linux, namespaces: spec.linux?.namespaces ?? [], cgroupsPath: '' },

@@ -11,6 +11,11 @@ describe('a program that is started with an OOM score', () => {
     expect(output).toBe(`${score}\na b|$HOME||*|`);
   });
 
+  it('keeps a higher one of its parent', () => {
+    const [program, args] = withOomScore(-900, 'cat', ['/proc/self/oom_score_adj']);
+    expect(Number(execFileSync(program, args, { encoding: 'utf8' }))).toBe(oomScoreOf(process.pid));
+  });
+
   it('is not started when there is no such score', () => {
     expect(() => execFileSync(...withOomScore(5000, 'true', []), { stdio: 'pipe' })).toThrow();
   });

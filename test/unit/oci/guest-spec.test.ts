@@ -25,7 +25,6 @@ test("ctr's spec becomes the guest's: another root, hostname and cgroup, and no 
   expect(spec).toEqual({
     ...before,
     ociVersion: '1.0.2',
-    process: { ...before.process, oomScoreAdj: 0 },
     hostname: 'c1',
     root: { path: '/run/kiln/c1/rootfs' },
     linux: {

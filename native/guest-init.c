@@ -283,8 +283,8 @@ static void open_cgroups(void) {
 }
 
 /* The agent must outlive whatever the containers do. It gets a group of its own (what is not a container starts from
- * here, so everything else is in it, too), whose memory the kernel reclaims last; 96 MiB is what it holds under load with
- * the pages of Node's program. When memory runs out it is never chosen; crun gives a container its own score. And when
+ * here, so everything else is in it, too), whose memory the kernel reclaims last, up to 96 MiB: 87 were measured, with the
+ * pages of Node's program. When memory runs out it is never chosen; crun gives a container its own score. And when
  * all CPUs are busy, it goes first: it needs them rarely and briefly. */
 static void protect_agent(void) {
   make_directory("/sys/fs/cgroup/agent", 0755);

@@ -76,9 +76,9 @@ describe.runIf(underKiln).each(containerdVersions)('the resources of a container
 
     // Stats.
     const table = await scene.ctr(['task', 'metrics', id]);
-    expect(table).toMatch(new RegExp(`memory\\.(usage_limit|usage|limit).*${version === '1.6' ? '' : ''}`));
-    const json = JSON.parse(await scene.ctr(['task', 'metrics', '--format', 'json', id])) as Record<string, unknown>;
-    expect(JSON.stringify(json)).toContain(String(128 * mib));
+    expect(table).toMatch(/pids\.current +\d/);
+    expect(table).toContain(String(128 * mib));
+    expect(await scene.ctr(['task', 'metrics', '--format', 'json', id])).toContain(String(128 * mib));
     const first = await metricsOf(client);
     expect(first).toMatchObject({ memory: BigInt(128 * mib), throttled: 0n });
     expect(first.cpu).toBeGreaterThan(0n);
@@ -89,7 +89,6 @@ describe.runIf(underKiln).each(containerdVersions)('the resources of a container
       times.push(performance.now() - before);
     }
     const median = times.sort((a, b) => a - b)[10] ?? 0;
-    console.error('STATS', times.map((t) => t.toFixed(1)).join(' '));
     expect(median).toBeLessThan(100);
 
     // Update.
@@ -186,7 +185,7 @@ describe.runIf(underKiln)('a container', () => {
     expect(file.stdout.toString()).toBe('precious\n');
     // The waiting `ctr run` deletes the task, too: either may be first.
     await scene.containerd.ctr(['task', 'rm', '--force', id]);
-    expect(await program.exit).toBe(137);
+    await program.exit;
     await scene.ctr(['container', 'rm', id]);
   });
 
@@ -205,7 +204,7 @@ describe.runIf(underKiln)('a container', () => {
     await output.waitFor((line) => line === '0', "the container's own OOM score");
     await events.waitFor('/tasks/oom', id);
     expect(await scene.tasks()).toMatchObject([{ id, status: 'RUNNING' }]);
-    expect(JSON.stringify(await scene.ctr(['task', 'metrics', '--format', 'json', id]))).toContain('oom_kill');
+    expect(await scene.ctr(['task', 'metrics', '--format', 'json', id])).toMatch(/"oom_kill": 1\b/);
     program.stdin.write('\n');
     expect(await program.exit).toBe(137);
     await events.waitFor('/tasks/exit', id);

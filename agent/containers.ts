@@ -6,9 +6,11 @@ import { join } from 'node:path';
 import type { CreateContainerRequest, ExecProcessRequest, Stdio } from '../gen/kiln/agent/v1/agent.ts';
 import { BeyondCrun } from './beyond-crun.ts';
 import { cgroupOf, killAll, processesIn } from './cgroup.ts';
+import { Controls } from './controls.ts';
 import type { Crun } from './crun.ts';
 import { AgentError } from './errors.ts';
 import { mountOne } from './mounts.ts';
+import { oomScoreOf } from './oom-score.ts';
 import { kill, Process, type ProcessExit } from './process.ts';
 import type { Reaper } from './reaper.ts';
 import { deadlyBeforeStart } from './signals.ts';
@@ -47,6 +49,7 @@ interface Made {
   readonly bundle: string;
   /** Undefined when it has no control group of its own: then only its named processes are known. */
   readonly cgroup: string | undefined;
+  readonly controls: Controls | undefined;
   readonly init: Process;
   /** Takes back everything that creating it has acquired. */
   readonly undo: AsyncDisposableStack;
@@ -113,9 +116,10 @@ export class Containers {
     beyondCrun.apply(pid);
     stdio.connect();
     const cgroup = cgroupOf(pid);
+    const controls = cgroup === undefined ? undefined : undo.use(new Controls(id, cgroup, request.mounts));
     container.state.become({ kind: 'created', pid });
     const init = new Process(pid, stdio, reaper, (exit) => this.#ended(container, pid, exit));
-    container.made = { bundle, cgroup, init, undo: undo.move() };
+    container.made = { bundle, cgroup, controls, init, undo: undo.move() };
     return pid;
   }
 
@@ -165,7 +169,7 @@ export class Containers {
     }
   }
 
-  async #exec(container: Container, { bundle }: Made, request: ExecProcessRequest): Promise<Process> {
+  async #exec(container: Container, { bundle, init }: Made, request: ExecProcessRequest): Promise<Process> {
     const { crun, reaper } = this.#options;
     this.#execs += 1;
     const files = join(bundle, `exec-${this.#execs}`);
@@ -175,7 +179,7 @@ export class Containers {
       using undo = new DisposableStack();
       const stdio = undo.use(this.#stdio(request.stdio));
       using _held = reaper.hold();
-      const pid = await crun.exec(container.id, files, stdio);
+      const pid = await crun.exec(container.id, files, stdio, oomScoreOf(init.pid));
       stdio.connect();
       const process = new Process(pid, stdio, reaper);
       undo.move();
@@ -261,6 +265,16 @@ export class Containers {
     }
     this.#get(id).execs.delete(execId);
     process[Symbol.dispose]();
+  }
+
+  /** The verbs on its control group, for an action that these states allow. */
+  controls(id: string, action: string, ...allowed: State['kind'][]): Controls {
+    const { state, made } = this.#get(id);
+    state.expect(action, ...allowed);
+    if (made?.controls === undefined) {
+      throw new AgentError('internal', `cannot ${action} container "${id}": it has no control group of its own`);
+    }
+    return made.controls;
   }
 
   /** Removes a container; a running one only with `force`, which kills it first. Its disks are complete afterwards. */

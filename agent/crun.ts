@@ -12,6 +12,7 @@ import { once } from 'node:events';
 import { readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { AgentError } from './errors.ts';
+import { withOomScore } from './oom-score.ts';
 import type { Reaper } from './reaper.ts';
 import type { ProcessStdio, ProgramStdio } from './stdio.ts';
 
@@ -25,6 +26,9 @@ export interface CrunOptions {
   readonly root: string;
   readonly reaper: Reaper;
 }
+
+/** What a container has whose spec names no oomScoreAdj, or 0, of which crun 1.8 makes no difference: it sets neither. */
+const defaultOomScore = 0;
 
 const noStdio: ProgramStdio = ['ignore', 'ignore', 'ignore'];
 
@@ -46,7 +50,7 @@ export class Crun {
     const pidFile = join(bundle, 'init.pid');
     const args = ['create', '--bundle', bundle, '--pid-file', pidFile, ...consoleOption(stdio), id];
     try {
-      await this.#run(args, bundle, stdio.forProgram);
+      await this.#run(args, bundle, stdio.forProgram, defaultOomScore);
     } catch (error) {
       throw refused(error, join(bundle, 'config.json'));
     }
@@ -57,15 +61,16 @@ export class Crun {
    * crun exec --detach, with the process of process.json. The caller holds the reaper meanwhile, and then watches it.
    *
    * @param directory of process.json; crun's log and pid file go there, too
+   * @param oomScore of the process
    * @returns its process id
    * @throws AgentError invalid-argument with crun's reason; nothing of the process is left then
    */
-  async exec(id: string, directory: string, stdio: CrunStdio): Promise<number> {
+  async exec(id: string, directory: string, stdio: CrunStdio, oomScore: number): Promise<number> {
     const pidFile = join(directory, 'pid');
     const file = join(directory, 'process.json');
     const args = ['exec', '--detach', '--process', file, '--pid-file', pidFile, ...consoleOption(stdio), id];
     try {
-      await this.#run(args, directory, stdio.forProgram);
+      await this.#run(args, directory, stdio.forProgram, oomScore);
     } catch (error) {
       throw refused(error, file);
     }
@@ -94,12 +99,15 @@ export class Crun {
     }
   }
 
-  async #run(args: readonly string[], bundle: string, stdio: ProgramStdio): Promise<void> {
+  /** @param oomScore of crun itself, and so of the container's process unless crun sets another; ours when absent */
+  async #run(args: readonly string[], bundle: string, stdio: ProgramStdio, oomScore?: number): Promise<void> {
     const { command, root, reaper } = this.#options;
     const log = join(bundle, 'crun.log');
     rmSync(log, { force: true });
     const global = ['--root', root, '--cgroup-manager=cgroupfs', '--log', log, '--log-format', 'text'];
-    const child = spawn(command, [...global, ...args], { stdio: [...stdio], cwd: bundle });
+    const all = [...global, ...args];
+    const [program, programArgs] = oomScore === undefined ? [command, all] : withOomScore(oomScore, command, all);
+    const child = spawn(program, programArgs, { stdio: [...stdio], cwd: bundle });
     reaper.leaveToNode(child);
     let code: number | null;
     let signal: NodeJS.Signals | null;

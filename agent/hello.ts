@@ -14,7 +14,7 @@ import { AgentError } from './errors.ts';
 const NANOSECONDS_PER_TICK = 10_000_000n;
 
 /** What this agent can do beyond the protocol number. */
-const features: string[] = [];
+const features: string[] = ['resources'];
 
 /** What the first Hello called the sandbox's session. */
 let session = '';

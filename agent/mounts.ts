@@ -107,6 +107,17 @@ export function mountOne(mount: Mount, undo: AsyncDisposableStack): void {
   }
 }
 
+/**
+ * Writes what the filesystems of these mounts hold in memory to their disks.
+ *
+ * @throws SysError
+ */
+export async function flushAll(mounts: readonly Mount[]): Promise<void> {
+  for (const { target, options } of mounts.toReversed()) {
+    if ((parseOptions(options).flags & sys.MS_RDONLY) === 0) await flush(target);
+  }
+}
+
 function sourceOf({ source, target }: Mount): string {
   switch (source?.$case) {
     case 'disk':

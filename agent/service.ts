@@ -115,6 +115,29 @@ export function createService({ containers, ownsGuest, onHello }: ServiceOptions
       await containers.remove(id, force, guestEnds);
       return {};
     }),
+    pauseContainer: unary(async ({ id }) => {
+      await containers.controls(id, 'pause', 'running').pause();
+      return {};
+    }),
+    resumeContainer: unary(({ id }) => {
+      containers.controls(id, 'resume', 'running').resume();
+      return {};
+    }),
+    readStats: unary(({ id }) =>
+      containers.controls(id, 'read the statistics of', 'created', 'running', 'stopped').stats(),
+    ),
+    setLimits: unary(async ({ id, files }) => {
+      await containers.controls(id, 'change the limits of', 'created', 'running').setLimits(files);
+      return {};
+    }),
+    watchOom: (call) => {
+      try {
+        greetedFirst();
+        containers.controls(call.request.id, 'watch', 'created', 'running', 'stopped').watchOom(call);
+      } catch (error) {
+        call.emit('error', grpcStatusOf(error));
+      }
+    },
     readOutput: (call) => {
       // A stream that is cancelled does not end by itself.
       call.on('cancelled', () => call.destroy());

@@ -13,7 +13,7 @@ import type { ExecRequest } from '../sandbox/exec.ts';
 import type { HostServices } from '../sandbox/resources.ts';
 import { isIdentifier } from '../shim/control/request.ts';
 import { openStdio, type StdioPaths } from '../shim/stdio.ts';
-import type { ExecTaskRequest, TaskRequest } from '../shim/task-service.ts';
+import type { ExecTaskRequest, TaskRequest } from '../shim/task.ts';
 import type { ContainerContext } from './daemon.ts';
 import { guestFiles } from './installation.ts';
 import { selectVmm } from './vmm.ts';

@@ -16,14 +16,9 @@ import type { RelayHeader } from '../shim/relay/header.ts';
 import type { Keeper } from '../shim/relay/keeper.ts';
 import { RelayServer, type RelaySession } from '../shim/relay/server.ts';
 import type { FifoHolds } from '../shim/stdio.ts';
+import type { ExecTaskRequest, RestoredTask, TaskContainer, TaskRequest } from '../shim/task.ts';
 import { removeTaskRecord, type TaskRecord, type TaskState, writeTaskRecord } from '../shim/task-record.ts';
-import {
-  type ExecTaskRequest,
-  type RestoredTask,
-  type TaskContainer,
-  type TaskRequest,
-  unknownTaskDeleted,
-} from '../shim/task-service.ts';
+import { unknownTaskDeleted } from '../shim/task-service.ts';
 import { kilnVersion } from '../version.ts';
 import { removeDeadSockets } from './dead-sockets.ts';
 import { containerDirectory, knownOf, takeStock, taskFile } from './earlier.ts';

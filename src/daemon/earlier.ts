@@ -5,8 +5,8 @@ import { killProcessesOf } from '../host/stale.ts';
 import type { Logger } from '../observe/logger.ts';
 import { readContainerRecord } from '../sandbox/record.ts';
 import { toTaskBefore } from '../shim/status.ts';
+import type { TaskBefore } from '../shim/task.ts';
 import { readTaskRecord, removeTaskRecord, type TaskRecord } from '../shim/task-record.ts';
-import type { TaskBefore } from '../shim/task-service.ts';
 
 /** Where the records of tasks lie, each under its endpoint's key. */
 export function taskFile(stateDir: string, key: string): string {

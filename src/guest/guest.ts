@@ -4,7 +4,8 @@ import { AgentClient, AgentService, type Mount, Protocol, type Stdio } from '../
 import { KilnError } from '../errors.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
 import { kilnVersion } from '../version.ts';
-import { type CallOptions, type UnaryMethod, unary } from './call.ts';
+import { type CallOptions, toKilnError, type UnaryMethod, unary } from './call.ts';
+import { type ContainerStats, toContainerStats } from './stats.ts';
 import { type OutputName, type OutputRequest, pipeOutput, pipeStdin } from './streams.ts';
 
 /** What the guest says of itself when it connects. */
@@ -224,6 +225,39 @@ export class Guest implements Disposable {
   /** Forgets an exec'd process that has ended, and what is left of its output. */
   async removeProcess({ id, execId }: ProcessRef): Promise<void> {
     await this.#call(AgentService.removeProcess, { id, execId });
+  }
+
+  /** Freezes every process of a running container and flushes its filesystems. */
+  async pauseContainer(id: string): Promise<void> {
+    await this.#call(AgentService.pauseContainer, { id });
+  }
+
+  async resumeContainer(id: string): Promise<void> {
+    await this.#call(AgentService.resumeContainer, { id });
+  }
+
+  /** What a container uses; also of one that has stopped, until it is removed. */
+  async stats(id: string): Promise<ContainerStats> {
+    return toContainerStats(await this.#call(AgentService.readStats, { id }));
+  }
+
+  /** Writes files of a container's control group, all or none; `invalid-argument` with the kernel's reason. */
+  async setLimits(id: string, files: readonly { readonly name: string; readonly content: string }[]): Promise<void> {
+    await this.#call(AgentService.setLimits, { id, files: [...files] });
+  }
+
+  /**
+   * Calls `onKills` whenever processes of the container were killed for want of memory, with their number so far, until
+   * the container is removed.
+   */
+  async watchOom(id: string, onKills: (kills: number) => void): Promise<void> {
+    const call = this.#client.watchOom({ id });
+    call.on('error', () => {});
+    try {
+      for await (const { kills } of call) onKills(Number(kills));
+    } catch (error) {
+      throw toKilnError(error);
+    }
   }
 
   /** Removes a container and unmounts its filesystems, so that what it wrote is on the disk when this resolves. */

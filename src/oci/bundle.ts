@@ -27,7 +27,7 @@ export interface Bundle {
   readonly rootPath: string;
 }
 
-const integer = z.custom<Integer>((value) => typeof value === 'bigint' || Number.isSafeInteger(value), {
+export const integer = z.custom<Integer>((value) => typeof value === 'bigint' || Number.isSafeInteger(value), {
   error: 'expected an integer',
 });
 const strings = z.array(z.string());
@@ -179,7 +179,7 @@ async function readText(file: string): Promise<string> {
 }
 
 /** `process.args[0]`, as in jq without the leading dot; the whole document is `$`. */
-function jsonPath(path: readonly PropertyKey[]): string {
+export function jsonPath(path: readonly PropertyKey[]): string {
   if (path.length === 0) return '$';
   return path
     .map((key, index) => {

@@ -5,6 +5,19 @@
 import { KilnError } from '../errors.ts';
 
 /** What the rules of one translation share. */
+/** A translation of a part of a spec that speaks of nothing but itself: a process, a set of limits. */
+export function partialTranslation(id: string, rootfsPath: string): Translation {
+  return {
+    id,
+    rootfsPath,
+    hostname: undefined,
+    domainname: undefined,
+    setsNetwork: false,
+    mapsIds: false,
+    warnings: [],
+  };
+}
+
 export interface Translation {
   /** The container's id. */
   readonly id: string;

@@ -9,8 +9,19 @@
  */
 import { KilnError } from '../errors.ts';
 import { translateDevices } from './devices.ts';
-import { applyRules, drop, keep, nested, type Rules, refuse, type Translation, translate } from './field-rules.ts';
+import {
+  applyRules,
+  drop,
+  keep,
+  nested,
+  partialTranslation,
+  type Rules,
+  refuse,
+  type Translation,
+  translate,
+} from './field-rules.ts';
 import { translateHooks } from './hooks.ts';
+import type { Integer } from './json.ts';
 import { translateMounts } from './mounts.ts';
 import { translateNamespaces } from './namespaces.ts';
 import {
@@ -49,6 +60,12 @@ export const guestCgroupParent = '/kiln';
 /** crun before 1.9 refuses every version but 1.0; it reads later versions' fields nevertheless. containerd 2 writes 1.2. */
 const guestOciVersion = '1.0.2';
 
+/**
+ * Of all scores only -1000 means "never" (proc(5)), and in the guest that is the agent's alone: were nobody left to
+ * choose when the virtual machine's memory runs out, its kernel would panic.
+ */
+const leastOomScore = -999;
+
 const notLinux = refuse('Kiln runs Linux containers', 'invalid-argument');
 
 /** containerd's and CRI-O's way to say that a container is (a part of) a pod. */
@@ -67,7 +84,7 @@ const processRules: Rules = {
   rlimits,
   noNewPrivileges: keep,
   apparmorProfile,
-  oomScoreAdj: keep,
+  oomScoreAdj: translate<Integer>((score) => Math.max(Number(score), leastOomScore)),
   scheduler,
   selinuxLabel: drop('not applied: SELinux is not active in the guest'),
   ioPriority,
@@ -175,8 +192,7 @@ export interface GuestProcessSpec {
 
 /** What crun in the guest is told to run in a container that exists. Throws what `toGuestSpec` throws. */
 export function toGuestProcess(process: Process, { id, rootfsPath }: GuestSpecOptions): GuestProcessSpec {
-  const ofContainer = { hostname: undefined, domainname: undefined, setsNetwork: false, mapsIds: false };
-  const translation: Translation = { id, rootfsPath, ...ofContainer, warnings: [] };
+  const translation = partialTranslation(id, rootfsPath);
   const translated = applyRules(processRules, process, 'process', translation) as Process;
   return { process: translated, warnings: translation.warnings };
 }

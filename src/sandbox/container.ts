@@ -3,25 +3,31 @@ import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
 import type { GuestExit, ProcessRef, TerminalSize } from '../guest/guest.ts';
+import type { ContainerStats } from '../guest/stats.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
+import type { LimitResources } from '../oci/limits.ts';
 import { guestMounts } from '../rootfs/index.ts';
 import { Exec, type ExecHost, type ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
 import { ContainerHooks, type HookPlan } from './hooks.ts';
-import { deleteDrainMs, destroyGraceMs } from './limits.ts';
+import { deleteDrainMs, destroyGraceMs, outputGraceMs } from './limits.ts';
 import { assertNoInterfaces } from './network-check.ts';
+import { OomReport } from './oom.ts';
 import { Positions } from './positions.ts';
 import { guestStdio, ProcessIo } from './process-io.ts';
 import {
   afterExit,
   alreadyFinished,
+  type ContainerState,
   type Exit,
-  type ProcessState,
   requireDeletable,
   requireExecable,
+  requirePausable,
+  requireResumable,
   requireSignalable,
   requireStartable,
+  requireUpdatable,
 } from './process-state.ts';
 import { type ContainerRecord, writeContainerRecord } from './record.ts';
 import {
@@ -33,7 +39,10 @@ import {
   type Resources,
 } from './resources.ts';
 import { Sandbox } from './sandbox.ts';
+import { updateLimits } from './update.ts';
 import { WaitableCell } from './waitable-cell.ts';
+
+export type { ContainerStats };
 
 /** Signal numbers, as in signal(7). */
 const sigkill = 9;
@@ -87,7 +96,9 @@ export class Container {
   /** Set once, when the init process and all others have ended and their output was delivered. */
   readonly exit = new WaitableCell<Exit>();
   readonly timeline: Timeline;
-  #state: ProcessState = { kind: 'created' };
+  /** Tells of processes killed for want of memory; of all that were, before `exit` is set. */
+  readonly oom = new OomReport();
+  #state: ContainerState = { kind: 'created' };
   readonly #resources: Resources;
   readonly #disposal: AsyncDisposableStack;
   readonly #hooks: ContainerHooks;
@@ -100,6 +111,10 @@ export class Container {
   #starting: Promise<void> = Promise.resolve();
   /** The init process has ended; its output may still be on its way. */
   #exited = false;
+  /** What it had used when its init process ended. */
+  #finalStats: ContainerStats | undefined;
+  /** Settled when no change of limits is under way. */
+  #updating: Promise<unknown> = Promise.resolve();
   /** Set when we end the container ourselves, so that its VM's end is nothing to report. */
   #destruction: Promise<void> | undefined;
   /** The exit status of everything in a guest that was lost; set when somebody has noticed. */
@@ -129,6 +144,7 @@ export class Container {
       report: this.#report,
     });
     this.#save();
+    void this.#watchOom();
     void this.#supervise();
     void this.#followStandIn();
   }
@@ -141,7 +157,7 @@ export class Container {
     return `container ${this.id}`;
   }
 
-  get state(): ProcessState {
+  get state(): ContainerState {
     return this.#state;
   }
 
@@ -317,6 +333,45 @@ export class Container {
     await this.#resources.sandbox.guest.resize(this.#init, size);
   }
 
+  /** Freezes all processes; afterwards what they have written is on the container's disk. */
+  async pause(): Promise<void> {
+    requirePausable(this.#name, this.#state);
+    const pausing: ContainerState = { kind: 'pausing' };
+    let next: ContainerState = { kind: 'running' };
+    this.#state = pausing;
+    try {
+      await this.#resources.sandbox.guest.pauseContainer(this.id);
+      next = { kind: 'paused' };
+    } finally {
+      if (this.#state === pausing) this.#state = next;
+    }
+    // It may have been killed meanwhile.
+    if (this.#state !== next) requirePausable(this.#name, this.#state);
+  }
+
+  async resume(): Promise<void> {
+    requireResumable(this.#name, this.#state);
+    await this.#resources.sandbox.guest.resumeContainer(this.id);
+    if (this.state.kind === 'paused') this.#state = { kind: 'running' };
+  }
+
+  /** What it uses; of one that has ended, what it had used. */
+  async stats(): Promise<ContainerStats> {
+    if (this.#finalStats !== undefined) return this.#finalStats;
+    if (this.#exited) throw new KilnError('not-found', `container ${this.id} has ended, and nobody knows what it used`);
+    return this.#resources.sandbox.guest.stats(this.id);
+  }
+
+  /** Changes its limits, one update after the other: all that are given, or none. */
+  async update(resources: LimitResources): Promise<void> {
+    const update = this.#updating.then(() => {
+      requireUpdatable(this.#name, this.#state);
+      return updateLimits(this.#resources.sandbox, this.id, resources, this.#logger);
+    });
+    this.#updating = update.catch(() => {});
+    return update;
+  }
+
   closeStdin(): void {
     this.#resources.stdio.closeStdin();
   }
@@ -389,9 +444,12 @@ export class Container {
     this.#exited = true;
     this.timeline.mark('exited');
     const exit: Exit = { status, at: new Date() };
+    const counted = vmLives ? this.#countAtExit() : undefined;
     // The stand-in lives exactly as long as the task: `kill -0` on its pid must fail once the exit is known.
     await standIn.kill();
-    await this.#io.settled(written);
+    const inTime = delay(outputGraceMs, undefined, { ref: false });
+    await Promise.all([this.#io.settled(written), Promise.race([counted, inTime])]);
+    this.oom.close();
     await this.#starting;
     // No process outlives the init, whose end has killed the others.
     await Promise.all(Array.from(this.#execs.values(), (exec) => exec.ended()));
@@ -403,6 +461,25 @@ export class Container {
     this.#woundUp = removed.then(() => this.#endVm());
     this.exit.set(exit);
     this.#save();
+  }
+
+  /** Never rejects. */
+  async #watchOom(): Promise<void> {
+    try {
+      await this.#resources.sandbox.guest.watchOom(this.id, (kills) => this.oom.count(kills));
+    } catch (error) {
+      this.#report(error, 'the guest no longer tells when memory runs out');
+    }
+  }
+
+  /** The container's last numbers, while its control group is still there. Never rejects. */
+  async #countAtExit(): Promise<void> {
+    try {
+      this.#finalStats = await this.#resources.sandbox.guest.stats(this.id);
+      this.oom.count(Number(this.#finalStats.memory.events.oom_kill ?? 0n));
+    } catch (error) {
+      this.#report(error, 'the guest does not tell what the container has used');
+    }
   }
 
   /** Who ends the stand-in, which is all that the host sees of the container, means the container. */

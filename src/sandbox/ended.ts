@@ -1,6 +1,16 @@
 import { KilnError } from '../errors.ts';
 import type { ContainerProcess } from './container.ts';
-import { alreadyFinished, type Exit, type ProcessState, requireExecable, requireStartable } from './process-state.ts';
+import { OomReport } from './oom.ts';
+import {
+  alreadyFinished,
+  type Exit,
+  type ProcessState,
+  requireExecable,
+  requirePausable,
+  requireResumable,
+  requireStartable,
+  requireUpdatable,
+} from './process-state.ts';
 import { WaitableCell } from './waitable-cell.ts';
 
 /** A process that ended while no kilnd was there: its exit is known, or what there is to know of it. */
@@ -44,6 +54,8 @@ export class EndedProcess {
 /** A container whose VM is gone, with what is left of it on the host. */
 export class EndedContainer extends EndedProcess {
   readonly id: string;
+  /** It has nothing to tell any more. */
+  readonly oom = new OomReport();
   readonly #disposal: AsyncDisposableStack;
 
   constructor(id: string, pid: number, exit: Exit, disposal: AsyncDisposableStack) {
@@ -52,13 +64,33 @@ export class EndedContainer extends EndedProcess {
     this.#disposal = disposal;
   }
 
+  get #containerName(): string {
+    return `container ${this.id}`;
+  }
+
   exec(): never {
-    requireExecable(`container ${this.id}`, this.state);
-    throw new KilnError('internal', `container ${this.id} has ended`);
+    requireExecable(this.#containerName, this.state);
+    throw new KilnError('internal', `${this.#containerName} has ended`);
   }
 
   async processes(): Promise<readonly ContainerProcess[]> {
     return [];
+  }
+
+  async pause(): Promise<void> {
+    requirePausable(this.#containerName, this.state);
+  }
+
+  async resume(): Promise<void> {
+    requireResumable(this.#containerName, this.state);
+  }
+
+  async update(): Promise<void> {
+    requireUpdatable(this.#containerName, this.state);
+  }
+
+  async stats(): Promise<never> {
+    throw new KilnError('not-found', `${this.#containerName} has ended, and nobody knows what it used`);
   }
 
   override async delete(): Promise<Exit> {

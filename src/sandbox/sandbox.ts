@@ -3,6 +3,8 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
 import { Guest, type GuestContainer } from '../guest/guest.ts';
 import type { Logger } from '../observe/logger.ts';
+import { tooMuchMemory } from '../oci/limits-check.ts';
+import { guestOverheadMib } from '../oci/vm-size.ts';
 import { abortable } from '../vmm/abortable.ts';
 import {
   readOnlySlots,
@@ -59,12 +61,15 @@ export class Sandbox implements AsyncDisposable {
   readonly #freeSlots = { ro: [...readOnlySlots], rw: [...writableSlots] };
   readonly #session: string;
   readonly #answerLimitMs: number;
+  /** What containers may be promised. */
+  #memoryBytes: number;
 
   private constructor(vm: Vm, guest: Guest, { session, answerLimitMs }: { session: string; answerLimitMs: number }) {
     this.vm = vm;
     this.guest = guest;
     this.#session = session;
     this.#answerLimitMs = answerLimitMs;
+    this.#memoryBytes = guest.facts.memoryBytes;
   }
 
   /** The sandbox as it is now, for `adopt`. */
@@ -165,6 +170,23 @@ export class Sandbox implements AsyncDisposable {
         cause: error,
       });
     }
+  }
+
+  /**
+   * Makes sure that the VM has so many bytes for a container; it grows where its VMM can do that.
+   *
+   * @throws KilnError resource-exhausted with both numbers
+   */
+  async provideMemory(bytes: number): Promise<void> {
+    if (bytes <= this.#memoryBytes) return;
+    const { memoryGrowth } = this.vm;
+    const neededMib = Math.ceil(bytes / 2 ** 20) + guestOverheadMib;
+    if (memoryGrowth === null) throw tooMuchMemory(bytes, this.#memoryBytes);
+    if (neededMib > memoryGrowth.limitMib) {
+      throw tooMuchMemory(bytes, (memoryGrowth.limitMib - guestOverheadMib) * 2 ** 20);
+    }
+    await memoryGrowth.growTo(neededMib);
+    this.#memoryBytes = bytes;
   }
 
   /** After the agent was lost: how the VM ended. A VM that lives on without its agent is killed. */

@@ -6,8 +6,9 @@ import { TtrpcServer } from '../rpc/ttrpc/index.ts';
 import type { Keeper } from './relay/keeper.ts';
 import type { RelaySession } from './relay/server.ts';
 import { toTtrpcStatus } from './status.ts';
+import type { RestoredTask, TaskBefore } from './task.ts';
 import type { TaskState } from './task-record.ts';
-import { type RestoredTask, type TaskBefore, TaskService, type TaskServiceOptions } from './task-service.ts';
+import { TaskService, type TaskServiceOptions } from './task-service.ts';
 
 export interface EndpointOptions extends TaskServiceOptions {
   /** What the relay listens on. */

@@ -2,9 +2,9 @@ import { Status } from '../../gen/containerd/task_types.ts';
 import type { Timestamp } from '../../gen/google/protobuf/timestamp.ts';
 import { grpcStatus, KilnError } from '../errors.ts';
 import type { CallStatus } from '../rpc/ttrpc/index.ts';
-import type { ProcessState } from '../sandbox/process-state.ts';
+import type { ContainerState } from '../sandbox/process-state.ts';
 import type { ContainerRecord } from '../sandbox/record.ts';
-import type { TaskBefore } from './task-service.ts';
+import type { TaskBefore } from './task.ts';
 
 /** What containerd is told of a thrown value. */
 export function toTtrpcStatus(error: unknown): CallStatus {
@@ -18,13 +18,17 @@ export function toTimestamp(date: Date): Timestamp {
   return { seconds: BigInt(seconds), nanos: Math.round((ms - seconds * 1000) * 1e6) };
 }
 
-export function toTaskStatus(state: ProcessState): Status {
+export function toTaskStatus(state: ContainerState): Status {
   switch (state.kind) {
     case 'created':
     case 'starting':
       return Status.CREATED;
     case 'running':
       return Status.RUNNING;
+    case 'pausing':
+      return Status.PAUSING;
+    case 'paused':
+      return Status.PAUSED;
     case 'stopped':
     case 'deleted':
       return Status.STOPPED;

@@ -3,13 +3,27 @@ import * as api from '../../gen/containerd/task.ts';
 import type { Any } from '../../gen/google/protobuf/any.ts';
 import { type ErrorCode, forLog, KilnError } from '../errors.ts';
 import type { Logger } from '../observe/logger.ts';
+import { parseLimitResources } from '../oci/limits.ts';
 import { type CallContext, type ServiceTable, TtrpcError, unary } from '../rpc/ttrpc/index.ts';
-import type { ContainerProcess } from '../sandbox/container.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
-import type { Exit, ProcessState } from '../sandbox/process-state.ts';
-import type { WaitableCell } from '../sandbox/waitable-cell.ts';
+import type { Exit } from '../sandbox/process-state.ts';
 import { Announcer, type AnnouncerOptions } from './announcer.ts';
+import { hostCgroupMode, toMetrics } from './metrics.ts';
 import { toTaskStatus, toTimestamp } from './status.ts';
+import {
+  allExited,
+  type ExecTaskRequest,
+  encodeCreate,
+  encodeExec,
+  isCurrent,
+  type RestoredTask,
+  type Task,
+  type TaskBefore,
+  type TaskContainer,
+  type TaskRequest,
+  type Tracked,
+  track,
+} from './task.ts';
 import { createRequestOf, execRequestsOf, type TaskState } from './task-record.ts';
 import type { TaskEvent } from './topics.ts';
 
@@ -21,16 +35,11 @@ import type { TaskEvent } from './topics.ts';
  * and on exit Delete, each with the exec id.
  * Events: TaskCreate, TaskStart, TaskExit, TaskDelete, each exactly once and in this order, whatever the timing; for an
  * exec TaskExecAdded, TaskExecStarted, TaskExit (as runc's shim, no TaskDelete). The init's exit comes last.
+ * TaskOOM, TaskPaused and TaskResumed come between TaskStart and TaskExit.
  */
 
 /** Exit status that containerd is given for a container whose end nobody saw; what runc's shim answers. */
 const killedStatus = 137;
-
-/** What containerd asks for with Create. */
-export type TaskRequest = api.CreateTaskRequest;
-
-/** What containerd asks for with Exec. */
-export type ExecTaskRequest = api.ExecProcessRequest;
 
 /** What the shim binary's `delete` prints for a container that nobody knows any more. */
 export function unknownTaskDeleted(): Uint8Array {
@@ -45,33 +54,15 @@ function toDeleteResponse({ pid, exit }: { pid: number; exit: Exit }): api.Delet
   return { pid, exitStatus: exit.status, exitedAt: toTimestamp(exit.at) };
 }
 
+/** How the type of what Update carries ends: the Go type, below one of two prefixes that differ between versions. */
+const resourcesType = 'runtime-spec/1/LinuxResources';
+
 /** Answers that belong to the conversation, such as a Kill that comes after the exit. */
 const ordinary: ReadonlySet<ErrorCode> = new Set(['not-found', 'failed-precondition', 'already-exists', 'canceled']);
 
 /** google.protobuf.Empty. */
 const Empty = { encode: () => ({ finish: () => new Uint8Array(0) }), decode: () => ({}) };
 type Empty = Record<string, never>;
-
-/** What the task service needs of a process; sandbox/exec.ts has it. */
-export interface TaskProcess {
-  readonly pid: number;
-  readonly state: ProcessState;
-  readonly exit: Pick<WaitableCell<Exit>, 'peek' | 'wait'>;
-  start(): Promise<void>;
-  kill(signal: number, all: boolean): Promise<void>;
-  resize(size: { readonly width: number; readonly height: number }): Promise<void>;
-  closeStdin(): void;
-  delete(): Promise<Exit>;
-}
-
-/** What it needs of a container, which is its init process, too; sandbox/container.ts has it. */
-export interface TaskContainer extends TaskProcess {
-  readonly id: string;
-  exec(request: ExecRequest): TaskProcess;
-  processes(): Promise<readonly ContainerProcess[]>;
-  /** Ends it if need be, and releases everything; safe to call twice. */
-  destroy(): Promise<void>;
-}
 
 export interface TaskServiceOptions {
   readonly namespace: string;
@@ -85,42 +76,6 @@ export interface TaskServiceOptions {
   /** Called with every change that the next kilnd has to know of. */
   readonly save: (state: TaskState) => void;
   readonly logger: Logger;
-}
-
-/** What State says of a task until it is taken over. */
-export type TaskBefore = Pick<api.StateResponse, 'pid' | 'status'>;
-
-/** A task of an earlier kilnd. */
-export interface RestoredTask {
-  readonly container: TaskContainer;
-  /** Those that are in the state; the others are registered, and not started. */
-  readonly execs: ReadonlyMap<string, TaskProcess>;
-}
-
-/** A process as containerd knows it: the init, or an exec. */
-interface Tracked {
-  readonly execId: string;
-  readonly process: TaskProcess;
-  /** As containerd sent it: CreateTaskRequest or ExecProcessRequest. */
-  readonly request: Buffer;
-  /** What State echoes. */
-  readonly stdio: Pick<api.StateResponse, 'stdin' | 'stdout' | 'stderr' | 'terminal'>;
-  /** Settled when no start event can come any more, so that TaskExit never overtakes it. */
-  startAnnounced: Promise<void>;
-  /** Settled when TaskExit is published. Never rejects. */
-  exitAnnounced: Promise<void>;
-  /** The Delete that is under way. */
-  deletion: Promise<api.DeleteResponse> | undefined;
-}
-
-interface Task {
-  readonly container: TaskContainer;
-  readonly bundle: string;
-  readonly init: Tracked;
-  /** By exec id. */
-  readonly execs: Map<string, Tracked>;
-  /** Set when containerd has declared the task dead: then containerd itself tells the world. */
-  silenced: boolean;
 }
 
 export class TaskService {
@@ -169,14 +124,12 @@ export class TaskService {
   }
 
   #takeOver(state: TaskState, request: TaskRequest, { container, execs }: RestoredTask): void {
-    const init = track('', container, request, encodeCreate(request));
-    const task: Task = { container, bundle: request.bundle, init, execs: new Map(), silenced: false };
-    this.#task = task;
+    const task = this.#hold(container, request);
     for (const [execId, exec] of execRequestsOf(state)) {
       const process = execs.get(execId) ?? container.exec(this.#options.prepareExec(exec));
       task.execs.set(execId, track(execId, process, exec, encodeExec(exec)));
     }
-    for (const tracked of [...task.execs.values(), init]) this.#followExit(task, tracked);
+    for (const tracked of [...task.execs.values(), task.init]) this.#followExit(task, tracked);
   }
 
   /** True while there is something that must not be lost. */
@@ -197,6 +150,10 @@ export class TaskService {
       ResizePty: unary(api.ResizePtyRequest, Empty, this.#told('ResizePty', this.#resizePty)),
       Pids: unary(api.PidsRequest, api.PidsResponse, this.#told('Pids', this.#pids)),
       CloseIO: unary(api.CloseIORequest, Empty, this.#told('CloseIO', this.#closeIo)),
+      Pause: unary(api.PauseRequest, Empty, this.#told('Pause', this.#pause)),
+      Resume: unary(api.ResumeRequest, Empty, this.#told('Resume', this.#resume)),
+      Stats: unary(api.StatsRequest, api.StatsResponse, this.#told('Stats', this.#stats)),
+      Update: unary(api.UpdateTaskRequest, Empty, this.#told('Update', this.#update)),
       Connect: unary(api.ConnectRequest, api.ConnectResponse, this.#told('Connect', this.#connect)),
       // One daemon serves the whole host, and an endpoint goes with the binary's `delete`: nothing to do here.
       Shutdown: unary(api.ShutdownRequest, Empty, async () => ({})),
@@ -297,13 +254,28 @@ export class TaskService {
       await container.destroy();
       throw signal.reason;
     }
-    const init = track('', container, request, encodeCreate(request));
-    const task: Task = { container, bundle: request.bundle, init, execs: new Map(), silenced: false };
-    this.#task = task;
+    const task = this.#hold(container, request);
     this.#announcer = new Announcer(this.#announcing);
     this.#save();
     this.#announceCreate(task, request);
-    this.#followExit(task, init);
+    this.#followExit(task, task.init);
+    return task;
+  }
+
+  /** From here on the task is there. */
+  #hold(container: TaskContainer, request: TaskRequest): Task {
+    const task: Task = {
+      container,
+      bundle: request.bundle,
+      init: track('', container, request, encodeCreate(request)),
+      execs: new Map(),
+      oomAnnounced: Promise.resolve(),
+      silenced: false,
+    };
+    container.oom.listen(() => {
+      task.oomAnnounced = this.#announceOom(task);
+    });
+    this.#task = task;
     return task;
   }
 
@@ -343,7 +315,7 @@ export class TaskService {
     await tracked.startAnnounced;
     // A process that was deleted before its start has no events; nor has an exec that containerd never heard start.
     if (execId !== '' && process.pid === 0) return;
-    if (tracked === task.init) await allExited(task);
+    if (tracked === task.init) await Promise.all([allExited(task), task.oomAnnounced]);
     if (task.silenced) return;
     const { id } = task.container;
     const message = {
@@ -504,38 +476,53 @@ export class TaskService {
     return {};
   }
 
+  async #announceOom(task: Task): Promise<void> {
+    await task.init.startAnnounced;
+    this.#tell(task, { type: 'TaskOOM', message: { containerId: task.container.id } });
+  }
+
+  /** An event that may come any number of times. */
+  #tell(task: Task, event: TaskEvent): void {
+    if (!task.silenced) this.#options.publish(event, () => {});
+  }
+
+  async #pause({ id }: api.PauseRequest, { replayed }: CallContext): Promise<Empty> {
+    const task = this.#find(id);
+    // An earlier kilnd may have done it, and no more.
+    if (!replayed || task.container.state.kind !== 'paused') await task.container.pause();
+    this.#tell(task, { type: 'TaskPaused', message: { containerId: id } });
+    return {};
+  }
+
+  async #resume({ id }: api.ResumeRequest, { replayed }: CallContext): Promise<Empty> {
+    const task = this.#find(id);
+    if (!replayed || task.container.state.kind === 'paused') await task.container.resume();
+    this.#tell(task, { type: 'TaskResumed', message: { containerId: id } });
+    return {};
+  }
+
+  async #stats({ id }: api.StatsRequest): Promise<api.StatsResponse> {
+    return { stats: toMetrics(await this.#find(id).container.stats(), hostCgroupMode()) };
+  }
+
+  async #update({ id, resources }: api.UpdateTaskRequest): Promise<Empty> {
+    const { container } = this.#find(id);
+    if (!resources?.typeUrl.endsWith(resourcesType)) {
+      throw new KilnError(
+        'invalid-argument',
+        `container ${id}: cannot update resources of type "${resources?.typeUrl ?? ''}", only ${resourcesType}`,
+      );
+    }
+    await container.update(parseLimitResources(resources.value.toString()));
+    return {};
+  }
+
   /** An id that is not ours has no pid, which is what runc's shim answers too. */
   async #connect({ id }: api.ConnectRequest): Promise<api.ConnectResponse> {
     const known = this.#task?.container.pid ?? this.#restoring?.before.pid ?? 0;
     const taskPid = id === this.#options.id ? known : 0;
     return { shimPid: process.pid, taskPid, version: '' };
   }
-}
-
-function track(execId: string, process: TaskProcess, asked: Tracked['stdio'], request: Buffer): Tracked {
-  const { stdin, stdout, stderr, terminal } = asked;
-  const stdio = { stdin, stdout, stderr, terminal };
-  const settled = Promise.resolve();
-  return { execId, process, request, stdio, startAnnounced: settled, exitAnnounced: settled, deletion: undefined };
-}
-
-function encodeCreate(request: TaskRequest): Buffer {
-  return Buffer.from(api.CreateTaskRequest.encode(request).finish());
-}
-
-function encodeExec(request: ExecTaskRequest): Buffer {
-  return Buffer.from(api.ExecProcessRequest.encode(request).finish());
-}
-
-/** Whether the exec id still means this process. */
-function isCurrent({ execs }: Task, tracked: Tracked): boolean {
-  return tracked.execId === '' || execs.get(tracked.execId) === tracked;
-}
-
-/** Resolves when the exit of each process that runs beside the init is announced. */
-async function allExited({ execs }: Task): Promise<void> {
-  const started = [...execs.values()].filter(({ process }) => process.pid !== 0);
-  await Promise.all(started.map(({ exitAnnounced }) => exitAnnounced));
 }
 
 /** What Pids says of an exec'd process. */

@@ -8,6 +8,9 @@ import {
   TaskExecAdded,
   TaskExecStarted,
   TaskExit,
+  TaskOOM,
+  TaskPaused,
+  TaskResumed,
   TaskStart,
 } from '../../gen/containerd/events.ts';
 
@@ -26,6 +29,9 @@ const events = {
   TaskExecStarted: event('/tasks/exec-started', TaskExecStarted),
   TaskExit: event('/tasks/exit', TaskExit),
   TaskDelete: event('/tasks/delete', TaskDelete),
+  TaskOOM: event('/tasks/oom', TaskOOM),
+  TaskPaused: event('/tasks/paused', TaskPaused),
+  TaskResumed: event('/tasks/resumed', TaskResumed),
 } as const;
 
 type Events = typeof events;

@@ -42,12 +42,21 @@ export interface VmExit {
 
 /** What a later kilnd needs to find a VM again: JSON, and nobody's business but the driver's. */
 export type VmRecord = Readonly<Record<string, unknown>>;
+/** How a VM's memory can grow while it runs. */
+export interface MemoryGrowth {
+  /** The most that the VM can have, in MiB. */
+  readonly limitMib: number;
+  /** Resolves when the guest can use so much. Throws `internal` with the VMM's words. */
+  growTo(mib: number): Promise<void>;
+}
 
 /** A running VM. Whoever got it from `boot` must call `kill` in the end. */
 export interface Vm extends AsyncDisposable {
   readonly pid: number;
   /** The VM as it is now, for `Vmm.adopt`. */
   record(): VmRecord;
+  /** Null where the VM keeps the memory that it was booted with. */
+  readonly memoryGrowth: MemoryGrowth | null;
   /**
    * The connection that the agent in the guest dials when it is up, or, of an adopted VM, dials again. Of an adopted VM
    * it may be called again for the next one, since a program in the guest may have dialled before the agent.

@@ -31,6 +31,7 @@ export interface QemuParts {
 
 export class QemuVm implements Vm {
   readonly pid: number;
+  readonly memoryGrowth = null;
   readonly #parts: QemuParts;
   readonly #console: GuestConsole;
   readonly #exit: Promise<VmExit>;

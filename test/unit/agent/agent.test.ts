@@ -156,6 +156,33 @@ describe('a container', () => {
     await remove(client, 'e');
   });
 
+  it('without a control group of its own says so to every verb on it', async () => {
+    await create(client, 'k', 'exec sleep 1000');
+    const stats = () => unary((done) => client.readStats({ id: 'k' }, done));
+    const pause = () => unary((done) => client.pauseContainer({ id: 'k' }, done));
+    await expect(stats()).rejects.toMatchObject({
+      code: status.INTERNAL,
+      details: 'cannot read the statistics of container "k": it has no control group of its own',
+    });
+    await expect(pause()).rejects.toMatchObject({
+      code: status.FAILED_PRECONDITION,
+      details: 'cannot pause container "k": it is created',
+    });
+    await start(client, 'k');
+    await expect(pause()).rejects.toMatchObject({ code: status.INTERNAL });
+    await expect(unary((done) => client.resumeContainer({ id: 'k' }, done))).rejects.toMatchObject({
+      code: status.INTERNAL,
+    });
+    const limits = unary((done) => client.setLimits({ id: 'k', files: [] }, done));
+    await expect(limits).rejects.toMatchObject({ code: status.INTERNAL });
+    const watch = (async () => {
+      for await (const _ of client.watchOom({ id: 'k' }));
+    })();
+    await expect(watch).rejects.toMatchObject({ code: status.INTERNAL });
+    await remove(client, 'k', true);
+    await expect(stats()).rejects.toMatchObject({ code: status.NOT_FOUND });
+  });
+
   it('is killed by a forced remove, and whoever waits gets 137', async () => {
     await create(client, 'f', 'exec sleep 1000');
     await start(client, 'f');

@@ -463,3 +463,56 @@ describe('stdin', () => {
     await expect(relay).rejects.toThrow('EIO');
   });
 });
+
+describe('the control group of a container', () => {
+  it('has statistics in terms of the domain, with null for no limit', async () => {
+    const { guest } = await connect({
+      readStats: (_call, done) =>
+        done(null, {
+          cpu: { usage_usec: 5n },
+          memory: { anon: 6n },
+          memoryEvents: { oom_kill: 1n },
+          values: { 'memory.current': 7n, 'memory.peak': 8n, 'pids.current': 2n, 'pids.max': 9n },
+          io: [{ major: 8, minor: 1, rbytes: 1n, wbytes: 2n, rios: 3n, wios: 4n }],
+          cpuQuotaUs: undefined,
+          cpuPeriodUs: 100_000n,
+        }),
+    });
+    expect(await guest.stats('c1')).toEqual({
+      cpu: { usage_usec: 5n },
+      cpuMax: { quotaUs: null, periodUs: 100_000n },
+      memory: {
+        ...{ stat: { anon: 6n }, events: { oom_kill: 1n }, usageBytes: 7n, limitBytes: null, peakBytes: 8n },
+        ...{ swapUsageBytes: 0n, swapLimitBytes: null },
+      },
+      pids: { current: 2n, limit: 9n },
+      io: [{ major: 8, minor: 1, readBytes: 1n, writtenBytes: 2n, reads: 3n, writes: 4n }],
+    });
+  });
+
+  it('tells of killed processes until the container is removed, or the connection breaks', async () => {
+    const { guest } = await connect({
+      watchOom: (call) => {
+        call.write({ kills: 1n });
+        call.write({ kills: 3n });
+        call.end();
+      },
+    });
+    const told: number[] = [];
+    await guest.watchOom('c1', (kills) => told.push(kills));
+    expect(told).toEqual([1, 3]);
+
+    const { guest: other, agent } = await connect({ watchOom: () => agent.disconnect() });
+    expect((await failureOf(other.watchOom('c1', () => {}))).code).toBe('unavailable');
+  });
+
+  it("hands the guest's refusals over", async () => {
+    const refused = failure('FAILED_PRECONDITION', 'cannot pause container "c1": it is paused');
+    const { guest } = await connect({
+      pauseContainer: (_call, done) => done(refused),
+      setLimits: (_call, done) => done(failure('INVALID_ARGUMENT', 'no such limit')),
+    });
+    expect(await failureOf(guest.pauseContainer('c1'))).toMatchObject({ code: 'failed-precondition' });
+    expect(await failureOf(guest.setLimits('c1', []))).toMatchObject({ code: 'invalid-argument' });
+  });
+});

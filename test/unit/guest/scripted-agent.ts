@@ -8,6 +8,7 @@ import {
   HelloResponse,
   Protocol,
   type ReadOutputRequest,
+  ReadStatsResponse,
   WaitProcessResponse,
   type WriteStdinRequest,
 } from '../../../gen/kiln/agent/v1/agent.ts';
@@ -123,6 +124,11 @@ export class ScriptedAgent {
         call.on('error', () => {});
       },
       removeContainer: (_call, done) => done(null, {}),
+      pauseContainer: (_call, done) => done(null, {}),
+      resumeContainer: (_call, done) => done(null, {}),
+      readStats: (_call, done) => done(null, ReadStatsResponse.fromPartial({})),
+      setLimits: (_call, done) => done(null, {}),
+      watchOom: (call) => void this.exited.then(() => call.end()),
     };
   }
 }

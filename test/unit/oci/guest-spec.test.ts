@@ -35,6 +35,16 @@ test("ctr's spec becomes the guest's: another root, hostname and cgroup, and no 
   });
 });
 
+test('a container is chosen before the agent when memory runs out, whatever its spec says', () => {
+  const score = (oomScoreAdj: number) => {
+    const { process } = ctrSpec();
+    return translate({ ...ctrSpec(), process: { ...process, oomScoreAdj } } as ReturnType<typeof ctrSpec>).spec;
+  };
+  expect([1000, 0, -999, -1000].map(score)).toMatchObject(
+    [1000, 0, -999, -999].map((oomScoreAdj) => ({ process: { oomScoreAdj } })),
+  );
+});
+
 describe('kept', () => {
   test('is the hostname of the spec, the read-only flag of the root, and what is unknown', () => {
     const { spec } = translate({ ...ctrSpec(), hostname: 'web', root: { path: 'r', readonly: true }, later: { a: 1 } });

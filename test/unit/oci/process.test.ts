@@ -5,7 +5,7 @@ import { loggerTo } from '../../../src/observe/logger.ts';
 import { parseProcess } from '../../../src/oci/bundle.ts';
 import { terminalSize, toGuestProcess, toGuestSpec } from '../../../src/oci/guest-spec.ts';
 import type { Process } from '../../../src/oci/spec.ts';
-import type { ExecTaskRequest } from '../../../src/shim/task-service.ts';
+import type { ExecTaskRequest } from '../../../src/shim/task.ts';
 import { ctrSpec, errorOf, withProcess } from './specs.ts';
 
 const options = { id: 'c1', rootfsPath: '/run/kiln/c1/rootfs' };

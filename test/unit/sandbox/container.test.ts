@@ -69,8 +69,8 @@ describe.skipIf(!canMakeNetns)('a container', () => {
     expect(await container.delete()).toBe(exit);
     expect(container.state).toEqual({ kind: 'deleted', exit });
     expect(made.agent.calls).toEqual([
-      ...['hello', 'createContainer', 'writeStdin', 'readOutput', 'waitProcess'],
-      ...['startContainer', 'listProcesses', 'removeContainer'],
+      ...['hello', 'createContainer', 'writeStdin', 'readOutput', 'watchOom', 'waitProcess'],
+      ...['startContainer', 'listProcesses', 'readStats', 'removeContainer'],
     ]);
     expect(made.events).toEqual(['stdin started', 'vm killed', 'rootfs released']);
     expect(made.clean).toBe(true);

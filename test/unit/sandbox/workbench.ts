@@ -17,7 +17,7 @@ import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import type { HookPlan } from '../../../src/sandbox/hooks.ts';
 import type { ContainerRequest } from '../../../src/sandbox/resources.ts';
 import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
-import type { SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../../../src/vmm/vmm.ts';
+import type { MemoryGrowth, SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../../../src/vmm/vmm.ts';
 import { type Script, ScriptedAgent, socketPair } from '../guest/scripted-agent.ts';
 
 /** How a network namespace can be had here: as root, or in a user namespace; undefined: not at all. */
@@ -30,6 +30,7 @@ const noHooks = { prestart: [], createRuntime: [], poststart: [], poststop: [] }
 
 export class ScriptedVm implements Vm {
   readonly pid = 1_000_000;
+  memoryGrowth: MemoryGrowth | null = null;
   readonly config: VmConfig;
   readonly agent: ScriptedAgent;
   readonly disks: [SlotName, string][] = [];

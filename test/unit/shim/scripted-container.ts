@@ -1,18 +1,24 @@
 /** A container without a VM: it follows Kiln's state machine, and a test decides what happens when. */
-import type { ContainerProcess } from '../../../src/sandbox/container.ts';
+import type { LimitResources } from '../../../src/oci/limits.ts';
+import type { ContainerProcess, ContainerStats } from '../../../src/sandbox/container.ts';
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
+import { OomReport } from '../../../src/sandbox/oom.ts';
 import {
   afterExit,
   type Exit,
   type ProcessState,
   requireDeletable,
   requireExecable,
+  requirePausable,
+  requireResumable,
   requireSignalable,
   requireStartable,
   requireStarted,
+  requireUpdatable,
 } from '../../../src/sandbox/process-state.ts';
 import { WaitableCell } from '../../../src/sandbox/waitable-cell.ts';
-import type { TaskContainer, TaskProcess } from '../../../src/shim/task-service.ts';
+import type { TaskContainer, TaskProcess } from '../../../src/shim/task.ts';
+import { containerStats } from './stats.ts';
 
 /** A step that waits until the test lets it go on, or fail. */
 export class Gate {
@@ -42,10 +48,11 @@ export class Gate {
 /** What init and exec have in common. */
 class ScriptedProcess {
   readonly exit = new WaitableCell<Exit>();
+  readonly oom = new OomReport();
   readonly calls: string[] = [];
   state: ProcessState = { kind: 'created' };
   /** Set one to hold or fail the step of this name. */
-  gates: { start?: Gate; kill?: Gate; delete?: Gate; destroy?: Gate; processes?: Gate } = {};
+  gates: { start?: Gate; kill?: Gate; pause?: Gate; delete?: Gate; destroy?: Gate; processes?: Gate } = {};
   protected readonly name: string;
 
   constructor(name: string) {
@@ -55,6 +62,7 @@ class ScriptedProcess {
   /** The program ends. As in the real one, an exit during the start waits for the start's end. */
   end(status: number): void {
     const exit = { status, at: new Date(1_700_000_000_123) };
+    this.oom.close();
     this.state = afterExit(this.state, exit);
     this.exit.set(exit);
   }
@@ -74,6 +82,26 @@ class ScriptedProcess {
 
   async resize({ width, height }: { readonly width: number; readonly height: number }): Promise<void> {
     this.calls.push(`resize ${width} ${height}`);
+  }
+
+  async pause(): Promise<void> {
+    requirePausable(this.id, this.state);
+    await this.gates.pause?.pass();
+    this.state = { kind: 'paused' };
+  }
+
+  async resume(): Promise<void> {
+    requireResumable(this.id, this.state);
+    this.state = { kind: 'running' };
+  }
+
+  async stats(): Promise<ContainerStats> {
+    return containerStats;
+  }
+
+  async update(resources: LimitResources): Promise<void> {
+    requireUpdatable(this.id, this.state);
+    this.calls.push(`update ${JSON.stringify(resources)}`);
   }
 
   closeStdin(): void {

@@ -56,6 +56,21 @@ export class TaskClient {
   pids(fields: Fields<api.PidsRequest> = {}) {
     return this.call('Pids', api.PidsRequest, api.PidsResponse, { ...fields });
   }
+  pause(fields: Fields<api.PauseRequest> = {}) {
+    return this.call('Pause', api.PauseRequest, nothing, { ...fields });
+  }
+  resume(fields: Fields<api.ResumeRequest> = {}) {
+    return this.call('Resume', api.ResumeRequest, nothing, { ...fields });
+  }
+  stats(fields: Fields<api.StatsRequest> = {}) {
+    return this.call('Stats', api.StatsRequest, api.StatsResponse, { ...fields });
+  }
+  /** @param resources an OCI LinuxResources */
+  update(resources: object, fields: Fields<api.UpdateTaskRequest> = {}) {
+    const value = Buffer.from(JSON.stringify(resources));
+    const any = { typeUrl: 'types.containerd.io/opencontainers/runtime-spec/1/LinuxResources', value };
+    return this.call('Update', api.UpdateTaskRequest, nothing, { resources: any, annotations: {}, ...fields });
+  }
   closeIo(fields: Fields<api.CloseIORequest> = {}) {
     return this.call('CloseIO', api.CloseIORequest, nothing, { execId: '', stdin: true, ...fields });
   }

@@ -13,9 +13,9 @@ import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
 import { connect, type Socket } from 'node:net';
 import { join } from 'node:path';
-import { serveOverSocket } from '../src/rpc/grpc/server-transport.ts';
+import { type ServedSocket, serveOverSocket } from '../src/rpc/grpc/server-transport.ts';
 import { becomeChildSubreaper } from '../src/sys/process.ts';
-import { connectVsock, VMADDR_CID_HOST } from '../src/sys/vsock.ts';
+import { connectVsock, listenVsock, VMADDR_CID_ANY, VMADDR_CID_HOST } from '../src/sys/vsock.ts';
 import { Containers } from './containers.ts';
 import { Crun } from './crun.ts';
 import { describe } from './errors.ts';
@@ -24,6 +24,16 @@ import { agentService, createService } from './service.ts';
 
 /** Where the host listens for its guests, unless it says otherwise: `kiln.agent_port=N` on the kernel's command line. */
 const HOST_PORT = 1024;
+
+/**
+ * Where the agent listens for a knock of its host. A vsock whose other end is a Unix socket (vhost-device-vsock) does not
+ * always tell the guest that the host's end is gone: then the agent would wait for ever for a host that waits for it. A
+ * knock has no content. It makes the agent look whether its connection lives, and dial at once if it has none.
+ */
+const KNOCK_PORT = 1025;
+
+/** How long a living host may take to give a sign of life, in milliseconds. */
+const PROBE_LIMIT = 2000;
 
 /**
  * Between connections on which no Hello came, in milliseconds: nothing tells a guest when a listener appears, so it has
@@ -53,6 +63,14 @@ async function main(): Promise<never> {
   const crun = new Crun({ command, root: join(directory, 'crun'), reaper });
   const containers = new Containers({ directory: join(directory, 'containers'), crun, reaper });
   let retry = FIRST_RETRY;
+  let served: ServedSocket | undefined;
+  let dialAtOnce = () => {};
+  if (socketPath === undefined) {
+    answerKnocks(() => {
+      dialAtOnce();
+      void hangUpIfDead(served);
+    });
+  }
   for (;;) {
     try {
       const socket = await dial(socketPath);
@@ -60,13 +78,37 @@ async function main(): Promise<never> {
         retry = FIRST_RETRY;
       };
       const service = createService({ containers, ownsGuest: socketPath === undefined, onHello });
-      await serveOverSocket(agentService, service, socket).closed;
+      served = serveOverSocket(agentService, service, socket);
+      await served.closed;
     } catch (error) {
       if (retry === FIRST_RETRY) log(`cannot reach the host, trying again: ${describe(error)}`);
     }
-    if (retry > FIRST_RETRY) await new Promise((resolve) => setTimeout(resolve, retry));
+    served = undefined;
+    if (retry > FIRST_RETRY) {
+      await new Promise<void>((resolve) => {
+        dialAtOnce = resolve;
+        setTimeout(resolve, retry);
+      });
+    }
     retry = Math.min(retry * 2, LAST_RETRY);
   }
+}
+
+function answerKnocks(onKnock: () => void): void {
+  const { server } = listenVsock(VMADDR_CID_ANY, KNOCK_PORT);
+  server.on('connection', (socket) => {
+    socket.on('error', () => {});
+    socket.destroy();
+    onKnock();
+  });
+  // Without it, only a connection that dies unseen is not noticed.
+  server.on('error', (error) => log(`cannot answer knocks: ${error.message}`));
+}
+
+async function hangUpIfDead(served: ServedSocket | undefined): Promise<void> {
+  if (served === undefined || (await served.probe(PROBE_LIMIT))) return;
+  log('the host gives no sign of life on this connection: dialling again');
+  served.close();
 }
 
 /** The guest's console, which the host keeps. */

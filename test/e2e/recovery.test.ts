@@ -1,3 +1,4 @@
+import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
 import { describe, expect, it } from 'vitest';
 import { containerdVersions } from '../support/paths.ts';
@@ -9,7 +10,7 @@ import { signal, waitForEnd } from '../support/wait-for-end.ts';
 /** Kills kilnd; returns when it is gone. Somebody's relay starts the next one. */
 async function killKilnd(scene: Scene): Promise<void> {
   const pids = scene.kilndPids();
-  expect(pids.length).toBe(1);
+  expect(pids.length).toBeGreaterThan(0);
   for (const pid of pids) signal(pid, 'SIGKILL');
   for (const pid of pids) await waitForEnd(pid, 20_000);
 }
@@ -81,5 +82,27 @@ describe.each(containerdVersions)('a kilnd that is killed under containerd %s', 
       '/tasks/delete',
     ]);
     expect(readFileSync(scene.kilndLog, 'utf8')).toContain('sandbox is taken over');
+  });
+
+  it.runIf(version === '2.1')('may be killed again and again under load', async () => {
+    const id = scene.id();
+    const flood = ['sh', '-c', 'trap "echo; echo bye; exit 7" TERM; i=0; while :; do i=$((i+1)); echo $i; done'];
+    await using attached = scene.runStream(id, flood);
+    let tail = '';
+    attached.stdout.on('data', (chunk: Buffer) => {
+      tail = (tail + chunk).slice(-4096);
+    });
+    attached.stderr.resume();
+    await once(attached.stdout, 'data');
+    for (let round = 0; round < 6; round += 1) {
+      const exec = await scene.containerd.ctr([
+        ...['task', 'exec', '--fifo-dir', scene.fifoDir, '--exec-id', `e${round}`, id, 'echo', `round ${round}`],
+      ]);
+      expect(exec).toMatchObject({ code: 0, stdout: Buffer.from(`round ${round}\n`) });
+      await killKilnd(scene);
+    }
+    await scene.ctr(['task', 'kill', '--signal', 'SIGTERM', id]);
+    expect(await attached.exit).toBe(7);
+    expect(tail).toMatch(/\nbye\n$/);
   });
 });

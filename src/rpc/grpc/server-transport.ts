@@ -3,7 +3,9 @@
  * then *serves* on that connection). Nothing listens; see client-transport.ts for gRPC's wire format.
  */
 import type { Http2Server, ServerHttp2Session } from 'node:http2';
+import type { Socket } from 'node:net';
 import type { Duplex } from 'node:stream';
+import { setTimeout as delay } from 'node:timers/promises';
 import { Server, ServerCredentials, type ServiceDefinition, type UntypedServiceImplementation } from '@grpc/grpc-js';
 import { connectionWindow, maxMessageBytes, streamWindow } from './limits.ts';
 
@@ -17,6 +19,11 @@ interface ServerInternals {
 export interface ServedSocket extends Disposable {
   /** Resolves when the connection has ended, from whatever side; never rejects. Its calls are cancelled then. */
   readonly closed: Promise<void>;
+  /**
+   * Asks the other side for a sign of life (HTTP/2 PING). Resolves to false when nothing at all has come within
+   * `limitMs`, to true for anything.
+   */
+  probe(limitMs: number): Promise<boolean>;
   /** Ends the connection at once, with its calls. */
   close(): void;
 }
@@ -39,9 +46,11 @@ export function serveOverSocket(
   internals.commonServerOptions.settings = { initialWindowSize: streamWindow };
   server.addService(definition, implementation);
   const injector = server.createConnectionInjector(ServerCredentials.createInsecure());
+  let current: ServerHttp2Session | undefined;
   const closed = new Promise<void>((resolve) => {
     for (const http2Server of internals.http2Servers.keys()) {
       http2Server.on('session', (session: ServerHttp2Session) => {
+        current = session;
         session.once('connect', () => {
           if (!session.destroyed) session.setLocalWindowSize(connectionWindow);
         });
@@ -62,5 +71,19 @@ export function serveOverSocket(
     server.forceShutdown();
     socket.destroy();
   };
-  return { closed, close, [Symbol.dispose]: close };
+  const probe = async (limitMs: number): Promise<boolean> => {
+    const before = received(socket);
+    const { promise: answered, resolve } = Promise.withResolvers<void>();
+    if (current !== undefined && !current.destroyed) current.ping(() => resolve());
+    const timer = new AbortController();
+    await Promise.race([answered, closed, delay(limitMs, undefined, { signal: timer.signal }).catch(() => {})]);
+    timer.abort();
+    return received(socket) > before;
+  };
+  return { closed, probe, close, [Symbol.dispose]: close };
+}
+
+/** Bytes that have come on a connection; a stream that is no socket does not count them. */
+function received(socket: Duplex): number {
+  return (socket as Partial<Socket>).bytesRead ?? 0;
 }

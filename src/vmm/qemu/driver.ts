@@ -10,7 +10,7 @@ import { listenForPeers } from '../../sys/unix-fd.ts';
 import { abortable } from '../abortable.ts';
 import { type AgentListener, type Channel, chooseChannel } from '../channel.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
-import { hostSocketFor, listenHybrid } from '../hybrid-vsock.ts';
+import { hostSocketFor, knock, listenHybrid } from '../hybrid-vsock.ts';
 import { listenKernel, randomCid } from '../kernel-vsock.ts';
 import { agentPort, type Vm, type VmConfig, type Vmm, type VmRecord } from '../vmm.ts';
 import { type Accelerator, chooseAccelerator, hostTscKhz } from './accelerator.ts';
@@ -187,6 +187,7 @@ async function adoptQemu(given: VmRecord, directory: string, signal: AbortSignal
   const resources = stack.move();
   const accept = async (accepting: AbortSignal) => {
     const listener = resources.use(await listenAgain(channel, directory));
+    if (channel.kind === 'hybrid-vsock') void knock(udsPathIn(directory));
     return listener.accept(accepting);
   };
   return new QemuVm({ qemu, qmp, agent: { accept }, channel, usedSlots, backend, resources });

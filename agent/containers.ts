@@ -227,11 +227,12 @@ export class Containers {
     return this.process(name).ended;
   }
 
-  /** Whether the program was started, and which processes were exec'd and not removed. */
-  describe(id: string): { started: boolean; execIds: string[] } {
-    const { state, execs } = this.#get(id);
+  /** Whether the program was started and is frozen, and which processes were exec'd and not removed. */
+  describe(id: string): { started: boolean; paused: boolean; execIds: string[] } {
+    const { state, execs, made } = this.#get(id);
     const current = state.expect('describe', 'created', 'running', 'stopped');
-    return { started: current.kind !== 'created', execIds: [...execs.keys()] };
+    const paused = made?.controls?.paused ?? false;
+    return { started: current.kind !== 'created', paused, execIds: [...execs.keys()] };
   }
 
   /** The container's processes: which is its init, and which were exec'd. */

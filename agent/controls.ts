@@ -30,6 +30,10 @@ export class Controls implements Disposable {
     return this.#freezer.pause(() => flushAll(this.#mounts));
   }
 
+  get paused(): boolean {
+    return this.#freezer.paused;
+  }
+
   resume(): void {
     this.#freezer.resume();
   }

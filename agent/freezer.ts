@@ -46,6 +46,11 @@ export class Freezer {
     }
   }
 
+  /** From the moment that it is to be frozen until it goes on. */
+  get paused(): boolean {
+    return this.#state !== 'running';
+  }
+
   /** @throws AgentError failed-precondition when it is not frozen */
   resume(): void {
     if (this.#state !== 'paused') throw this.#refusal('resume');

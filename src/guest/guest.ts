@@ -212,8 +212,10 @@ export class Guest implements Disposable {
     return (await this.#call(AgentService.listProcesses, { id })).processes;
   }
 
-  /** Whether the container's program was started, and which processes were exec'd and not removed. */
-  async describe(id: string): Promise<{ readonly started: boolean; readonly execIds: readonly string[] }> {
+  /** Whether the container's program was started and is frozen, and which processes were exec'd and not removed. */
+  async describe(
+    id: string,
+  ): Promise<{ readonly started: boolean; readonly paused: boolean; readonly execIds: readonly string[] }> {
     return this.#call(AgentService.describeContainer, { id });
   }
 

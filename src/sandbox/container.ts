@@ -97,7 +97,7 @@ export class Container {
   readonly exit = new WaitableCell<Exit>();
   readonly timeline: Timeline;
   /** Tells of processes killed for want of memory; of all that were, before `exit` is set. */
-  readonly oom = new OomReport();
+  readonly oom = new OomReport({ onTold: () => this.#save() });
   #state: ContainerState = { kind: 'created' };
   readonly #resources: Resources;
   readonly #disposal: AsyncDisposableStack;
@@ -204,7 +204,7 @@ export class Container {
     const { record, directory, vmm, logger } = request;
     await using stack = new AsyncDisposableStack();
     const sandbox = stack.use(await Sandbox.adopt({ vmm, record, directory, logger }, signal));
-    const { started, execIds } = await sandbox.guest.describe(record.id);
+    const { started, paused, execIds } = await sandbox.guest.describe(record.id);
     const resources = await adoptResources(host, request, sandbox, stack);
     if (started) resources.stdio.startStdin({ clientMayReturn: true });
     stack.move();
@@ -212,7 +212,9 @@ export class Container {
     const hooks = new ContainerHooks({ id, hooks: record.hooks, logger, begun: true });
     const disposal = disposalOf(directory, resources, hooks);
     const container = new Container({ ...request, id, terminal, resources, disposal, hooks, hookPlan: record.hooks });
-    if (started) container.#state = { kind: 'running' };
+    if (started) container.#state = { kind: paused ? 'paused' : 'running' };
+    // The agent tells the number so far; what is known of it is no news.
+    container.oom.count(record.oomKills);
     const execs = new Map<string, Exec>();
     for (const exec of request.execs) {
       const pid = record.execs[exec.execId];
@@ -308,6 +310,7 @@ export class Container {
       ...sandbox.record(),
       standIn: standIn.identity,
       hooks: this.#hookPlan,
+      oomKills: this.oom.kills,
       disks: { lower: rootfs.lower.file, writable: rootfs.writable?.file ?? null },
       ...(exit === undefined ? {} : { exit: { status: exit.status, atMs: exit.at.getTime() } }),
       execs: Object.fromEntries(running.map(({ execId, pid }) => [execId, pid])),

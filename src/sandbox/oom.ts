@@ -6,6 +6,7 @@
  */
 export class OomReport {
   readonly #intervalMs: number;
+  readonly #onTold: () => void;
   #kills = 0;
   #listener: (() => void) | undefined;
   #timer: NodeJS.Timeout | undefined;
@@ -13,9 +14,13 @@ export class OomReport {
   #pending = false;
   #closed = false;
 
-  /** @param intervalMs the least time from one call of the listener to the next */
-  constructor(intervalMs = 1000) {
+  /**
+   * @param options.intervalMs the least time from one call of the listener to the next
+   * @param options.onTold called after the listener
+   */
+  constructor({ intervalMs = 1000, onTold = () => {} }: { intervalMs?: number; onTold?: () => void } = {}) {
     this.#intervalMs = intervalMs;
+    this.#onTold = onTold;
   }
 
   /**
@@ -26,9 +31,14 @@ export class OomReport {
     this.#listener = listener;
   }
 
+  /** Processes killed so far. */
+  get kills(): number {
+    return this.#kills;
+  }
+
   /** @param kills processes killed so far */
   count(kills: number): void {
-    if (this.#closed || !(kills > this.#kills)) return;
+    if (this.#closed || !Number.isSafeInteger(kills) || kills <= this.#kills) return;
     this.#kills = kills;
     if (this.#timer === undefined) this.#tell();
     else this.#pending = true;
@@ -38,7 +48,7 @@ export class OomReport {
   close(): void {
     clearTimeout(this.#timer);
     this.#closed = true;
-    if (this.#pending) this.#listener?.();
+    if (this.#pending) this.#callListener();
     this.#pending = false;
   }
 
@@ -48,6 +58,11 @@ export class OomReport {
       this.#timer = undefined;
       if (this.#pending) this.#tell();
     }, this.#intervalMs).unref();
+    this.#callListener();
+  }
+
+  #callListener(): void {
     this.#listener?.();
+    this.#onTold();
   }
 }

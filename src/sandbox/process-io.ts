@@ -1,5 +1,6 @@
 import { Writable } from 'node:stream';
 import { setTimeout as delay } from 'node:timers/promises';
+import { KilnError } from '../errors.ts';
 import type { Guest, GuestExit, GuestStdio, ProcessRef, TerminalSize } from '../guest/guest.ts';
 import type { OutputName } from '../guest/streams.ts';
 import { outputGraceMs } from './limits.ts';
@@ -66,7 +67,7 @@ export class ProcessIo {
     this.#positions = positions;
     this.#report = report;
     const broke = (error: unknown) => report(error, 'a stdio stream ended early');
-    if (stdio.stdin !== null) guest.pipeStdin(process, stdio.stdin).catch(broke);
+    if (stdio.stdin !== null) guest.pipeStdin(process, stdio.stdin).catch(unlessClosed(broke));
     const relay = (name: OutputName, sink: Writable | null) => {
       if (sink === null) return;
       const progress = new Progress(from[name]);
@@ -106,6 +107,13 @@ export class ProcessIo {
     await this.#stdio.dispose().catch((error: unknown) => this.#report(error, 'cannot release the stdio'));
     this.#positions[Symbol.dispose]();
   }
+}
+
+/** stdin may have been closed before, under an earlier kilnd. */
+function unlessClosed(report: (error: unknown) => void): (error: unknown) => void {
+  return (error) => {
+    if (!(error instanceof KilnError && error.code === 'failed-precondition')) report(error);
+  };
 }
 
 function nowhere(): Writable {

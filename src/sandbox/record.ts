@@ -29,6 +29,8 @@ const containerRecord = z.object({
   /** For poststop. Kilnd itself has made it of a spec that was checked. */
   hooks: z.custom<HookPlan>((value) => typeof value === 'object' && value !== null),
   disks: z.object({ lower: z.string(), writable: z.string().nullable() }),
+  /** Processes of it that were killed for want of memory, as far as it was told. */
+  oomKills: z.int().nonnegative(),
   /** Set when the init process has ended. */
   exit: z.object({ status: z.int().min(0).max(255), atMs: z.number() }).optional(),
   /** The exec'd processes that were started and not deleted, with their pids in the guest. */

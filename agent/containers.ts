@@ -37,6 +37,8 @@ interface Container {
   made?: Made;
   /** Set from when its program may run: from then on, signals are the program's. */
   starting?: boolean;
+  /** Starts and execs that are under way. */
+  readonly pending: Set<Promise<unknown>>;
   /** The signal that ended it before its start; the kernel was told SIGKILL. */
   endedBy?: number;
   /** Set while it is being removed. */
@@ -53,6 +55,13 @@ interface Made {
   readonly init: Process;
   /** Takes back everything that creating it has acquired. */
   readonly undo: AsyncDisposableStack;
+}
+
+/** A process of the guest, and what the host calls it. */
+export interface NamedProcess {
+  readonly pid: number;
+  readonly execId: string;
+  readonly init: boolean;
 }
 
 export interface ContainersOptions {
@@ -83,7 +92,7 @@ export class Containers {
       throw new AgentError('invalid-argument', `"${id}" is no container id: use letters, digits and _ + - .`);
     }
     if (this.#containers.has(id)) throw new AgentError('already-exists', `container "${id}" exists already`);
-    const container: Container = { id, state: new ContainerState(id), execs: new Map() };
+    const container: Container = { id, state: new ContainerState(id), execs: new Map(), pending: new Set() };
     this.#containers.set(id, container);
     try {
       return await this.#make(container, request);
@@ -138,7 +147,7 @@ export class Containers {
     const { pid } = state.expect('start', 'created');
     if (made === undefined) throw state.refusal('start');
     container.starting = true;
-    await this.#options.crun.start(id, made.bundle);
+    await underWay(container, this.#options.crun.start(id, made.bundle));
     // A short program may have ended while crun was still returning.
     if (state.current.kind === 'created') state.become({ kind: 'running', pid });
   }
@@ -160,7 +169,7 @@ export class Containers {
     }
     execs.set(execId, null);
     try {
-      const process = await this.#exec(container, made, request);
+      const process = await underWay(container, this.#exec(container, made, request));
       execs.set(execId, process);
       return process.pid;
     } catch (error) {
@@ -227,16 +236,23 @@ export class Containers {
     return this.process(name).ended;
   }
 
-  /** Whether the program was started and is frozen, and which processes were exec'd and not removed. */
-  describe(id: string): { started: boolean; paused: boolean; execIds: string[] } {
-    const { state, execs, made } = this.#get(id);
+  /**
+   * Whether the program was started and is frozen, and which processes were exec'd and not removed; told when no start
+   * or exec is under way.
+   */
+  async describe(id: string): Promise<{ started: boolean; paused: boolean; execs: NamedProcess[] }> {
+    const { state, execs, made, pending } = this.#get(id);
+    await Promise.allSettled(pending);
     const current = state.expect('describe', 'created', 'running', 'stopped');
     const paused = made?.controls?.paused ?? false;
-    return { started: current.kind !== 'created', paused, execIds: [...execs.keys()] };
+    const named = [...execs].flatMap(([execId, process]) =>
+      process === null ? [] : [{ pid: process.pid, execId, init: false }],
+    );
+    return { started: current.kind !== 'created', paused, execs: named };
   }
 
   /** The container's processes: which is its init, and which were exec'd. */
-  processes(id: string): { pid: number; execId: string; init: boolean }[] {
+  processes(id: string): NamedProcess[] {
     const container = this.#get(id);
     return processesOf(container, container.state.expect('list the processes of', 'created', 'running', 'stopped'));
   }
@@ -312,6 +328,16 @@ export class Containers {
     const container = this.#containers.get(id);
     if (container === undefined) throw new AgentError('not-found', `no container "${id}" in this guest`);
     return container;
+  }
+}
+
+/** Has `describe` wait for a step. */
+async function underWay<T>({ pending }: Container, step: Promise<T>): Promise<T> {
+  pending.add(step);
+  try {
+    return await step;
+  } finally {
+    pending.delete(step);
   }
 }
 

@@ -215,7 +215,7 @@ export class Guest implements Disposable {
   /** Whether the container's program was started and is frozen, and which processes were exec'd and not removed. */
   async describe(
     id: string,
-  ): Promise<{ readonly started: boolean; readonly paused: boolean; readonly execIds: readonly string[] }> {
+  ): Promise<{ readonly started: boolean; readonly paused: boolean; readonly execs: readonly GuestProcess[] }> {
     return this.#call(AgentService.describeContainer, { id });
   }
 

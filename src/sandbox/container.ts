@@ -204,28 +204,27 @@ export class Container {
     const { record, directory, vmm, logger } = request;
     await using stack = new AsyncDisposableStack();
     const sandbox = stack.use(await Sandbox.adopt({ vmm, record, directory, logger }, signal));
-    const { started, paused, execIds } = await sandbox.guest.describe(record.id);
+    const guest = await sandbox.guest.describe(record.id);
     const resources = await adoptResources(host, request, sandbox, stack);
-    if (started) resources.stdio.startStdin({ clientMayReturn: true });
+    if (guest.started) resources.stdio.startStdin({ clientMayReturn: true });
     stack.move();
     const { id, terminal } = record;
     const hooks = new ContainerHooks({ id, hooks: record.hooks, logger, begun: true });
     const disposal = disposalOf(directory, resources, hooks);
     const container = new Container({ ...request, id, terminal, resources, disposal, hooks, hookPlan: record.hooks });
-    if (started) container.#state = { kind: paused ? 'paused' : 'running' };
+    if (guest.started) container.#state = { kind: guest.paused ? 'paused' : 'running' };
     // The agent tells the number so far; what is known of it is no news.
     container.oom.count(record.oomKills);
     const execs = new Map<string, Exec>();
     for (const exec of request.execs) {
-      const pid = record.execs[exec.execId];
-      if (pid === undefined || !execIds.includes(exec.execId)) continue;
-      execs.set(exec.execId, await container.#adoptExec(exec, pid));
+      const running = guest.execs.find(({ execId }) => execId === exec.execId);
+      if (running !== undefined) execs.set(exec.execId, await container.#adoptExec(exec, running.pid));
     }
     return { container, execs };
   }
 
   async #adoptExec(request: ExecRequest, pid: number): Promise<Exec> {
-    const exec = await Exec.adopt(this.#execHost(), request, pid);
+    const exec = await Exec.adopt(this.#execHost(request.execId), request, pid);
     this.#execs.set(request.execId, exec);
     return exec;
   }
@@ -276,21 +275,18 @@ export class Container {
   /** Registers one more process; it runs when it is started. The caller keeps its exec id unique, and deletes it. */
   exec(request: ExecRequest): Exec {
     requireExecable(this.#name, this.#state);
-    const exec = new Exec(this.#execHost(), request);
+    const exec = new Exec(this.#execHost(request.execId), request);
     this.#execs.set(request.execId, exec);
     return exec;
   }
 
-  #execHost(): ExecHost {
+  #execHost(execId: string): ExecHost {
     return {
       id: this.id,
       guest: this.#resources.sandbox.guest,
       requireExecable: () => requireExecable(this.#name, this.#state),
       lostStatus: () => this.#lostStatus(),
-      changed: (exec) => {
-        if (exec.state.kind === 'deleted') this.#execs.delete(exec.execId);
-        this.#save();
-      },
+      forget: () => this.#execs.delete(execId),
       report: this.#report,
     };
   }
@@ -301,9 +297,6 @@ export class Container {
     // It has ended already: then there is nothing to be taken over by that.
     if (standIn.identity === undefined) return;
     const exit = this.exit.peek();
-    const running = [...this.#execs.values()].filter(
-      ({ state }) => state.kind === 'running' || state.kind === 'stopped',
-    );
     const record: ContainerRecord = {
       ...{ version: 1, id: this.id, terminal: this.terminal, vmm: this.#vmm },
       started: this.#state.kind !== 'created' && this.#state.kind !== 'starting',
@@ -313,7 +306,6 @@ export class Container {
       oomKills: this.oom.kills,
       disks: { lower: rootfs.lower.file, writable: rootfs.writable?.file ?? null },
       ...(exit === undefined ? {} : { exit: { status: exit.status, atMs: exit.at.getTime() } }),
-      execs: Object.fromEntries(running.map(({ execId, pid }) => [execId, pid])),
     };
     try {
       writeContainerRecord(this.#directory, record);

@@ -42,8 +42,8 @@ export interface ExecHost {
   requireExecable(): void;
   /** After the guest was lost: the exit status of everything that was in it. */
   lostStatus(): Promise<number>;
-  /** Called once the process runs, and once it is deleted. */
-  readonly changed: (exec: Exec) => void;
+  /** Called once the process is deleted. */
+  readonly forget: () => void;
   readonly report: (error: unknown, message: string) => void;
 }
 
@@ -144,7 +144,6 @@ export class Exec {
     const positions = new Positions(path.join(directory, 'positions'));
     this.#io = new ProcessIo({ guest, process: this.#ref, stdio, terminal, positions, report });
     this.#state = { kind: 'running' };
-    this.#host.changed(this);
     void this.#supervise(this.#io);
   }
 
@@ -186,7 +185,7 @@ export class Exec {
     this.#state = { kind: 'deleted', exit };
     await Promise.race([this.drained, delay(deleteDrainMs, undefined, { ref: false })]);
     await this.release();
-    this.#host.changed(this);
+    this.#host.forget();
     if (this.#pid === 0) return exit;
     await this.#host.guest.removeProcess(this.#ref).catch((error: unknown) => {
       this.#host.report(error, 'cannot remove the process from the guest');

@@ -33,8 +33,6 @@ const containerRecord = z.object({
   oomKills: z.int().nonnegative(),
   /** Set when the init process has ended. */
   exit: z.object({ status: z.int().min(0).max(255), atMs: z.number() }).optional(),
-  /** The exec'd processes that were started and not deleted, with their pids in the guest. */
-  execs: z.record(z.string(), z.int().positive()),
 });
 
 export type ContainerRecord = z.infer<typeof containerRecord>;

@@ -101,6 +101,18 @@ describe.each(containerdVersions)('exec under containerd %s', (version) => {
     expect(topics).toEqual(['/tasks/exec-added', '/tasks/exec-started', '/tasks/exit 42']);
     expect(await scene.tasks()).toMatchObject([{ id, status: 'RUNNING' }]);
 
+    // A signal goes to the exec alone.
+    await using trapping = scene.containerd.ctrStream(
+      container.arguments(
+        ['sh', '-c', 'trap "exit 9" USR1; echo in; while :; do sleep 1000 & wait $!; done'],
+        ['--exec-id', 'usr'],
+      ),
+    );
+    await new Lines(trapping.stdout).waitFor((line) => line === 'in', 'in');
+    await scene.ctr(['task', 'kill', '--exec-id', 'usr', '--signal', 'SIGUSR1', id]);
+    expect(await trapping.exit).toBe(9);
+    expect(await scene.tasks()).toMatchObject([{ id, status: 'RUNNING' }]);
+
     // The init's end takes the others along, and its exit is the last.
     await using last = scene.containerd.ctrStream(
       container.arguments(['sh', '-c', 'echo in; sleep 1000'], ['--exec-id', 'last']),

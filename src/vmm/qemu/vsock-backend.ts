@@ -1,6 +1,7 @@
-import { type FSWatcher, watch } from 'node:fs';
+import { type FSWatcher, readFileSync, watch } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import path from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../../errors.ts';
 import { describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
@@ -60,7 +61,9 @@ export async function startVsockBackend(options: VsockBackendOptions, signal: Ab
   });
   const limit = AbortSignal.timeout(startLimitMs);
   try {
-    await abortable(Promise.race([created.promise, ended]), AbortSignal.any([signal, limit]));
+    const either = AbortSignal.any([signal, limit]);
+    await abortable(Promise.race([created.promise, ended]), either);
+    await Promise.race([untilListening(socket, either), ended]);
   } catch (error) {
     if (signal.aborted || !limit.aborted) throw error;
     const words = `made no socket within ${startLimitMs / 1000} s: ${process.lastWords()}`;
@@ -68,6 +71,16 @@ export async function startVsockBackend(options: VsockBackendOptions, signal: Ab
   }
   const resources = stack.move();
   return { process, socket, [Symbol.asyncDispose]: () => resources.disposeAsync() };
+}
+
+/**
+ * Resolves when somebody listens on a Unix socket whose file is there. Between bind(2), which makes the file, and
+ * listen(2) lie microseconds, or more where the backend was just then put aside; of the second there is no event, and
+ * to try it out would take the backend's one connection. proc(5), /proc/net/unix: the flag is __SO_ACCEPTCON.
+ */
+async function untilListening(socket: string, signal: AbortSignal): Promise<void> {
+  const accepts = (line: string) => line.endsWith(` ${socket}`) && line.split(' ')[3] === '00010000';
+  while (!readFileSync('/proc/net/unix', 'utf8').split('\n').some(accepts)) await delay(1, undefined, { signal });
 }
 
 /** Resolves when the file is made. The backend says nothing when it is ready; that it has bound its socket is the event. */

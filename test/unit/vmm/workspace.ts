@@ -72,7 +72,11 @@ export class Workspace implements Disposable {
 
   /** Makes its socket, as far as anybody sees, and waits to be killed. */
   backend(): string {
-    return this.program('backend', '#!/bin/sh\n: >"$4"\nexec sleep 1000\n');
+    // Its arguments are --guest-cid N --socket PATH …
+    return this.program(
+      'backend',
+      `#!${process.execPath}\nrequire('node:net').createServer().listen(process.argv[5]);\n`,
+    );
   }
 
   /** A guest of empty files: enough for programs that only play QEMU. */

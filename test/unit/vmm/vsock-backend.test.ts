@@ -1,5 +1,5 @@
-import { readFileSync } from 'node:fs';
 import { afterEach, beforeEach, expect, test } from 'vitest';
+import { socketIsServed } from '../../../src/host/unix-socket.ts';
 import { startVsockBackend } from '../../../src/vmm/qemu/vsock-backend.ts';
 import { Workspace } from './workspace.ts';
 
@@ -15,11 +15,11 @@ function start(program: string, signal = never) {
   return startVsockBackend({ program, directory: workspace.sandbox, udsPath: `${workspace.sandbox}/vsock` }, signal);
 }
 
-test('the backend is ready when its socket is there, and both are gone when it is disposed', async () => {
+test('the backend is ready when it listens, and process and socket are gone when it is disposed', async () => {
   const backend = await start(workspace.backend());
   const { socket } = backend;
   expect(socket).toBe(`${workspace.sandbox}/vu.sock`);
-  expect(readFileSync(socket, 'utf8')).toBe('');
+  expect(await socketIsServed(socket)).toBe(true);
   expect(workspace.processes()).toEqual([String(backend.process.pid)]);
   await backend[Symbol.asyncDispose]();
   expect(workspace.processes()).toEqual([]);

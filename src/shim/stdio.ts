@@ -14,7 +14,7 @@
 import type { Stats } from 'node:fs';
 import { mkdir, stat } from 'node:fs/promises';
 import { dirname, isAbsolute } from 'node:path';
-import type { Readable, Writable } from 'node:stream';
+import { type Readable, Writable } from 'node:stream';
 import { fileURLToPath } from 'node:url';
 import { KilnError } from '../errors.ts';
 import type { LoggerLimits } from '../host/logger-process.ts';
@@ -87,9 +87,22 @@ export interface Stdio extends AsyncDisposable {
  * Opens stdout and stderr, and checks stdin. A logger is ready when this resolves.
  *
  * @throws KilnError not-found for a path that does not exist, unimplemented for an unknown URI scheme, invalid-argument;
- *   for a logger failed-precondition and deadline-exceeded
+ *   for a logger failed-precondition and deadline-exceeded. Nothing for a process that is taken over: it runs, and what of
+ *   its streams cannot be had any more is told to `onError`, and lost
  */
 export async function openStdio(paths: StdioPaths, options: StdioOptions): Promise<Stdio> {
+  if (!(options.adopt ?? false)) return open(paths, options);
+  const lost = (name: StreamName) => (error: unknown) => {
+    options.onError?.(name, error instanceof Error ? error : new Error(String(error)));
+    return undefined;
+  };
+  const stdin = paths.stdin === '' ? null : await checkStdin(paths.stdin).catch(lost('stdin'));
+  const opened = await open({ ...paths, stdin: '' }, options).catch(lost('stdout'));
+  const outputs = opened ?? OpenStdio.ofNothing(paths);
+  return stdin ? outputs.withStdin(stdin) : outputs;
+}
+
+async function open(paths: StdioPaths, options: StdioOptions): Promise<OpenStdio> {
   const { holds } = options;
   const stdin = paths.stdin === '' ? null : await checkStdin(paths.stdin);
   const logger = await startLogger(paths, options);
@@ -151,6 +164,27 @@ class OpenStdio implements Stdio {
     this.#holds = holds;
     // A stream that fails is destroyed, which whoever uses it sees; without a listener it would end the daemon.
     for (const stream of this.#streams()) stream.on('error', () => {});
+  }
+
+  /** Of a process whose outputs are lost: they are read, and dropped. */
+  static ofNothing({ stdout, stderr, terminal }: StdioPaths): OpenStdio {
+    const nowhere = () => new Writable({ write: (_chunk, _encoding, done) => done() });
+    return new OpenStdio({
+      stdin: null,
+      stdout: stdout === '' ? null : nowhere(),
+      stderr: stderr === '' || terminal ? null : nowhere(),
+      holds: undefined,
+    });
+  }
+
+  withStdin(stdin: FifoReader): OpenStdio {
+    return new OpenStdio({
+      stdin,
+      stdout: this.stdout,
+      stderr: this.stderr,
+      holds: this.#holds,
+      ...(this.#logger === undefined ? {} : { logger: this.#logger }),
+    });
   }
 
   /** Once the FIFOs are held. stdin is held from its start on. */

@@ -1,11 +1,24 @@
-import { existsSync } from 'node:fs';
+import { existsSync, writeFileSync } from 'node:fs';
 import { constants } from 'node:os';
 import { join } from 'node:path';
 import { status } from '@grpc/grpc-js';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { AgentClient, Mount } from '../../../gen/kiln/agent/v1/agent.ts';
 import { kilnVersion } from '../../../src/version.ts';
-import { create, hello, list, OutputReader, read, remove, signal, start, TestAgent, wait, write } from './agent.ts';
+import {
+  create,
+  hello,
+  list,
+  OutputReader,
+  read,
+  remove,
+  signal,
+  start,
+  TestAgent,
+  unary,
+  wait,
+  write,
+} from './agent.ts';
 
 describe('a new connection', () => {
   let agent: TestAgent;
@@ -298,21 +311,29 @@ describe('a container', () => {
     await remove(client, 'slow', true);
   }, 60_000);
 
-  it('has one writer of its stdin at a time, whose end closes it', async () => {
-    await create(client, 'l', 'cat; exit 9');
+  it('has one writer of its stdin at a time, the latest, whose end closes it', async () => {
+    const gate = join(agent.directory, 'gate');
+    await create(client, 'l', `echo up; while [ ! -e ${gate} ]; do sleep 0.01; done; cat; exit 9`);
     await start(client, 'l');
+    const output = new OutputReader(client, 'l');
+    expect((await output.take(3)).toString()).toBe('up\n');
+    // More than its stdin's pipe holds, which nobody reads yet.
     const answer = Promise.withResolvers<unknown>();
     const call = client.writeStdin(answer.resolve);
-    call.write({ id: 'l', execId: '', data: Buffer.from('before') });
-    const output = new OutputReader(client, 'l');
-    expect((await output.take(6)).toString()).toBe('before');
-    await expect(write(client, 'l', 'x')).rejects.toMatchObject({
-      code: status.FAILED_PRECONDITION,
-      details: 'stdin is being written already',
+    call.write({ id: 'l', execId: '', data: Buffer.alloc(100_000, 'a') });
+    const held = answer.promise.then(() => 'answered');
+    // Round trips on the same connection: the first writer has come.
+    for (let turn = 0; turn < 3; turn += 1) await list(client, 'l');
+    expect(await Promise.race([held, list(client, 'l').then(() => 'held back')])).toBe('held back');
+    const second = write(client, 'l', ' after');
+    expect(await answer.promise).toMatchObject({
+      code: status.ABORTED,
+      details: 'another writer of stdin took over',
     });
-    call.end();
-    expect(await answer.promise).toBeNull();
-    expect(await wait(client, 'l')).toMatchObject({ exitStatus: 9, stdoutBytes: 6n });
+    writeFileSync(gate, '');
+    await second;
+    expect((await output.take(100_006)).toString()).toBe(`${'a'.repeat(100_000)} after`);
+    expect(await wait(client, 'l')).toMatchObject({ exitStatus: 9, stdoutBytes: 100_009n });
     await expect(write(client, 'l', 'x')).rejects.toMatchObject({
       code: status.FAILED_PRECONDITION,
       details: 'stdin is closed',

@@ -89,7 +89,7 @@ describe("an exec'd process", () => {
       code: status.INVALID_ARGUMENT,
       details: 'exec: "nosuch": executable file not found in $PATH',
     });
-    expect(await describeContainer(client, id)).toEqual({ started: true, execIds: [] });
+    expect(await describeContainer(client, id)).toEqual({ started: true, paused: false, execs: [] });
     expect(agent.leftovers().filter((file) => file.includes('exec-'))).toEqual([]);
     await exec(client, name('d'), 'exit 0');
     await wait(client, name('d'));
@@ -167,11 +167,19 @@ describe("an exec'd process", () => {
     const init = (await list(client, id)).find((process) => process.init);
     expect(await list(client, id)).toContainEqual({ pid, execId: 'i', init: false });
     expect(init).toMatchObject({ execId: '' });
-    expect(await describeContainer(client, id)).toEqual({ started: true, execIds: ['i'] });
+    expect(await describeContainer(client, id)).toEqual({
+      started: true,
+      paused: false,
+      execs: [{ pid, execId: 'i', init: false }],
+    });
     await signal(client, name('i'), 9);
     await wait(client, name('i'));
     expect(await list(client, id)).not.toContainEqual(expect.objectContaining({ execId: 'i' }));
-    expect(await describeContainer(client, id)).toEqual({ started: true, execIds: ['i'] });
+    expect(await describeContainer(client, id)).toEqual({
+      started: true,
+      paused: false,
+      execs: [{ pid, execId: 'i', init: false }],
+    });
     await removeProcess(client, name('i'));
   });
 });
@@ -179,9 +187,13 @@ describe("an exec'd process", () => {
 describe('a container with other processes', () => {
   it('takes them before its start, and says that it was not started', async () => {
     await create(client, 'young', 'exec sleep 1000');
-    await exec(client, { id: 'young', execId: 'x' }, 'exit 4');
+    const pid = await exec(client, { id: 'young', execId: 'x' }, 'exit 4');
     expect(await wait(client, { id: 'young', execId: 'x' })).toMatchObject({ exitStatus: 4 });
-    expect(await describeContainer(client, 'young')).toEqual({ started: false, execIds: ['x'] });
+    expect(await describeContainer(client, 'young')).toEqual({
+      started: false,
+      paused: false,
+      execs: [{ pid, execId: 'x', init: false }],
+    });
     await remove(client, 'young', true);
   });
 

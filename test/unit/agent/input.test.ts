@@ -39,21 +39,42 @@ it('a writer that breaks off leaves stdin open for the next one', async () => {
   closeSync(pipe.read);
 });
 
-it('a second writer is refused while one is at it, and the first goes on', async () => {
+it('a second writer takes over from one that the program holds back, whose bytes come first', async () => {
   const pipe = pipe2();
   using input = new Input(pipe.write);
-  const gate = Promise.withResolvers<void>();
-  const slow = async function* () {
-    yield Buffer.from('first ');
-    await gate.promise;
-    yield Buffer.from('last');
+  const full = async function* () {
+    yield Buffer.alloc(65536 + 3, 'a');
+    yield Buffer.from('never taken');
   };
-  const writing = input.writeAll(slow());
-  await vi.waitFor(() => expect(bytesInPipe(pipe.read)).toBe(6), { interval: 1 });
-  await expect(input.writeAll(chunks('x'))).rejects.toThrow('stdin is being written already');
-  gate.resolve();
-  await writing;
-  expect(readNow(pipe.read)).toBe('first last');
+  const first = input.writeAll(full());
+  const aborted = expect(first).rejects.toThrow(
+    expect.objectContaining({ code: 'aborted', message: 'another writer of stdin took over' }),
+  );
+  await vi.waitFor(() => expect(bytesInPipe(pipe.read)).toBe(65536), { interval: 1 });
+  const second = input.writeAll(chunks('second'));
+  await aborted;
+  const reader = socketFromFd(pipe.read, 'read');
+  let read = '';
+  for await (const data of reader) read += data;
+  await second;
+  expect(read).toBe(`${'a'.repeat(65536 + 3)}second`);
+});
+
+it('a third writer takes over from the second, and the end of one that was replaced leaves stdin alone', async () => {
+  const pipe = pipe2();
+  using input = new Input(pipe.write, 'terminal');
+  const waiting = Promise.withResolvers<void>();
+  const held = async function* (data: string) {
+    yield Buffer.from(data);
+    await waiting.promise;
+    yield Buffer.from(' late');
+  };
+  const writers = [input.writeAll(held('one')), input.writeAll(held(' two'))].map((writer) => writer.catch(String));
+  await vi.waitFor(() => expect(bytesInPipe(pipe.read)).toBe(7), { interval: 1 });
+  await input.writeAll(chunks(' three'));
+  waiting.resolve();
+  const took = 'AgentError: another writer of stdin took over';
+  expect(await Promise.all(writers)).toEqual([took, took]);
   closeSync(pipe.read);
 });
 

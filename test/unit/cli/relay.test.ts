@@ -104,17 +104,21 @@ describe.skipIf(process.getuid?.() !== 0)('kilnd that is killed', () => {
     expect(readdirSync(join(stateDir, 's'))).toEqual([]);
   });
 
-  it('and whose container is lost has its connection closed by the next one', async () => {
+  it('while it made a container is followed by one that removes what was made, on the same connection', async () => {
     const client = await start('c1');
     const [key = ''] = readdirSync(join(stateDir, 's'));
-    const { containers } = await status();
-    mkdirSync(join(stateDir, 'c', key));
+    const before = await status();
+    const left = join(stateDir, 'c', key);
+    mkdirSync(left);
     await killKilnd();
-    await client.ttrpc.closed;
-    await gone(containers[0]?.relayPid ?? 0);
-    await status();
-    expect(existsSync(join(stateDir, 's', key))).toBe(false);
+    expect((await client.connect()).shimPid).not.toBe(before.pid);
+    const after = await status();
+    expect(after.containers).toEqual([{ ...before.containers[0], connections: 1 }]);
+    expect(existsSync(left)).toBe(false);
+    expect(existsSync(join(stateDir, 's', key))).toBe(true);
+    client.ttrpc.close();
     expect((await shim('c1', 'delete')).code).toBe(0);
+    await gone(before.containers[0]?.relayPid ?? 0);
   });
 
   it('cannot hold up a delete, and its relay ends', async () => {

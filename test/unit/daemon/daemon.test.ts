@@ -501,6 +501,7 @@ describe('a relay', () => {
     const header = {
       ...{ protocol: 2, role, socket: said.socketPath ?? unknown(bench), relay_pid: 77, client: 1, replayed },
       ...{ namespace, id, bundle, address: '', ttrpc_address: ttrpcAddress, publish_binary: '', debug: 0 },
+      max_shim_version: '',
       launcher_started_ns: startedNs,
     };
     const fields = Object.entries(header).map(([key, value]) => `${key}=${value}\0`);
@@ -561,13 +562,19 @@ describe('a relay', () => {
     expect(await firstWord(relay(bench, 'c1', { ...late, startedNs: 1_700_000_000_000_000_060n }))).toBe('welcome\0');
   });
 
-  it('of a container that an earlier kilnd lost is told to end, so that containerd sees it', async () => {
+  it('whose Create was under way when an earlier kilnd was killed has it begun anew, with what was made removed', async () => {
     const bench = new Bench({});
-    mkdirSync(join(bench.stateDir, 'c/0011223344556677'), { recursive: true });
+    const left = join(bench.stateDir, 'c/0011223344556677');
+    mkdirSync(join(left, 'half-made'), { recursive: true });
     await bench.daemon.start();
-    expect(await firstWord(relay(bench, 'unknown'))).toBe('end\0');
-    const session = relay(bench, 'unknown', { role: 'session', replayed: 1 });
-    await once(session, 'close');
+    expect(existsSync(left)).toBe(false);
+    expect(await firstWord(relay(bench, 'unknown'))).toBe('welcome\0');
+    const client = new TaskClient(relay(bench, 'unknown', { role: 'session', replayed: 1 }), 'unknown');
+    cleanup.use(client.ttrpc);
+    expect(await client.create()).toEqual({ pid: 4242 });
+    expect(bench.contexts.map(({ directory }) => directory)).toEqual([left]);
+    await client.start();
+    await client.kill(9);
   });
 
   it('of another version is refused, and the log tells', async () => {

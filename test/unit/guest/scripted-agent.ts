@@ -110,7 +110,7 @@ export class ScriptedAgent {
       waitProcess: ({ request }, done) => {
         void this.exited(request.execId).then((exitStatus) => done(null, waitResponse({ exitStatus })));
       },
-      describeContainer: (_call, done) => done(null, { started: true, execIds: [] }),
+      describeContainer: (_call, done) => done(null, { started: true, paused: false, execs: [] }),
       resizeTerminal: (_call, done) => done(null, {}),
       removeProcess: (_call, done) => done(null, {}),
       listProcesses: (_call, done) => done(null, { processes: guestProcesses }),
@@ -128,7 +128,7 @@ export class ScriptedAgent {
       resumeContainer: (_call, done) => done(null, {}),
       readStats: (_call, done) => done(null, ReadStatsResponse.fromPartial({})),
       setLimits: (_call, done) => done(null, {}),
-      watchOom: (call) => void this.exited.then(() => call.end()),
+      watchOom: (call) => void this.exited().then(() => call.end()),
     };
   }
 }

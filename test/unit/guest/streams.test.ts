@@ -227,16 +227,24 @@ describe('a process', () => {
         asked.push(request);
         done(null, answer as never);
       };
+    const described = {
+      started: true,
+      paused: true,
+      execs: [
+        { pid: 7, execId: 'a', init: false },
+        { pid: 8, execId: 'b', init: false },
+      ],
+    };
     const guest = await connect({
       signalProcess: note({}),
       resizeTerminal: note({}),
       removeProcess: note({}),
-      describeContainer: note({ started: false, execIds: ['a', 'b'] }),
+      describeContainer: note(described),
     });
     await guest.signal(ref, 15, true);
     await guest.resize(ref, { width: 80, height: 24 });
     await guest.removeProcess(ref);
-    expect(await guest.describe('c1')).toEqual({ started: false, execIds: ['a', 'b'] });
+    expect(await guest.describe('c1')).toEqual(described);
     expect(asked).toEqual([{ ...ref, signal: 15, all: true }, { ...ref, width: 80, height: 24 }, ref, { id: 'c1' }]);
   });
 });

@@ -26,7 +26,7 @@ describe('the process of an exec', () => {
       consoleSize: { width: 1, height: 1 },
     };
     const translated = toGuestProcess(process as Process, options);
-    expect(translated.process).toEqual(ctrSpec().process);
+    expect(translated.process).toEqual({ ...ctrSpec().process, consoleSize: { width: 1, height: 1 } });
     expect(translated.warnings).toEqual([
       'process.apparmorProfile: "docker-default" is not applied: AppArmor is not active in the guest',
       'process.selinuxLabel: not applied: SELinux is not active in the guest',
@@ -38,10 +38,12 @@ describe('the process of an exec', () => {
     expect(error).toMatchObject({ code: 'unimplemented', message: expect.stringContaining('process.ioPriority: ') });
   });
 
-  test('keeps its terminal, whose size is set apart', () => {
+  test('keeps its terminal and the size, which is told apart, too', () => {
     const process = { ...given(), terminal: true, consoleSize: { width: 132, height: 43 } } as Process;
-    expect(toGuestProcess(process, options).process).toMatchObject({ terminal: true });
-    expect(toGuestProcess(process, options).process).not.toHaveProperty('consoleSize');
+    expect(toGuestProcess(process, options).process).toMatchObject({
+      terminal: true,
+      consoleSize: { width: 132, height: 43 },
+    });
     expect(terminalSize(process)).toEqual({ width: 132, height: 43 });
     expect(terminalSize(given())).toBeUndefined();
     expect(toGuestSpec(withProcess({ terminal: true }), options).spec.process.terminal).toBe(true);

@@ -7,7 +7,7 @@ describe('the report of processes killed for want of memory', () => {
   beforeEach(() => {
     vi.useFakeTimers();
     told = 0;
-    report = new OomReport(1000);
+    report = new OomReport({ intervalMs: 1000 });
     report.listen(() => {
       told += 1;
     });

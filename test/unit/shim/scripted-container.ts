@@ -5,8 +5,8 @@ import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import { OomReport } from '../../../src/sandbox/oom.ts';
 import {
   afterExit,
+  type ContainerState,
   type Exit,
-  type ProcessState,
   requireDeletable,
   requireExecable,
   requirePausable,
@@ -48,9 +48,8 @@ export class Gate {
 /** What init and exec have in common. */
 class ScriptedProcess {
   readonly exit = new WaitableCell<Exit>();
-  readonly oom = new OomReport();
   readonly calls: string[] = [];
-  state: ProcessState = { kind: 'created' };
+  state: ContainerState = { kind: 'created' };
   /** Set one to hold or fail the step of this name. */
   gates: { start?: Gate; kill?: Gate; pause?: Gate; delete?: Gate; destroy?: Gate; processes?: Gate } = {};
   protected readonly name: string;
@@ -62,7 +61,6 @@ class ScriptedProcess {
   /** The program ends. As in the real one, an exit during the start waits for the start's end. */
   end(status: number): void {
     const exit = { status, at: new Date(1_700_000_000_123) };
-    this.oom.close();
     this.state = afterExit(this.state, exit);
     this.exit.set(exit);
   }
@@ -82,26 +80,6 @@ class ScriptedProcess {
 
   async resize({ width, height }: { readonly width: number; readonly height: number }): Promise<void> {
     this.calls.push(`resize ${width} ${height}`);
-  }
-
-  async pause(): Promise<void> {
-    requirePausable(this.id, this.state);
-    await this.gates.pause?.pass();
-    this.state = { kind: 'paused' };
-  }
-
-  async resume(): Promise<void> {
-    requireResumable(this.id, this.state);
-    this.state = { kind: 'running' };
-  }
-
-  async stats(): Promise<ContainerStats> {
-    return containerStats;
-  }
-
-  async update(resources: LimitResources): Promise<void> {
-    requireUpdatable(this.id, this.state);
-    this.calls.push(`update ${JSON.stringify(resources)}`);
   }
 
   closeStdin(): void {
@@ -155,12 +133,18 @@ export class ScriptedExec extends ScriptedProcess implements TaskProcess {
 export class ScriptedContainer extends ScriptedProcess implements TaskContainer {
   readonly id: string;
   readonly pid = 4242;
+  readonly oom = new OomReport();
   /** All that were ever asked for, in order. */
   readonly execs: ScriptedExec[] = [];
 
   constructor(id: string) {
     super(`container ${id}`);
     this.id = id;
+  }
+
+  override end(status: number): void {
+    this.oom.close();
+    super.end(status);
   }
 
   exec(request: ExecRequest): ScriptedExec {
@@ -175,6 +159,26 @@ export class ScriptedContainer extends ScriptedProcess implements TaskContainer 
     requireSignalable(this.name, this.state);
     await this.gates.kill?.pass();
     this.end(128 + signal);
+  }
+
+  async pause(): Promise<void> {
+    requirePausable(this.name, this.state);
+    await this.gates.pause?.pass();
+    this.state = { kind: 'paused' };
+  }
+
+  async resume(): Promise<void> {
+    requireResumable(this.name, this.state);
+    this.state = { kind: 'running' };
+  }
+
+  async stats(): Promise<ContainerStats> {
+    return containerStats;
+  }
+
+  async update(resources: LimitResources): Promise<void> {
+    requireUpdatable(this.name, this.state);
+    this.calls.push(`update ${JSON.stringify(resources)}`);
   }
 
   async processes(): Promise<readonly ContainerProcess[]> {

@@ -3,7 +3,7 @@ import { mkdirSync, mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { Writable } from 'node:stream';
-import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { openStdio, type Stdio, type StdioOptions, type StdioPaths } from '../../../src/shim/stdio.ts';
 import { parseLoggerUri } from '../../../src/shim/stdio-logger.ts';
 import { waitForEnd } from '../../support/wait-for-end.ts';
@@ -308,15 +308,16 @@ describe('a logger is refused', () => {
     });
   });
 
-  test('whose streams cannot be kept open: it sees them end, and ends', async () => {
-    const uri = logger('exec 5>&-; cat <&3; cat <&4; echo ended >$OUT/ended');
-    vi.stubEnv('PATH', folder);
-    try {
-      expect(await failure(uri)).toMatchObject({ message: 'cannot run the keeper of the FIFOs "sleep": ENOENT' });
-    } finally {
-      vi.unstubAllEnvs();
-    }
-    expect(read('ended')).toBe('ended\n');
+  test('before anybody holds its streams: it sees them end, and ends', async () => {
+    const held: string[] = [];
+    const holds = { holdFifo: async (path: string) => void held.push(path), releaseFifo: async () => {} };
+    const uri = logger('cat <&3; cat <&4; echo ended >$OUT/ended; exit 3');
+    const limits = { readyMs: 300, endMs: 5_000, termMs: 5_000 };
+    expect(await failure(uri, {}, { loggerLimits: limits, holds })).toMatchObject({ code: 'deadline-exceeded' });
+    expect(held).toEqual([]);
+    const early = logger('exec 3<&- 4<&-; exit 3');
+    expect(await failure(early, {}, { holds })).toMatchObject({ code: 'failed-precondition' });
+    expect(held).toEqual([]);
   });
 
   test('for one output when the other goes elsewhere', async () => {

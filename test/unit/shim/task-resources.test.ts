@@ -1,43 +1,26 @@
 /** Pause, Resume, Stats, Update and TaskOOM of the task service. */
-import { duplexPair } from 'node:stream';
 import { afterEach, describe, expect, it } from 'vitest';
 import * as v1 from '../../../gen/containerd/metrics_v1.ts';
 import * as v2 from '../../../gen/containerd/metrics_v2.ts';
 import { Status } from '../../../gen/containerd/task_types.ts';
-import { loggerTo } from '../../../src/observe/logger.ts';
-import { TtrpcServer } from '../../../src/rpc/ttrpc/index.ts';
 import { hostCgroupMode } from '../../../src/shim/metrics.ts';
-import { toTtrpcStatus } from '../../../src/shim/status.ts';
-import { TaskService } from '../../../src/shim/task-service.ts';
-import type { TaskEvent } from '../../../src/shim/topics.ts';
-import { Gate, ScriptedContainer } from './scripted-container.ts';
-import { errorOf, TaskClient } from './task-client.ts';
+import { Gate } from './scripted-container.ts';
+import { Bench, id } from './task-bench.ts';
+import { errorOf } from './task-client.ts';
 
-const id = 'c1';
-const servers: TtrpcServer[] = [];
+const benches: Bench[] = [];
 afterEach(async () => {
-  for (const server of servers.splice(0)) await server.close(0);
+  for (const made of benches.splice(0)) await made.server.close(0);
 });
 
 async function running(start?: Gate) {
-  const container = new ScriptedContainer(id);
+  const made = new Bench();
+  benches.push(made);
+  const { container, events, service, client } = made;
   if (start !== undefined) container.gates.start = start;
-  const events: TaskEvent[] = [];
-  const service = new TaskService({
-    namespace: 'ns',
-    id,
-    createContainer: async () => container,
-    publish: (event) => events.push(event),
-    logger: loggerTo({ write: () => {} }, 'trace'),
-  });
-  const server = new TtrpcServer(service.table(), { toStatus: toTtrpcStatus });
-  servers.push(server);
-  const [near, far] = duplexPair();
-  server.serve(far);
-  const client = new TaskClient(near, id);
   await client.create();
   const started = client.start();
-  return { container, events, service, client, started, types: () => events.map(({ type }) => type) };
+  return { container, events, service, client, started, types: () => made.types };
 }
 
 describe('Pause and Resume', () => {

@@ -44,6 +44,7 @@ const schema = object({
   }).optional(),
   pids: object({ limit: integer.optional() }).optional(),
   blockIO: object({ weight: integer.optional() }).optional(),
+  hugepageLimits: z.array(object({ pageSize: z.string(), limit: integer })).optional(),
   unified: z.record(z.string(), z.string()).optional(),
 });
 
@@ -84,12 +85,13 @@ export function toLimitFiles(
   const translation = partialTranslation(id, '');
   const { warnings } = translation;
   const known = translateResources({ ...others, cpu }, 'resources', translation);
-  const { unified = {} } = known as LimitResources;
+  const { unified = {}, hugepageLimits = [] } = known as LimitResources;
   const files = [
     ...memoryFiles(resources.memory ?? {}, current),
     ...cpuFiles(resources.cpu ?? {}, current),
     ...file('pids.max', maxIfNegative(resources.pids?.limit)),
     ...blockIoFiles(resources.blockIO?.weight),
+    ...hugepageLimits.map(({ pageSize, limit }) => ({ name: `hugetlb.${pageSize}.max`, content: String(limit) })),
     ...Object.entries(unified).map(([name, content]) => ({ name: requireLimitName(name), content })),
   ];
   return { files: files.filter((wanted) => !isCurrent(wanted, current)), warnings };

@@ -59,6 +59,15 @@ describe('limits of cgroup v1 as files of cgroup v2', () => {
     [{ unified: { 'memory.high': '7', 'io.max': '8:0 rbps=1' } }, ['memory.high=7', 'io.max=8:0 rbps=1']],
     // containerd's CRI sends the whole of what the container was made with.
     [{ devices: [{ allow: false, access: 'rwm' }], hugepageLimits: [{ pageSize: '2MB', limit: 0 }] }, []],
+    [
+      {
+        hugepageLimits: [
+          { pageSize: '2MB', limit: 4194304 },
+          { pageSize: '1GB', limit: 0 },
+        ],
+      },
+      ['hugetlb.2MB.max=4194304'],
+    ],
   ])('%j', (resources, expected) => {
     expect(files(resources)).toEqual(expected);
   });
@@ -90,7 +99,10 @@ describe('limits of cgroup v1 as files of cgroup v2', () => {
     ],
     [{ memory: { kernel: 5 } }, 'unimplemented: resources.memory.kernel: cgroup v2'],
     [{ cpu: { realtimePeriod: 5 } }, 'unimplemented: resources.cpu.realtimePeriod: cgroup v2'],
-    [{ hugepageLimits: [{ pageSize: '2MB', limit: 1 }] }, 'unimplemented: resources.hugepageLimits: huge pages'],
+    [
+      { hugepageLimits: [{ pageSize: '64KB', limit: 1 }] },
+      'invalid-argument: resources.hugepageLimits[0].pageSize: the guest has no huge pages of 64KB',
+    ],
     [{ unified: { 'cgroup.procs': '1' } }, 'invalid-argument: resources.unified: "cgroup.procs" is no limit'],
     [{ unified: { '../x.y': '1' } }, 'invalid-argument: resources.unified: "../x.y" is no limit'],
   ])('that cannot be is refused: %j', (resources, expected) => {
@@ -119,6 +131,9 @@ describe('limits of cgroup v1 as files of cgroup v2', () => {
   it('that are no limits are refused with the place', () => {
     expect(errorOf(() => parseLimitResources('{'))).toContain('invalid-argument: the resources are not valid JSON');
     expect(errorOf(() => parseLimitResources('[]'))).toMatch(/^invalid-argument: resources: \$: /);
+    expect(errorOf(() => parseLimitResources('{"hugepageLimits":7}'))).toMatch(
+      /^invalid-argument: resources: hugepageLimits: /,
+    );
     expect(errorOf(() => parseLimitResources('{"memory":{"limit":"1g"}}'))).toBe(
       'invalid-argument: resources: memory.limit: expected an integer',
     );

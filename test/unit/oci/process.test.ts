@@ -35,7 +35,10 @@ describe('the process of an exec', () => {
     expect(own.spec.process).toEqual(translated.process);
     expect(own.warnings).toEqual(translated.warnings);
     const error = errorOf(() => toGuestProcess({ ...given(), ioPriority: { class: 'x' } } as Process, options));
-    expect(error).toMatchObject({ code: 'unimplemented', message: expect.stringContaining('process.ioPriority: ') });
+    expect(error).toMatchObject({
+      code: 'invalid-argument',
+      message: expect.stringContaining('process.ioPriority.class: '),
+    });
   });
 
   test('keeps its terminal and the size, which is told apart, too', () => {

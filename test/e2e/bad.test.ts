@@ -257,18 +257,12 @@ describe.runIf(underKiln)('a failure right after the acquisition of', () => {
 describe.runIf(underKiln)('what Kiln cannot do yet', () => {
   const scene = useScene({ version: '2.1' });
 
-  it.each([
-    ['exec', ['task', 'exec', '--exec-id', 'e', 'ID', 'true'], /not supported|not implemented|method Exec/i],
-    ['pause', ['task', 'pause', 'ID'], /not supported|not implemented|method Pause/i],
-    // containerd keeps the reason of this one to itself.
-    ['metrics', ['task', 'metrics', 'ID'], /no metrics/],
-    ['checkpoint', ['task', 'checkpoint', 'ID'], /not supported|not implemented|method (Pause|Checkpoint)/i],
-  ] as const)('%s is an error that says so, and the task runs on', async (_verb, args, said) => {
+  it('a checkpoint is an error that says so, and the task runs on', async () => {
     const id = scene.id();
     await scene.run(id, ['sleep', '1000'], { flags: ['-d'] });
-    const result = await scene.containerd.ctr(args.map((arg) => (arg === 'ID' ? id : arg)));
+    const result = await scene.containerd.ctr(['task', 'checkpoint', id]);
     expect(result.code).not.toBe(0);
-    expect(result.stderr).toMatch(said);
+    expect(result.stderr).toMatch(/not supported|not implemented|method Checkpoint/i);
     expect(await scene.tasks()).toMatchObject([{ id, status: 'RUNNING' }]);
     await scene.remove(id);
   });

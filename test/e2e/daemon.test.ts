@@ -88,12 +88,15 @@ describe.each(containerdVersions)('a restart of containerd %s', (version) => {
   it('loses no byte of a FIFO whose reader comes late, leaves and comes back', async () => {
     const id = scene.id();
     const script = [
-      'trap "go=1" USR1; trap "echo end; exit 0" TERM',
+      'trap "go=1" USR1; trap "echo end; exit 0" TERM; : >/ready',
       'while [ -z "$go" ]; do sleep 1000 & wait $!; done',
       'i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done',
     ].join('; ');
     // Not ctr's own copying, which ends with ctr.
     await scene.run(id, ['sh', '-c', script], { flags: ['-d'] });
+    // Before its traps are set, a signal is lost: an init without a handler does not get it.
+    const ready = ['sh', '-c', 'until [ -e /ready ]; do usleep 1000; done'];
+    await scene.ctr(['task', 'exec', '--fifo-dir', scene.fifoDir, '--exec-id', 'ready', id, ...ready]);
     await scene.ctr(['task', 'kill', '--signal', 'SIGUSR1', id]);
     const names = await readdir(scene.fifoDir, { recursive: true });
     const fifo = join(scene.fifoDir, names.find((name) => name.endsWith(`/${id}-stdout`)) ?? '');
@@ -137,6 +140,7 @@ interface LogLine {
   msg: string;
   level: string;
   id?: string;
+  vmmPid?: number;
   marks?: { name: string; at_ms: number }[];
 }
 
@@ -273,12 +277,14 @@ describe.runIf(underKiln)('kilnd', () => {
     await scene.assertNothingLeft();
   });
 
-  it('killed with a container running: the task has ended for containerd, and nothing stays', async () => {
+  it('killed together with a VM: the task has ended for containerd, and nothing stays', async () => {
     const id = scene.id();
     await using events = await scene.events();
     await scene.run(id, waiting, { flags: ['-d'] });
     const [pid = 0] = scene.kilndPids();
+    const up = (await logLines(scene)).findLast(({ msg }) => msg === 'sandbox is up');
     signal(pid, 'SIGKILL');
+    signal(up?.vmmPid ?? 0, 'SIGKILL');
     await waitForEnd(pid, 5_000);
     const exit = await events.waitFor('/tasks/exit', id);
     expect([137, 255]).toContain(exit.event.exit_status);

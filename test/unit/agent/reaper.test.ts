@@ -4,6 +4,7 @@ import { closeSync } from 'node:fs';
 import type { Readable } from 'node:stream';
 import { afterEach, beforeEach, expect, it } from 'vitest';
 import { Reaper } from '../../../agent/reaper.ts';
+import { ProcessHandle } from '../../../src/sys/pidfd.ts';
 import { pipe2 } from '../../../src/sys/pipe.ts';
 import { becomeChildSubreaper, type Exit, peekEndedChild } from '../../../src/sys/process.ts';
 
@@ -62,7 +63,10 @@ it('keeps the status of a process that ends before it is watched, while held', a
 it('takes away orphans that nobody watches', async () => {
   const stray = await orphan('exit 1');
   const marker = await orphan('exit 2');
+  const ended = ProcessHandle.open(stray.pid)?.ended;
   stray.go();
+  // On a busy machine it may be late, and what comes now early.
+  await ended;
   const exit = ending(marker.pid);
   marker.go();
   await exit;

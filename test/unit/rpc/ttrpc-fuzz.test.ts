@@ -348,11 +348,10 @@ describe('ttrpc under generated input', () => {
       }
     };
     for (let count = 0; count < 50; count += 1) await round();
-    collectGarbage();
-    const before = usedMemory();
+    const before = await memoryInUse();
     for (let count = 0; count < 1200; count += 1) await round();
-    collectGarbage();
-    expect((usedMemory() - before) / 2 ** 20).toBeLessThan(16);
+    const grown = (await memoryInUse()) - before;
+    expect(grown / 2 ** 20).toBeLessThan(1);
     await new Promise(setImmediate);
     expect([server.connectionCount, connections]).toEqual([0, 0]);
   });
@@ -363,9 +362,20 @@ describe('ttrpc under generated input', () => {
   });
 });
 
-function usedMemory(): number {
-  const { heapUsed, arrayBuffers } = process.memoryUsage();
-  return heapUsed + arrayBuffers;
+/**
+ * Bytes that are still referred to. One collection does not tell: buffers that it found dead are freed, and counted out,
+ * by a thread that may be late on a busy machine; the next collection waits for it. And what a stream lets go of in a
+ * later turn of the loop is not dead yet. So the least of several counts.
+ */
+async function memoryInUse(): Promise<number> {
+  let least = Number.POSITIVE_INFINITY;
+  for (let count = 0; count < 5; count += 1) {
+    await new Promise(setImmediate);
+    collectGarbage();
+    const { heapUsed, arrayBuffers } = process.memoryUsage();
+    least = Math.min(least, heapUsed + arrayBuffers);
+  }
+  return least;
 }
 
 function sameFrames(actual: readonly DecodedFrame[], expected: readonly DecodedFrame[]): boolean {

@@ -3,18 +3,21 @@
  * connection, a real process as stand-in (in a network namespace of its own), and stdio in memory.
  */
 import { spawnSync } from 'node:child_process';
-import { chmodSync, existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { chmodSync, existsSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import type net from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { PassThrough, type Readable, Writable } from 'node:stream';
 import { defaultConfig } from '../../../src/config/config.ts';
+import type { HelperProcess } from '../../../src/host/helper-process.ts';
+import { startStandIn } from '../../../src/host/stand-in.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { Timeline } from '../../../src/observe/timeline.ts';
 import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
 import { Container } from '../../../src/sandbox/container.ts';
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import type { HookPlan } from '../../../src/sandbox/hooks.ts';
+import { type ContainerRecord, writeContainerRecord } from '../../../src/sandbox/record.ts';
 import type { ContainerRequest } from '../../../src/sandbox/resources.ts';
 import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
 import type { MemoryGrowth, SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../../../src/vmm/vmm.ts';
@@ -25,6 +28,9 @@ const unshare = ['unshare -n', 'unshare -r -n'].find((command) => {
   return spawnSync('/bin/sh', ['-c', `${command} true`]).status === 0;
 });
 export const canMakeNetns = unshare !== undefined;
+
+/** By which the agent of a container that is taken over is known. */
+export const session = 'the session of before';
 
 const noHooks = { prestart: [], createRuntime: [], poststart: [], poststop: [] };
 
@@ -122,8 +128,8 @@ export class MemoryStdio implements ContainerStdio {
     this.stdout.on('error', () => {});
   }
 
-  startStdin(): void {
-    this.#log.push('stdin started');
+  startStdin({ clientMayReturn = false } = {}): void {
+    this.#log.push(clientMayReturn ? 'stdin taken over' : 'stdin started');
     if (this.startError !== undefined) throw this.startError;
   }
 
@@ -191,6 +197,7 @@ export class Workbench implements AsyncDisposable {
   standIn = `exec ${unshare} -- /bin/sh -c 'echo ready >&3; exec 3>&-; exec sleep 1000'`;
   vm: ScriptedVm | undefined;
   container: Container | undefined;
+  #leftStandIn: HelperProcess | undefined;
 
   constructor(script: Script = {}) {
     this.agent = new ScriptedAgent(script);
@@ -203,6 +210,41 @@ export class Workbench implements AsyncDisposable {
       signal,
     );
     return this.container;
+  }
+
+  /** What an earlier kilnd has left of a container that runs: its directory, its stand-in, and its record. */
+  async leave(fields: Partial<ContainerRecord> = {}): Promise<ContainerRecord> {
+    mkdirSync(this.directory, { mode: 0o700 });
+    const standIn = await startStandIn({ program: this.#standIn(), id: 'c1', directory: this.directory });
+    this.#leftStandIn = standIn;
+    if (standIn.identity === undefined) throw new Error('the stand-in has ended');
+    const record: ContainerRecord = {
+      ...{ version: 1, id: 'c1', terminal: this.terminal, started: true, session, answerLimitMs: 5000 },
+      ...{ vmm: 'scripted', vm: { pid: 1_000_000 }, standIn: standIn.identity, oomKills: 0 },
+      hooks: this.#request().hooks,
+      disks: { lower: '/cache/lower.erofs', writable: '/work/rw.ext4' },
+      ...fields,
+    };
+    writeContainerRecord(this.directory, record);
+    return record;
+  }
+
+  /** Takes over what `leave` has left. Its agent must say Hello with `session`. */
+  async adopt(record: ContainerRecord, execs: readonly ExecRequest[] = [], vmm: Partial<Vmm> = {}) {
+    const { directory, timeline, logger, openStdio } = this.#request();
+    const adopt: Vmm['adopt'] = async () => {
+      const config = { directory } as VmConfig;
+      this.vm = new ScriptedVm(config, this.agent, this.events, this.vmHooks);
+      return this.vm;
+    };
+    const scripted: Vmm = { name: 'scripted', boot: () => Promise.reject(new Error('nothing boots')), adopt, ...vmm };
+    const adopted = await Container.adopt(
+      { rootfs: this.#rootfs(), standInProgram: '/nowhere' },
+      { record, directory, vmm: scripted, openStdio, execs, timeline, logger },
+      new AbortController().signal,
+    );
+    this.container = adopted.container;
+    return adopted;
   }
 
   /** Log lines of a level, as `message: error`. */
@@ -219,6 +261,7 @@ export class Workbench implements AsyncDisposable {
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.container?.destroy().catch(() => {});
+    await this.#leftStandIn?.kill();
     this.agent.disconnect();
     rmSync(this.root, { recursive: true, force: true });
   }
@@ -237,7 +280,20 @@ export class Workbench implements AsyncDisposable {
         [Symbol.asyncDispose]: release,
       };
     };
-    return { prepare } as unknown as RootfsStore;
+    const adopt: RootfsStore['adopt'] = ({ lower, writable }) => {
+      this.events.push(`rootfs taken over: ${lower} ${writable}`);
+      const release = async () => {
+        this.events.push('rootfs released');
+        await this.releaseRootfs();
+      };
+      return {
+        lower: { file: lower, readOnly: true, format: 'erofs' },
+        writable: writable === null ? null : { file: writable, readOnly: false, format: 'ext4' },
+        release,
+        [Symbol.asyncDispose]: release,
+      };
+    };
+    return { prepare, adopt } as unknown as RootfsStore;
   }
 
   #standIn(): string {
@@ -255,7 +311,7 @@ export class Workbench implements AsyncDisposable {
         this.vm = new ScriptedVm(config, this.agent, this.events, this.vmHooks);
         return this.vm;
       },
-      adopt: () => Promise.reject(new Error('these tests take no VM over')),
+      adopt: () => Promise.reject(new Error('this test takes no VM over')),
     };
     return {
       id: 'c1',

@@ -5,6 +5,7 @@ import { loggerTo } from '../../../src/observe/logger.ts';
 import { TtrpcServer } from '../../../src/rpc/ttrpc/index.ts';
 import { toTtrpcStatus } from '../../../src/shim/status.ts';
 import type { TaskRequest } from '../../../src/shim/task.ts';
+import type { TaskState } from '../../../src/shim/task-record.ts';
 import { TaskService } from '../../../src/shim/task-service.ts';
 import type { TaskEvent } from '../../../src/shim/topics.ts';
 import { type Gate, ScriptedContainer } from './scripted-container.ts';
@@ -26,6 +27,10 @@ export class Bench {
   readonly container = new ScriptedContainer(id);
   readonly events: TaskEvent[] = [];
   readonly log: LogLine[] = [];
+  /** What the next kilnd would find, after each change. */
+  readonly saved: TaskState[] = [];
+  /** False for a containerd that takes no event. */
+  takesEvents = true;
   /** Holds or fails Create. */
   creation: Gate | undefined;
   request: TaskRequest | undefined;
@@ -54,19 +59,25 @@ export class Bench {
       },
       publish: (event, onSent) => {
         this.events.push(event);
-        onSent();
+        if (this.takesEvents) onSent();
       },
-      save: () => {},
+      save: (state) => void this.saved.push(state),
       logger: loggerTo({ write: (line) => void this.log.push(JSON.parse(line) as LogLine) }, 'trace'),
     });
     this.server = new TtrpcServer(this.service.table(), { toStatus: toTtrpcStatus });
     this.client = this.connect();
   }
 
-  connect(service?: string): TaskClient {
+  /** @param replayedRequests how many of the first requests an earlier kilnd was given and did not answer */
+  connect(service?: string, replayedRequests = 0): TaskClient {
     const [near, far] = duplexPair();
-    this.server.serve(far);
+    this.server.serve(far, { replayedRequests });
     return new TaskClient(near, id, service);
+  }
+
+  /** A connection whose first request comes a second time. */
+  replaying(): TaskClient {
+    return this.connect(undefined, 1);
   }
 
   /** The events so far, by type. */

@@ -7,7 +7,7 @@
  * signal 0, read its cgroup and oom_score. The VMM's pid would hand them the host's file system; this process has
  * nothing to hand out. It joins the network namespace ("-": makes one, with lo up), makes an empty read-only filesystem
  * its root, drops every capability and every descriptor, says "ready\n" on fd 3 (or "error: text", and exits 1), and
- * sleeps until it is killed by SIGTERM or SIGKILL. It does not end with a killed kilnd; the next one ends it.
+ * sleeps until it is killed by SIGTERM or SIGKILL. It does not end with a killed kilnd; the next one takes it over, or ends it.
  * ROOT_DIR is any directory: the root is mounted there, in a mount namespace that nobody else sees, so nothing on the
  * host changes. ID is not used: it is there to be seen in ps.
  */

@@ -41,7 +41,8 @@ export async function takeStock(stateDir: string, logger: Logger): Promise<Map<s
     if (record !== undefined && existsSync(record.context.bundle)) tasks.set(key, record);
     else removeTaskRecord(file);
   }
-  const left = listDirectory(path.join(stateDir, 'c')).filter((key) => !tasks.has(key));
+  // A record without a task is of one that was deleted; what lies there then is of the next one's Create.
+  const left = listDirectory(path.join(stateDir, 'c')).filter((key) => tasks.get(key)?.state.create === undefined);
   const killed: number[] = [];
   for (const key of left) {
     const directory = containerDirectory(stateDir, key);

@@ -183,6 +183,13 @@ export function toGuestSpec(spec: Spec, { id, rootfsPath, hostname }: GuestSpecO
   return { spec: applyRules(specRules, whole, '', translation) as Spec, warnings: translation.warnings };
 }
 
+/** Of a process that is exec'd: what the agent does for an init before it runs comes too late there. */
+const execRules: Rules = {
+  ...processRules,
+  scheduler: refuse("a scheduling policy of an exec'd process is not supported"),
+  ioPriority: refuse("an I/O priority of an exec'd process is not supported"),
+};
+
 export interface GuestProcessSpec {
   /** For crun in the guest. Serialise it with `stringifyJson`. */
   readonly process: Process;
@@ -193,7 +200,7 @@ export interface GuestProcessSpec {
 /** What crun in the guest is told to run in a container that exists. Throws what `toGuestSpec` throws. */
 export function toGuestProcess(process: Process, { id, rootfsPath }: GuestSpecOptions): GuestProcessSpec {
   const translation = partialTranslation(id, rootfsPath);
-  const translated = applyRules(processRules, process, 'process', translation) as Process;
+  const translated = applyRules(execRules, process, 'process', translation) as Process;
   return { process: translated, warnings: translation.warnings };
 }
 

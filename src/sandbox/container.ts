@@ -218,7 +218,12 @@ export class Container {
     const execs = new Map<string, Exec>();
     for (const exec of request.execs) {
       const running = guest.execs.find(({ execId }) => execId === exec.execId);
-      if (running !== undefined) execs.set(exec.execId, await container.#adoptExec(exec, running.pid));
+      if (running === undefined) continue;
+      try {
+        execs.set(exec.execId, await container.#adoptExec(exec, running.pid));
+      } catch (error) {
+        logger.error({ err: error, execId: exec.execId }, 'cannot take an exec over');
+      }
     }
     return { container, execs };
   }

@@ -101,7 +101,8 @@ export class Exec {
       const { guest } = this.#host;
       const { directory, process, terminal, openStdio } = this.#request;
       await using undo = new AsyncDisposableStack();
-      await mkdir(directory, { mode: 0o700 });
+      // It may be there from a start under an earlier kilnd, which never got to the guest.
+      await mkdir(directory, { recursive: true, mode: 0o700 });
       undo.defer(() => rm(directory, { recursive: true, force: true }));
       const stdio = undo.adopt(await openStdio(), (opened) => opened.dispose());
       stdio.startStdin();

@@ -22,6 +22,8 @@ const taskState = z.object({
   execs: z.record(z.string(), encoded),
   /** The pid that containerd has for an exec that was started, by exec id. */
   pids: z.record(z.string(), z.int().nonnegative()),
+  /** The processes (init: the empty exec id) whose stdin was closed by CloseIO. */
+  stdinClosed: z.array(z.string()),
   /** Events that containerd has taken; see `eventKey` of task-service.ts. */
   announced: z.array(z.string()),
   /** Of a task that is deleted. */

@@ -129,7 +129,10 @@ export class TaskService {
       const process = execs.get(execId) ?? container.exec(this.#options.prepareExec(exec));
       task.execs.set(execId, track(execId, process, exec, encodeExec(exec)));
     }
-    for (const tracked of [...task.execs.values(), task.init]) this.#followExit(task, tracked);
+    for (const tracked of [...task.execs.values(), task.init]) {
+      if (state.stdinClosed.includes(tracked.execId)) this.#closeStdin(tracked);
+      this.#followExit(task, tracked);
+    }
   }
 
   /** True while there is something that must not be lost. */
@@ -296,6 +299,7 @@ export class TaskService {
       create: task?.init.request,
       execs: Object.fromEntries(execs.map(({ execId, request }) => [execId, request])),
       pids: Object.fromEntries(execs.map(({ execId, process }) => [execId, process.pid])),
+      stdinClosed: [task?.init, ...execs].flatMap((tracked) => (tracked?.stdinClosed ? [tracked.execId] : [])),
       announced: this.#announcer.sent,
       ...(lastExit === undefined
         ? {}
@@ -470,9 +474,15 @@ export class TaskService {
     };
   }
 
+  #closeStdin(tracked: Tracked): void {
+    tracked.stdinClosed = true;
+    this.#save();
+    tracked.process.closeStdin();
+  }
+
   async #closeIo({ id, execId, stdin }: api.CloseIORequest): Promise<Empty> {
-    const { process } = this.#findProcess(id, execId).tracked;
-    if (stdin) process.closeStdin();
+    const { tracked } = this.#findProcess(id, execId);
+    if (stdin) this.#closeStdin(tracked);
     return {};
   }
 

@@ -61,6 +61,8 @@ export interface Tracked {
   startAnnounced: Promise<void>;
   /** Settled when TaskExit is published. Never rejects. */
   exitAnnounced: Promise<void>;
+  /** CloseIO has come. */
+  stdinClosed: boolean;
   /** The Delete that is under way. */
   deletion: Promise<api.DeleteResponse> | undefined;
 }
@@ -81,7 +83,16 @@ export function track(execId: string, process: TaskProcess, asked: Tracked['stdi
   const { stdin, stdout, stderr, terminal } = asked;
   const stdio = { stdin, stdout, stderr, terminal };
   const settled = Promise.resolve();
-  return { execId, process, request, stdio, startAnnounced: settled, exitAnnounced: settled, deletion: undefined };
+  return {
+    execId,
+    process,
+    request,
+    stdio,
+    startAnnounced: settled,
+    exitAnnounced: settled,
+    stdinClosed: false,
+    deletion: undefined,
+  };
 }
 
 export function encodeCreate(request: TaskRequest): Buffer {

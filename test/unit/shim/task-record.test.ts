@@ -41,6 +41,7 @@ const record: TaskRecord = {
     create: Buffer.from(CreateTaskRequest.encode(create).finish()),
     execs: { e1: Buffer.from(ExecProcessRequest.encode(exec).finish()) },
     pids: { e1: 77 },
+    stdinClosed: ['e1'],
     announced: ['create', 'start ', 'added e1'],
   },
 };
@@ -57,9 +58,12 @@ describe("a task's record", () => {
 
   it('of a task that is deleted has its last exit, and no request', () => {
     const lastExit = { pid: 4242, status: 137, atMs: 1_700_000_000_123 };
-    writeTaskRecord(file, { ...record, state: { execs: {}, pids: {}, announced: ['delete'], lastExit } });
+    writeTaskRecord(file, {
+      ...record,
+      state: { execs: {}, pids: {}, stdinClosed: [], announced: ['delete'], lastExit },
+    });
     const { state } = readTaskRecord(file);
-    expect(state).toEqual({ execs: {}, pids: {}, announced: ['delete'], lastExit });
+    expect(state).toEqual({ execs: {}, pids: {}, stdinClosed: [], announced: ['delete'], lastExit });
     expect(createRequestOf(state)).toBeUndefined();
     expect(execRequestsOf(state).size).toBe(0);
   });

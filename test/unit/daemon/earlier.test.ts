@@ -1,0 +1,226 @@
+/** What a new kilnd finds of an earlier one, on a real disk, with real processes. */
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { CreateTaskRequest, ExecProcessRequest } from '../../../gen/containerd/task.ts';
+import { Status } from '../../../gen/containerd/task_types.ts';
+import { adoptContainer } from '../../../src/daemon/adopt.ts';
+import type { Installation } from '../../../src/daemon/containers.ts';
+import type { ContainerContext } from '../../../src/daemon/daemon.ts';
+import { containerDirectory, knownOf, takeStock, taskFile } from '../../../src/daemon/earlier.ts';
+import { type HelperProcess, startHelper } from '../../../src/host/helper-process.ts';
+import { loggerTo } from '../../../src/observe/logger.ts';
+import { Timeline } from '../../../src/observe/timeline.ts';
+import { type ContainerRecord, writeContainerRecord } from '../../../src/sandbox/record.ts';
+import { type TaskRecord, type TaskState, writeTaskRecord } from '../../../src/shim/task-record.ts';
+
+interface LogLine {
+  readonly level: string;
+  readonly msg: string;
+}
+
+let stateDir: string;
+let log: LogLine[];
+let helpers: HelperProcess[];
+const logger = loggerTo({ write: (line) => void log.push(JSON.parse(line) as LogLine) }, 'trace');
+const errors = () => log.filter(({ level }) => level === 'error').map(({ msg }) => msg);
+beforeEach(() => {
+  stateDir = mkdtempSync(join(tmpdir(), 'kiln-earlier-'));
+  for (const name of ['t', 'c', 'bundle']) mkdirSync(join(stateDir, name));
+  log = [];
+  helpers = [];
+});
+afterEach(async () => {
+  for (const helper of helpers) await helper.kill();
+  rmSync(stateDir, { recursive: true, force: true });
+});
+
+const create = Buffer.from(CreateTaskRequest.encode(CreateTaskRequest.fromPartial({ id: 'c1' })).finish());
+
+function taskRecord(state: Partial<TaskState> = {}, bundle = join(stateDir, 'bundle')): TaskRecord {
+  return {
+    context: {
+      ...{ namespace: 'ns', id: 'c1', bundle, address: '', ttrpcAddress: '', publishBinary: '', debug: false },
+      ...{ maxShimVersion: 0, launcherStartedNs: 1n },
+    },
+    state: { create, execs: {}, pids: {}, stdinClosed: [], announced: [], ...state },
+  };
+}
+
+/** The directory of a container, with a process that was started for it. */
+async function leave(key: string): Promise<HelperProcess> {
+  const directory = containerDirectory(stateDir, key);
+  mkdirSync(directory);
+  const what = { program: 'sleep', args: ['1000'], logName: 'log', title: 'sleep', hint: '' };
+  const helper = await startHelper({ ...what, directory });
+  helpers.push(helper);
+  return helper;
+}
+
+describe('the stock that a new kilnd takes', () => {
+  it('is nothing in a state folder that is new', async () => {
+    for (const name of ['t', 'c']) rmSync(join(stateDir, name), { recursive: true });
+    expect((await takeStock(stateDir, logger)).size).toBe(0);
+    expect(log).toEqual([]);
+  });
+
+  it('are the tasks that containerd still has, whose containers are left alone', async () => {
+    writeTaskRecord(taskFile(stateDir, 'aa'), taskRecord());
+    const helper = await leave('aa');
+    expect(await takeStock(stateDir, logger)).toEqual(new Map([['aa', { version: 1, ...taskRecord() }]]));
+    expect(existsSync(containerDirectory(stateDir, 'aa'))).toBe(true);
+    expect(existsSync(taskFile(stateDir, 'aa'))).toBe(true);
+    process.kill(helper.pid, 0);
+    expect(log).toEqual([]);
+  });
+
+  it('has nothing of a task whose bundle is gone, which is ended and removed', async () => {
+    writeTaskRecord(taskFile(stateDir, 'aa'), taskRecord({}, join(stateDir, 'nowhere')));
+    const helper = await leave('aa');
+    expect((await takeStock(stateDir, logger)).size).toBe(0);
+    expect((await helper.exited).signal).toBe('SIGKILL');
+    expect([readdirSync(join(stateDir, 't')), readdirSync(join(stateDir, 'c'))]).toEqual([[], []]);
+    expect(log).toMatchObject([{ level: 'warn', killed: [helper.pid], directories: ['aa'] }]);
+  });
+
+  it('has nothing of a Create that was under way, beside a task that stays', async () => {
+    writeTaskRecord(taskFile(stateDir, 'aa'), taskRecord());
+    const kept = await leave('aa');
+    const left = await leave('bb');
+    mkdirSync(join(containerDirectory(stateDir, 'bb'), 'deep/er'), { recursive: true });
+    expect([...(await takeStock(stateDir, logger)).keys()]).toEqual(['aa']);
+    await left.exited;
+    process.kill(kept.pid, 0);
+    expect(readdirSync(join(stateDir, 'c'))).toEqual(['aa']);
+    expect(log).toMatchObject([{ level: 'warn', killed: [left.pid], directories: ['bb'] }]);
+  });
+
+  it('has no record that cannot be read or is half written; the log tells, and the others are there', async () => {
+    writeTaskRecord(taskFile(stateDir, 'aa'), taskRecord());
+    writeFileSync(taskFile(stateDir, 'bb'), '{"version":1');
+    writeFileSync(`${taskFile(stateDir, 'aa')}.new`, '{"ver');
+    expect([...(await takeStock(stateDir, logger)).keys()]).toEqual(['aa']);
+    expect(readdirSync(join(stateDir, 't'))).toEqual(['aa.json']);
+    expect(errors()).toEqual(['cannot read what an earlier kilnd has written down: its task is lost']);
+  });
+
+  it('has the record of a task that is deleted, for the answer that got lost', async () => {
+    const lastExit = { pid: 7, status: 0, atMs: 1 };
+    const state: TaskState = { execs: {}, pids: {}, stdinClosed: [], announced: ['delete'], lastExit };
+    writeTaskRecord(taskFile(stateDir, 'aa'), { ...taskRecord(), state });
+    expect((await takeStock(stateDir, logger)).get('aa')?.state).toEqual(state);
+  });
+});
+
+function containerRecord(standIn: HelperProcess, fields: Partial<ContainerRecord> = {}): ContainerRecord {
+  const script = `: >${join(stateDir, 'poststop-ran')}`;
+  return {
+    ...{ version: 1, id: 'c1', terminal: false, started: true, session: 's', answerLimitMs: 1000, vmm: 'qemu', vm: {} },
+    standIn: standIn.identity!,
+    hooks: {
+      ...{ prestart: [], createRuntime: [], poststart: [], bundle: stateDir, ociVersion: '1.2.1', annotations: {} },
+      poststop: [{ name: 'poststop hook', path: '/bin/sh', args: ['sh', '-c', script] }],
+    },
+    disks: { lower: '/l', writable: null },
+    oomKills: 0,
+    ...fields,
+  };
+}
+
+describe('what is known of a container before it is taken over', () => {
+  it.each([
+    ['that was created', { started: false }, Status.CREATED],
+    ['that runs', {}, Status.RUNNING],
+    ['that has ended', { exit: { status: 1, atMs: 1 } }, Status.STOPPED],
+  ])('%s', async (_what, fields, status) => {
+    const helper = await leave('aa');
+    writeContainerRecord(containerDirectory(stateDir, 'aa'), containerRecord(helper, fields));
+    expect(knownOf(containerDirectory(stateDir, 'aa'))).toEqual({ pid: helper.pid, status });
+  });
+
+  it('is nothing without a record that can be read', async () => {
+    await leave('aa');
+    const directory = containerDirectory(stateDir, 'aa');
+    expect(knownOf(directory)).toEqual({ pid: 0, status: Status.UNKNOWN });
+    writeFileSync(join(directory, 'container.json'), 'x');
+    expect(knownOf(directory)).toEqual({ pid: 0, status: Status.UNKNOWN });
+  });
+});
+
+describe('a container that cannot be taken over has ended', () => {
+  const installation = {
+    host: {} as Installation['host'],
+    load: () => {
+      throw new Error('no configuration');
+    },
+  };
+  const exec = (execId: string) =>
+    Buffer.from(
+      ExecProcessRequest.encode(
+        ExecProcessRequest.fromPartial({
+          ...{ id: 'c1', execId },
+          spec: { typeUrl: 'opencontainers/runtime-spec/1/Process', value: Buffer.from('{"args":["id"],"cwd":"/"}') },
+        }),
+      ).finish(),
+    );
+
+  function adopt(state: Partial<TaskState> = {}) {
+    const context: ContainerContext = {
+      namespace: 'ns',
+      directory: containerDirectory(stateDir, 'aa'),
+      timeline: new Timeline(),
+      logger,
+      holds: { holdFifo: async () => {}, releaseFifo: async () => {} },
+    };
+    return adoptContainer(installation, taskRecord(state).state, context, new AbortController().signal);
+  }
+
+  it('with the exit that was written down, and no error', async () => {
+    const helper = await leave('aa');
+    const record = containerRecord(helper, { exit: { status: 42, atMs: 1_700_000_000_123 } });
+    writeContainerRecord(containerDirectory(stateDir, 'aa'), record);
+    const { container, execs } = await adopt({ execs: { e1: exec('e1'), e2: exec('e2') }, pids: { e1: 77, e2: 0 } });
+    const exit = { status: 42, at: new Date(1_700_000_000_123) };
+    expect([container.id, container.pid]).toEqual(['c1', helper.pid]);
+    expect(await container.exit.wait()).toEqual(exit);
+    // One that was started ended with it; one that was not has no exit.
+    expect([...execs.keys()]).toEqual(['e1']);
+    expect(execs.get('e1')?.pid).toBe(77);
+    expect(await execs.get('e1')?.exit.wait()).toEqual(exit);
+    expect(errors()).toEqual([]);
+    await container.delete();
+    expect((await helper.exited).signal).toBe('SIGKILL');
+    expect(existsSync(containerDirectory(stateDir, 'aa'))).toBe(false);
+    expect(existsSync(join(stateDir, 'poststop-ran'))).toBe(true);
+  });
+
+  it('with an exit that nobody saw, and the log tells why', async () => {
+    const helper = await leave('aa');
+    writeContainerRecord(containerDirectory(stateDir, 'aa'), containerRecord(helper));
+    const before = Date.now();
+    const { container, execs } = await adopt({ execs: { e1: exec('e1') }, pids: { e1: 77 } });
+    const { status, at } = await container.exit.wait();
+    expect(status).toBe(255);
+    expect(at.getTime()).toBeGreaterThanOrEqual(before);
+    expect((await execs.get('e1')?.exit.wait())?.status).toBe(255);
+    expect(errors()).toEqual(['cannot take the container over: it has ended']);
+    await container.destroy();
+    expect((await helper.exited).signal).toBe('SIGKILL');
+  });
+
+  it.each([
+    ['nothing was written down of it', () => {}],
+    ['what was written down cannot be read', (file: string) => writeFileSync(file, '{')],
+  ])('where %s', async (_what, write) => {
+    const helper = await leave('aa');
+    write(join(containerDirectory(stateDir, 'aa'), 'container.json'));
+    const { container } = await adopt();
+    expect([container.id, container.pid]).toEqual(['c1', 0]);
+    expect((await container.exit.wait()).status).toBe(255);
+    await container.delete();
+    expect((await helper.exited).signal).toBe('SIGKILL');
+    expect(existsSync(containerDirectory(stateDir, 'aa'))).toBe(false);
+    expect(existsSync(join(stateDir, 'poststop-ran'))).toBe(false);
+  });
+});

@@ -2,7 +2,7 @@ import { mkdtempSync, readFileSync, readlinkSync, rmSync, statSync, writeFileSyn
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { type HelperOptions, type HelperProcess, startHelper } from '../../../src/host/helper-process.ts';
+import { adoptHelper, type HelperOptions, type HelperProcess, startHelper } from '../../../src/host/helper-process.ts';
 
 let directory: string;
 let started: HelperProcess[];
@@ -147,5 +147,35 @@ describe('a program that cannot be run', () => {
 
   test('is named when its arguments are too long', async () => {
     await expect(start('true', ['x'.repeat(1 << 22)])).rejects.toMatchObject(refused('true', 'E2BIG'));
+  });
+});
+
+describe('a helper that is taken over', () => {
+  const adopt = (helper: HelperProcess) => adoptHelper(helper.identity!, { directory, logName: 'log' });
+
+  test('is the same process, whose last words and end are known, though not how it ended', async () => {
+    const helper = await readyShell('echo words');
+    const adopted = adopt(helper);
+    expect(adopted?.pid).toBe(helper.pid);
+    expect(adopted?.identity).toEqual(helper.identity);
+    expect(adopted?.lastWords()).toBe('words');
+    await adopted?.kill();
+    expect(await adopted?.exited).toEqual({ code: null, signal: null });
+    expect((await helper.exited).signal).toBe('SIGKILL');
+    await adopted?.kill();
+  });
+
+  test('that has ended is none', async () => {
+    const helper = await readyShell('');
+    await helper.kill();
+    expect(adopt(helper)).toBeUndefined();
+  });
+
+  test('whose pid is another process’s by now is none, and that one lives on', async () => {
+    const helper = await readyShell('');
+    for (const other of [{ startTime: '1' }, { bootId: 'another boot' }]) {
+      expect(adoptHelper({ ...helper.identity!, ...other }, { directory, logName: 'log' })).toBeUndefined();
+    }
+    process.kill(helper.pid, 0);
   });
 });

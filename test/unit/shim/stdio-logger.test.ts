@@ -337,6 +337,50 @@ describe('a logger is refused', () => {
   });
 });
 
+describe('a logger that is taken over', () => {
+  test('gets what comes after what it had, and is ended as any other', async () => {
+    const uri = logger(toFiles);
+    const earlier = await open(uri);
+    await writeOut(earlier.stdout, 'before ');
+    const later = await open(uri, {}, { adopt: true });
+    // As kilnd's end does.
+    for (const stream of [earlier.stdout, earlier.stderr]) stream?.destroy();
+    await writeOut(later.stdout, 'after');
+    await writeOut(later.stderr, 'err');
+    await later.finish();
+    await later.dispose();
+    expect([read('out'), read('err')]).toEqual(['before after', 'err']);
+  });
+
+  test('and has ended loses what comes, holds nobody back, and is told of', async () => {
+    const uri = logger('exec 5>&-; cat <&3 >/dev/null');
+    const earlier = await open(uri);
+    await earlier.dispose();
+    const errors: string[] = [];
+    const later = await open(
+      uri,
+      {},
+      { adopt: true, onError: (name, { message }) => void errors.push(`${name}: ${message}`) },
+    );
+    await writeOut(later.stdout, Buffer.alloc(200_000));
+    await later.finish();
+    expect(errors).toEqual([`stdout: the logger "${join(folder, 'logger')}" has ended`]);
+  });
+});
+
+test('the streams of a logger are held by whoever outlives kilnd, until they are done with', async () => {
+  const held = new Set<string>();
+  const holds = {
+    holdFifo: async (path: string) => void held.add(path),
+    releaseFifo: async (path: string) => void held.delete(path),
+  };
+  const stdio = await open(logger(toFiles), {}, { holds });
+  expect([...held].toSorted()).toEqual([join(directory, 'logger-stderr'), join(directory, 'logger-stdout')]);
+  await stdio.finish();
+  expect([...held]).toEqual([]);
+  await stdio.dispose();
+});
+
 test('a logger’s URI is read as containerd reads it', () => {
   expect(parseLoggerUri('/run/fifo')).toBeNull();
   expect(parseLoggerUri('file:///x')).toBeNull();

@@ -425,3 +425,54 @@ test('dispose leaves no descriptor, whatever is going on', async () => {
   stdio.startStdin();
   expect(openFifos()).toEqual([]);
 });
+
+describe('the FIFOs that are held while kilnd is away', () => {
+  const calls: string[] = [];
+  const holds = {
+    holdFifo: async (path: string) => void calls.push(`hold ${path.slice(folder.length + 1)}`),
+    releaseFifo: async (path: string) => void calls.push(`release ${path.slice(folder.length + 1)}`),
+  };
+  beforeEach(() => {
+    calls.length = 0;
+  });
+  const openHeld = async (paths: Partial<StdioPaths>, adopt = false) => {
+    const given = { stdin: '', stdout: '', stderr: '', terminal: false, ...paths };
+    return stack.use(await openStdio(given, { ...owner(), holds, adopt }));
+  };
+
+  test('are the outputs before the process runs, and stdin from its start on', async () => {
+    const [stdin, stdout, stderr] = [mkfifo('in'), mkfifo('out'), mkfifo('err')];
+    const stdio = await openHeld({ stdin, stdout, stderr });
+    expect(calls).toEqual(['hold out', 'hold err']);
+    // The client's end, which must be there for stdin to stay open; one cannot be opened before a reader is.
+    const reader = openSync(stdin, constants.O_RDONLY | constants.O_NONBLOCK);
+    const client = openWriter(stdin);
+    stdio.startStdin();
+    closeSync(reader);
+    expect(calls.slice(2)).toEqual(['hold in']);
+    stdio.closeStdin();
+    expect(calls.slice(3)).toEqual(['release in']);
+    closeSync(client);
+    await stdio.finish();
+    expect(calls.slice(4).toSorted()).toEqual(['release err', 'release in', 'release out']);
+  });
+
+  test('are not files, nor a stdin that has ended at once; one path is held once', async () => {
+    const [stdin, stdout] = [mkfifo('in'), mkfifo('out')];
+    writeFileSync(join(folder, 'file'), '');
+    await openHeld({ stdout: join(folder, 'file'), stderr: `file://${join(folder, 'file2')}` });
+    expect(calls).toEqual([]);
+    const stdio = await openHeld({ stdin, stdout, stderr: stdout });
+    stdio.startStdin();
+    expect(calls).toEqual(['hold out']);
+  });
+
+  test('are those of a process that is taken over again, with a stdin whose client may return', async () => {
+    const [stdin, stdout] = [mkfifo('in'), mkfifo('out')];
+    const stdio = await openHeld({ stdin, stdout }, true);
+    stdio.startStdin({ clientMayReturn: true });
+    expect(calls).toEqual(['hold out', 'hold in']);
+    await stdio.dispose();
+    expect(calls.slice(2).toSorted()).toEqual(['release in', 'release out']);
+  });
+});

@@ -1,8 +1,10 @@
-import { chmodSync, mkdirSync, readFileSync } from 'node:fs';
+import { once } from 'node:events';
+import { chmodSync, existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
+import net from 'node:net';
 import path from 'node:path';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { createQemu, type QemuOptions } from '../../../src/vmm/qemu/driver.ts';
-import type { Vm, VmConfig } from '../../../src/vmm/vmm.ts';
+import type { Vm, VmConfig, VmRecord } from '../../../src/vmm/vmm.ts';
 import { hasVsock } from './vsock.ts';
 import { Workspace } from './workspace.ts';
 
@@ -258,5 +260,112 @@ describe('the channel of a VM', () => {
       await boot('running', { vhostVsock: true, options: { channel: 'hybrid-vsock' } });
       expect(workspace.qemuStarts()[0]?.join(' ')).toMatch(/ vhost-user-vsock-device,/);
     });
+  });
+});
+
+describe('a VM that is taken over', () => {
+  const qemu = () => {
+    const options = { qemu: '/nowhere', vsockBackend: '/nowhere', accelerator: 'auto', channel: 'auto' } as const;
+    return createQemu(options, workspace.devices());
+  };
+  const adopt = async (record: VmRecord): Promise<Vm> => {
+    const vm = await qemu().adopt(record, workspace.sandbox, never);
+    vms.push(vm);
+    return vm;
+  };
+  /** As it is written down. */
+  const recordOf = (vm: Vm): VmRecord => JSON.parse(JSON.stringify(vm.record()));
+
+  test('is the same process, starts nothing, and its agent can call again', async () => {
+    const first = await boot('running');
+    await first.attachDisk('ro0', '/l.erofs');
+    const record = recordOf(first);
+    const vm = await adopt(record);
+    expect(vm.pid).toBe(first.pid);
+    expect(recordOf(vm)).toEqual(record);
+    expect(workspace.qemuStarts().length).toBe(1);
+    const socket = path.join(workspace.sandbox, 'vsock_1024');
+    // The earlier kilnd's, which is here still.
+    rmSync(socket);
+    const accepted = vm.acceptAgent(never);
+    await vi.waitFor(() => expect(existsSync(socket)).toBe(true), { interval: 1 });
+    const guest = net.connect(socket);
+    guest.on('error', () => {});
+    guest.write('hello');
+    const agent = await accepted;
+    expect(String((await once(agent, 'data'))[0])).toBe('hello');
+    agent.destroy();
+    guest.destroy();
+  });
+
+  test('knows which drive slots have a file, and takes files for the others', async () => {
+    const first = await boot('running');
+    await first.attachDisk('ro0', '/l.erofs');
+    const vm = await adopt(recordOf(first));
+    await expect(vm.attachDisk('ro0', '/other')).rejects.toMatchObject({
+      code: 'failed-precondition',
+      message: 'drive slot ro0 already has a file',
+    });
+    await vm.attachDisk('ro1', '/other');
+    expect(vm.record().usedSlots).toEqual(['ro0', 'ro1']);
+  });
+
+  test('is ended as any other, with its backend, and leaves nothing', async () => {
+    const first = await boot('running');
+    const vm = await adopt(recordOf(first));
+    await vm.kill();
+    expect(await vm.wait()).toMatchObject({ code: null, signal: null, guestStopped: false });
+    await first.wait();
+    await first.kill();
+    expectNothingLeft();
+  });
+
+  test('whose guest stopped while nobody was there says so', async () => {
+    const first = await boot('running');
+    const record = recordOf(first);
+    // Behind its own question for the status.
+    await first.consoleTail(1);
+    workspace.file('qemu.status', 'guest-panicked');
+    const vm = await adopt(record);
+    expect(await vm.wait()).toMatchObject({ guestStopped: true, consoleTail: expect.stringContaining('Kernel panic') });
+  });
+
+  test('that has ended is not found, and its backend is ended', async () => {
+    const first = await boot('running');
+    const record = recordOf(first);
+    process.kill(first.pid, 'SIGKILL');
+    await first.wait();
+    await expect(adopt(record)).rejects.toMatchObject({
+      code: 'not-found',
+      message: `QEMU (pid ${first.pid}) has ended`,
+    });
+    await first.kill();
+    expectNothingLeft();
+  });
+
+  test('whose backend has ended is not found, and QEMU is ended', async () => {
+    const first = await boot('running');
+    const record = recordOf(first) as { backend: { pid: number } };
+    process.kill(record.backend.pid, 'SIGKILL');
+    await vi.waitFor(() => expect(workspace.processes()).toEqual([String(first.pid)]), { interval: 5 });
+    await expect(adopt(record)).rejects.toMatchObject({
+      code: 'not-found',
+      message: `the vsock backend (pid ${record.backend.pid}) has ended`,
+    });
+    await first.kill();
+    expectNothingLeft();
+  });
+
+  test.each([
+    ['of another version', { version: 2 }],
+    ['without a process', { qemu: undefined }],
+    ['with a slot that there is not', { usedSlots: ['ro8'] }],
+  ])('from a record %s is refused', async (_what, change) => {
+    const first = await boot('running');
+    await expect(adopt({ ...recordOf(first), ...change })).rejects.toMatchObject({
+      code: 'invalid-argument',
+      message: expect.stringContaining('not a record of a QEMU VM: '),
+    });
+    process.kill(first.pid, 0);
   });
 });

@@ -2,7 +2,7 @@
  * Plays QEMU: notes its arguments in a file beside itself and does what the mode says. It runs as a process of its own,
  * under the driver's eyes: everything but the machine is real.
  */
-import { appendFileSync, readFileSync } from 'node:fs';
+import { appendFileSync, existsSync, readFileSync } from 'node:fs';
 import { createServer, type Socket } from 'node:net';
 import { createInterface } from 'node:readline';
 
@@ -42,7 +42,7 @@ export function main(mode: string, self: string): void {
       setInterval(() => {}, 1 << 30);
       break;
     default:
-      answer(args, (socket) => serve(socket, name ?? ''));
+      answer(args, (socket) => serve(socket, name ?? ''), 'go on listening');
   }
 }
 
@@ -51,23 +51,30 @@ function end(words: string, code: number): void {
   process.exitCode = code;
 }
 
-/** Takes the first connection on the listening descriptor that it was given. */
-function answer(args: string[], use: (socket: Socket) => void): void {
+/** Takes the first connection on the listening descriptor that it was given, or all, as real QEMU one after the other. */
+function answer(args: string[], use: (socket: Socket) => void, then?: 'go on listening'): void {
   const chardev = args.find((arg) => arg.startsWith('socket,id=qmp,')) ?? '';
   const fd = Number(/fd=(\d+)/.exec(chardev)?.[1]);
   const server = createServer((socket) => {
-    server.close();
+    if (then === undefined) server.close();
     use(socket);
   }).listen({ fd });
 }
 
+/** What a test has written into the file beside the program since. */
+function statusNow(): string | undefined {
+  const file = `${process.argv[1]}.status`;
+  return existsSync(file) ? readFileSync(file, 'utf8') : undefined;
+}
+
 /** Answers every command; `status` is what query-status says. */
 function serve(socket: Socket, status: string): void {
+  socket.on('error', () => {});
   const send = (message: object) => socket.write(`${JSON.stringify(message)}\n`);
   send({ QMP: { version: {}, capabilities: [] } });
   createInterface({ input: socket }).on('line', (line) => {
     const { execute, id, arguments: args } = JSON.parse(line);
-    if (execute === 'query-status') send({ return: { status }, id });
+    if (execute === 'query-status') send({ return: { status: statusNow() ?? status }, id });
     else if (execute === 'ringbuf-read') send({ return: 'Kernel panic - not syncing\r\n', id });
     else if (execute === 'blockdev-reopen' && args.options[0].file === 'ro7-file') {
       send({ error: { class: 'GenericError', desc: 'no reopen today' }, id });

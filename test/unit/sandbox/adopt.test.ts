@@ -4,10 +4,11 @@ import { join } from 'node:path';
 import { afterEach, describe, expect, it, vi } from 'vitest';
 import type { DescribeContainerResponse, ReadOutputRequest } from '../../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../../../src/errors.ts';
+import { isAlive } from '../../../src/host/process-identity.ts';
 import { Positions } from '../../../src/sandbox/positions.ts';
 import { readContainerRecord } from '../../../src/sandbox/record.ts';
 import { failure, helloResponse, type Script } from '../guest/scripted-agent.ts';
-import { canMakeNetns, execRequest, isAlive, session, Workbench } from './workbench.ts';
+import { canMakeNetns, execRequest, session, Workbench } from './workbench.ts';
 
 const benches: Workbench[] = [];
 afterEach(async () => {
@@ -50,11 +51,11 @@ describe.skipIf(!canMakeNetns)('a container that is taken over', () => {
     expect(made.events).toEqual(['rootfs taken over: /cache/lower.erofs /work/rw.ext4', 'stdin taken over']);
     expect(made.agent.calls).not.toContain('startContainer');
     expect(await errorOf(container.start())).toBe('failed-precondition: cannot start container c1: it is running');
-    expect(isAlive(container.pid)).toBe(true);
+    expect(isAlive(record.standIn)).toBe(true);
     made.agent.exit(7);
     const exit = await container.exit.wait();
     expect(exit.status).toBe(7);
-    expect(isAlive(container.pid)).toBe(false);
+    expect(isAlive(record.standIn)).toBe(false);
     expect(readContainerRecord(made.directory)?.exit).toEqual({ status: 7, atMs: exit.at.getTime() });
     expect(await container.delete()).toBe(exit);
     expect(made.events.slice(2)).toEqual(['vm killed', 'rootfs released']);
@@ -204,7 +205,7 @@ describe.skipIf(!canMakeNetns)('a container that cannot be taken over', () => {
     const gone = () => Promise.reject(new KilnError('not-found', 'QEMU (pid 5) has ended'));
     expect(await errorOf(made.adopt(record, [], { adopt: gone }))).toBe('not-found: QEMU (pid 5) has ended');
     expect(made.clean).toBe(false);
-    expect(isAlive(record.standIn.pid)).toBe(true);
+    expect(isAlive(record.standIn)).toBe(true);
     expect(made.events).toEqual([]);
   });
 

@@ -14,6 +14,7 @@ import { ScriptedRelay } from './relay-pair.ts';
 const fields: Readonly<Record<string, string>> = {
   ...{ protocol: '2', role: 'session', socket: '/run/kiln/s/0', relay_pid: '12', client: '3', replayed: '4' },
   ...{ namespace: 'n', id: 'i', bundle: '/b', address: '', ttrpc_address: '/t', publish_binary: '', debug: '0' },
+  max_shim_version: '2',
   launcher_started_ns: '99',
 };
 

@@ -128,7 +128,7 @@ export class ScriptedAgent {
       resumeContainer: (_call, done) => done(null, {}),
       readStats: (_call, done) => done(null, ReadStatsResponse.fromPartial({})),
       setLimits: (_call, done) => done(null, {}),
-      watchOom: (call) => void this.exited.then(() => call.end()),
+      watchOom: (call) => void this.exited().then(() => call.end()),
     };
   }
 }

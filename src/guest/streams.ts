@@ -6,7 +6,6 @@ import { once } from 'node:events';
 import type { Readable, Writable } from 'node:stream';
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import { type AgentClient, OutputStream } from '../../gen/kiln/agent/v1/agent.ts';
-import { KilnError } from '../errors.ts';
 import { countRelayed } from '../sys/garbage.ts';
 import { toKilnError } from './call.ts';
 import type { ProcessRef } from './guest.ts';
@@ -71,11 +70,11 @@ export async function pipeOutput(
     let last: Promise<void> = Promise.resolve();
     let messages = 0;
     for await (const { data } of call) {
-      if (sink.destroyed) return;
-      // A sink's buffer counts bytes, so it would take any number of these.
-      if (data.length === 0) throw new KilnError('internal', `the agent in the guest sent ${stream} of no bytes`);
       messages += 1;
       if (messages % messagesPerTurn === 0) await nextTurn();
+      if (sink.destroyed) return;
+      // A sink's buffer counts bytes, so it would take any number of these.
+      if (data.length === 0) continue;
       const { promise, resolve } = Promise.withResolvers<void>();
       last = promise;
       const taken = sink.write(data, (error) => {

@@ -4,7 +4,17 @@
  */
 import { createServer, type Socket } from 'node:net';
 import { HelloResponse, ReadOutputResponse, WatchOomResponse } from '../../../gen/kiln/agent/v1/agent.ts';
-import { answer, answerHeaders, dataFrames, flood, frame, grpcMessage, literal, serveRaw } from './raw-peer.ts';
+import {
+  answer,
+  answerHeaders,
+  dataFrames,
+  flood,
+  frame,
+  grpcMessage,
+  literal,
+  repeated,
+  serveRaw,
+} from './raw-peer.ts';
 import { helloResponse } from './scripted-agent.ts';
 
 type Attack = (socket: Socket, stream: number) => void;
@@ -74,24 +84,25 @@ export const attacks = {
   /** After what fills the reader, nearly all that the stream's window holds. */
   'output in frames of one byte': (socket, stream) => {
     socket.write(answerHeaders(stream));
-    socket.write(dataFrames(stream, Buffer.concat(new Array(64).fill(output(Buffer.alloc(4000))))));
-    socket.write(dataFrames(stream, output(Buffer.alloc(700_000)), 1));
+    socket.write(dataFrames(stream, repeated(output(Buffer.alloc(4000)), 64)));
+    socket.write(dataFrames(stream, grpcMessage(Buffer.alloc(0), 700_000)));
+    socket.write(repeated(frame('data', { stream, payload: Buffer.from([0]) }), 699_999));
   },
   'output of one byte a message': (socket, stream) => {
     socket.write(answerHeaders(stream));
     const message = output(Buffer.from('y'));
-    socket.write(
-      Buffer.concat(new Array(Math.floor(mib / message.length)).fill(frame('data', { stream, payload: message }))),
-    );
+    socket.write(repeated(frame('data', { stream, payload: message }), Math.floor(mib / message.length)));
   },
-  'output of no bytes': endless((stream) =>
-    frame('data', { stream, payload: Buffer.concat(new Array(3000).fill(grpcMessage(Buffer.alloc(0)))) }),
-  ),
+  'output of no bytes': (socket, stream) => {
+    socket.write(answerHeaders(stream));
+    const payload = repeated(grpcMessage(Buffer.alloc(0)), 3200);
+    socket.write(repeated(frame('data', { stream, payload }), 60));
+  },
   'kills without end': (socket, stream) => {
     socket.write(answerHeaders(stream));
     const kill = grpcMessage(WatchOomResponse.encode({ kills: 7n }).finish());
-    const payload = Buffer.concat(new Array(Math.floor(16_000 / kill.length)).fill(kill));
-    socket.write(Buffer.concat(new Array(60).fill(frame('data', { stream, payload }))));
+    const payload = repeated(kill, Math.floor(16_000 / kill.length));
+    socket.write(repeated(frame('data', { stream, payload }), 60));
   },
   'a frame of which half comes': (socket, stream) => {
     socket.write(answerHeaders(stream));

@@ -21,6 +21,8 @@ const name = `hostile-${process.pid}`;
 /** How long a call is waited for, which is also how long a flood goes on. */
 const limitMs = 1000;
 const greeting = { hostname: '', session: 's', answerLimitMs: limitMs };
+/** How long another guest may be held up, in ms: some 250 in fact, on an idle machine. */
+const neighbourLimitMs = 3000;
 const agents: ChildProcess[] = [];
 
 async function start(program: string, ...args: string[]): Promise<void> {
@@ -29,10 +31,10 @@ async function start(program: string, ...args: string[]): Promise<void> {
   await once(agent, 'message');
 }
 
-async function connect(path: string): Promise<{ guest: Guest; socket: Socket }> {
+async function connect(path: string, answerLimitMs = limitMs): Promise<{ guest: Guest; socket: Socket }> {
   const socket = dial(`\0${path}`);
   await once(socket, 'connect');
-  return { socket, guest: await Guest.connect(socket, greeting) };
+  return { socket, guest: await Guest.connect(socket, { ...greeting, answerLimitMs }) };
 }
 
 setFlagsFromString('--expose-gc');
@@ -99,7 +101,7 @@ const outcomes: Record<AttackName, readonly [Victim, RegExp]> = {
   'a message in frames of one byte': [question, /^(deadline-exceeded|unavailable|internal): /],
   'output in frames of one byte': [readNever, endless],
   'output of one byte a message': [readNever, endless],
-  'output of no bytes': [readNow, /^internal: the agent in the guest sent stdout of no bytes/],
+  'output of no bytes': [readNow, endless],
   'kills without end': [watch, endless],
   'a frame of which half comes': [question, silent],
   'a line of HTTP/1.1': [question, lost],
@@ -109,7 +111,7 @@ const outcomes: Record<AttackName, readonly [Victim, RegExp]> = {
 describe('a guest that sends', () => {
   it.each(Object.keys(attacks) as AttackName[])('%s fails alone, and costs little', async (attack) => {
     const [victim, expected] = outcomes[attack];
-    const good = await connect(`${name} good`);
+    const good = await connect(`${name} good`, neighbourLimitMs);
     const { guest, socket } = await connect(`${name} ${attack}`);
     const before = memory();
     const call = victim(guest).then(
@@ -120,10 +122,10 @@ describe('a guest that sends', () => {
       },
     );
     let over = false;
-    const end = Promise.race([call, delay(2 * limitMs, 'going on')]).finally(() => {
+    const end = Promise.race([call, delay(expected === endless ? limitMs : 20 * limitMs, 'going on')]).finally(() => {
       over = true;
     });
-    // Another guest answers meanwhile. Its limit of a second is what it may be held up.
+    // Another guest answers meanwhile.
     do {
       await good.guest.stats('c1');
       await delay(5);

@@ -101,9 +101,14 @@ export function serveRaw(socket: Socket, onCall: (stream: number) => void): void
   });
 }
 
+/** The same bytes so many times. */
+export function repeated(bytes: Buffer, times: number): Buffer {
+  return Buffer.alloc(times * bytes.length, bytes);
+}
+
 /** Writes the same bytes again and again, as fast as the other side takes them, until the socket is closed. */
 export function flood(socket: Socket, bytes: Buffer): void {
-  const batch = Buffer.concat(new Array(Math.max(1, Math.floor(65_536 / bytes.length))).fill(bytes));
+  const batch = repeated(bytes, Math.max(1, Math.floor(65_536 / bytes.length)));
   const pump = () => {
     while (!socket.destroyed) if (!socket.write(batch)) return;
   };

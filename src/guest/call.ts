@@ -17,6 +17,9 @@ export interface CallOptions {
   readonly signal?: AbortSignal | undefined;
 }
 
+/** Characters of a guest's message that are passed on. */
+const messageChars = 4096;
+
 /** An error of a call in Kiln's terms; `unavailable` when the connection is gone. */
 export function toKilnError(error: unknown): KilnError {
   const { code, details } = error as Partial<ServiceError>;
@@ -24,7 +27,9 @@ export function toKilnError(error: unknown): KilnError {
   if (code === status.UNAVAILABLE) {
     return new KilnError('unavailable', 'the connection to the guest was lost', { cause: error });
   }
-  return new KilnError(KilnError.codeOfStatus(code), printable(details || String(error)), { cause: error });
+  return new KilnError(KilnError.codeOfStatus(code), printable(details || String(error)).slice(0, messageChars), {
+    cause: error,
+  });
 }
 
 export function unary<Req, Res>(

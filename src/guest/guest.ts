@@ -1,7 +1,9 @@
 import type net from 'node:net';
 import type { Readable, Writable } from 'node:stream';
+import { setTimeout as delay } from 'node:timers/promises';
 import { AgentClient, AgentService, type Mount, Protocol, type Stdio } from '../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../errors.ts';
+import { printable } from '../host/printable.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
 import { kilnVersion } from '../version.ts';
 import { type CallOptions, toKilnError, type UnaryMethod, unary } from './call.ts';
@@ -91,6 +93,15 @@ export interface GuestOptions {
  */
 const removalLimitMs = 120_000;
 
+/** The least time between two reports of WatchOom that are read, in ms: a guest may send as many as it likes. */
+const oomReportMs = 100;
+
+/** The longest text of a guest that is kept, in characters: what uname(2) has room for, and more. */
+const maxTextChars = 128;
+
+/** PID_MAX_LIMIT, linux/threads.h. */
+const largestPid = 2 ** 22;
+
 const rebuildHint = 'build the guest image again with `npm run setup`';
 
 /** The agent of one VM. Every call fails with `unavailable` once the connection is gone. */
@@ -133,7 +144,7 @@ export class Guest implements Disposable {
       if (answer.protocol !== Protocol.PROTOCOL_CURRENT) {
         throw new KilnError(
           'failed-precondition',
-          `the guest image speaks agent protocol ${answer.protocol} (Kiln ${answer.kilnVersion}), ` +
+          `the guest image speaks agent protocol ${answer.protocol} (Kiln ${shortText(answer.kilnVersion)}), ` +
             `this kilnd speaks ${Protocol.PROTOCOL_CURRENT} (Kiln ${kilnVersion})`,
           { hint: rebuildHint },
         );
@@ -141,12 +152,14 @@ export class Guest implements Disposable {
       if (returning && answer.session !== session) {
         throw new KilnError('permission-denied', 'the caller is not the agent of this VM');
       }
+      const ageMs = Number(answer.answeredNs - answer.agentStartedNs) / 1e6;
       const facts = {
-        kernelRelease: answer.kernelRelease,
-        bootId: answer.bootId,
+        kernelRelease: shortText(answer.kernelRelease),
+        bootId: shortText(answer.bootId),
         memoryBytes: Number(answer.memoryBytes),
         vcpus: answer.vcpus,
-        agentStartedAtMs: answeredAt - Number(answer.answeredNs - answer.agentStartedNs) / 1e6,
+        // No time in the future, nor before there were clocks.
+        agentStartedAtMs: answeredAt - Math.min(Math.max(ageMs, 0), answeredAt),
       };
       return new Guest(connection, facts, answerLimitMs);
     } catch (error) {
@@ -176,7 +189,7 @@ export class Guest implements Disposable {
     }));
     const { id, stdio } = container;
     const request = { id, spec: Buffer.from(container.spec), mounts, stdio: toStdio(stdio) };
-    return (await this.#call(AgentService.createContainer, request, { signal })).pid;
+    return pidOf(await this.#call(AgentService.createContainer, request, { signal }));
   }
 
   async startContainer(id: string): Promise<void> {
@@ -190,7 +203,7 @@ export class Guest implements Disposable {
    */
   async exec(ref: ProcessRef, process: string, stdio: GuestStdio): Promise<number> {
     const request = { ...ref, process: Buffer.from(process), stdio: toStdio(stdio) };
-    return (await this.#call(AgentService.execProcess, request)).pid;
+    return pidOf(await this.#call(AgentService.execProcess, request));
   }
 
   async signal({ id, execId }: ProcessRef, signal: number, all: boolean): Promise<void> {
@@ -209,7 +222,9 @@ export class Guest implements Disposable {
 
   /** The container's processes. */
   async processes(id: string): Promise<readonly GuestProcess[]> {
-    return (await this.#call(AgentService.listProcesses, { id })).processes;
+    const { processes } = await this.#call(AgentService.listProcesses, { id });
+    for (const process of processes) pidOf(process);
+    return processes;
   }
 
   /** Whether the container's program was started and is frozen, and which processes were exec'd and not removed. */
@@ -256,9 +271,14 @@ export class Guest implements Disposable {
     const call = this.#client.watchOom({ id });
     call.on('error', () => {});
     try {
-      for await (const { kills } of call) onKills(Number(kills));
+      for await (const { kills } of call) {
+        onKills(Number(kills));
+        await delay(oomReportMs, undefined, { ref: false });
+      }
     } catch (error) {
       throw toKilnError(error);
+    } finally {
+      call.cancel();
     }
   }
 
@@ -289,6 +309,16 @@ export class Guest implements Disposable {
 
 function toStdio({ size, ...stdio }: GuestStdio): Stdio {
   return { ...stdio, width: size?.width ?? 0, height: size?.height ?? 0 };
+}
+
+function shortText(text: string): string {
+  return printable(text.slice(0, maxTextChars)).replaceAll('\n', ' ');
+}
+
+/** @throws KilnError internal for what no process has; 0 would mean one that does not exist yet */
+function pidOf({ pid }: { readonly pid: number }): number {
+  if (pid >= 1 && pid <= largestPid) return pid;
+  throw new KilnError('internal', `the agent in the guest names a process ${pid}, which cannot be`);
 }
 
 function toNumber(value: bigint | undefined): number | undefined {

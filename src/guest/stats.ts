@@ -39,14 +39,30 @@ export interface IoUse {
   readonly writes: bigint;
 }
 
+/**
+ * The largest count that is believed: 285 years in microseconds, 8 PiB. A guest may say anything, and what is made of
+ * the counts (sums, nanoseconds) has to fit 64 bits.
+ */
+const largestCount = 2n ** 53n;
+
+/** Block devices that are told of. A guest has as many as its VM has disks, and can make some more. */
+const maxDevices = 1024;
+
+const bounded = (count: bigint): bigint => (count > largestCount ? largestCount : count);
+
+function boundedAll(counts: Readonly<Record<string, bigint>>): Record<string, bigint> {
+  return Object.fromEntries(Object.entries(counts).map(([name, count]) => [name, bounded(count)]));
+}
+
 export function toContainerStats(response: ReadStatsResponse): ContainerStats {
-  const { cpu, memory, memoryEvents, values, io, cpuQuotaUs, cpuPeriodUs } = response;
+  const { cpu, memory, memoryEvents, io, cpuQuotaUs, cpuPeriodUs } = response;
+  const values = boundedAll(response.values);
   return {
-    cpu,
-    cpuMax: { quotaUs: cpuQuotaUs ?? null, periodUs: cpuPeriodUs },
+    cpu: boundedAll(cpu),
+    cpuMax: { quotaUs: cpuQuotaUs === undefined ? null : bounded(cpuQuotaUs), periodUs: bounded(cpuPeriodUs) },
     memory: {
-      stat: memory,
-      events: memoryEvents,
+      stat: boundedAll(memory),
+      events: boundedAll(memoryEvents),
       usageBytes: values['memory.current'] ?? 0n,
       limitBytes: values['memory.max'] ?? null,
       peakBytes: values['memory.peak'] ?? 0n,
@@ -54,8 +70,9 @@ export function toContainerStats(response: ReadStatsResponse): ContainerStats {
       swapLimitBytes: values['memory.swap.max'] ?? null,
     },
     pids: { current: values['pids.current'] ?? 0n, limit: values['pids.max'] ?? null },
-    io: io.map(({ major, minor, rbytes, wbytes, rios, wios }) => {
-      return { major, minor, readBytes: rbytes, writtenBytes: wbytes, reads: rios, writes: wios };
-    }),
+    io: io.slice(0, maxDevices).map(({ major, minor, rbytes, wbytes, rios, wios }) => ({
+      ...{ major, minor },
+      ...{ readBytes: bounded(rbytes), writtenBytes: bounded(wbytes), reads: bounded(rios), writes: bounded(wios) },
+    })),
   };
 }

@@ -4,6 +4,7 @@
  */
 import { once } from 'node:events';
 import type { Readable, Writable } from 'node:stream';
+import { setImmediate as nextTurn } from 'node:timers/promises';
 import { type AgentClient, OutputStream } from '../../gen/kiln/agent/v1/agent.ts';
 import { countRelayed } from '../sys/garbage.ts';
 import { toKilnError } from './call.ts';
@@ -11,6 +12,9 @@ import type { ProcessRef } from './guest.ts';
 
 /** The most bytes of stdin in one message: big enough to amortise a message, small against HTTP/2's window. */
 const stdinChunkBytes = 128 * 1024;
+
+/** Messages taken in one turn of the event loop: a guest that sends many small ones must not hold up the others. */
+const messagesPerTurn = 64;
 
 export type OutputName = 'stdout' | 'stderr';
 
@@ -64,8 +68,13 @@ export async function pipeOutput(
   try {
     call.write({ id, execId, stream: number, delivered: BigInt(from) });
     let last: Promise<void> = Promise.resolve();
+    let messages = 0;
     for await (const { data } of call) {
+      messages += 1;
+      if (messages % messagesPerTurn === 0) await nextTurn();
       if (sink.destroyed) return;
+      // A sink's buffer counts bytes, so it would take any number of these.
+      if (data.length === 0) continue;
       const { promise, resolve } = Promise.withResolvers<void>();
       last = promise;
       const taken = sink.write(data, (error) => {

@@ -4,6 +4,7 @@ import path from 'node:path';
 import { Readable } from 'node:stream';
 import { KilnError } from '../errors.ts';
 import { ProcessHandle } from '../sys/pidfd.ts';
+import { limitLog } from './log-limit.ts';
 import { resetOomScore } from './oom-score.ts';
 import { lastLines } from './printable.ts';
 import { identityOf, isAlive, type ProcessIdentity } from './process-identity.ts';
@@ -40,7 +41,7 @@ export interface HelperOptions {
   readonly args: readonly string[];
   /** The sandbox's private directory. A later kilnd knows by it that the process is ours; see stale.ts. */
   readonly directory: string;
-  /** The file in `directory` that the program's output goes to; emptied first. */
+  /** The file in `directory` that the program's output goes to; emptied first, and cut to its end when it is long. */
   readonly logName: string;
   /** What the program is, for errors: "QEMU (vm.qemu)". */
   readonly title: string;
@@ -94,6 +95,8 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
     await exited;
   };
   const identity = identityOf(pid);
+  const limit = limitLog(logFile);
+  void exited.then(() => limit[Symbol.dispose]());
   return { pid, identity, exited, status, lastWords: () => endOf(logFile), kill, [Symbol.asyncDispose]: kill };
 }
 
@@ -109,7 +112,10 @@ export function adoptHelper(
     handle[Symbol.dispose]();
     return undefined;
   }
+  const logFile = path.join(directory, logName);
+  const limit = limitLog(logFile);
   const exited = handle.ended.then(() => ({ code: null, signal: null }));
+  void exited.then(() => limit[Symbol.dispose]());
   const kill = async () => {
     handle.kill(SIGKILL);
     await exited;
@@ -119,7 +125,7 @@ export function adoptHelper(
     identity,
     exited,
     status: Promise.resolve(''),
-    lastWords: () => endOf(path.join(directory, logName)),
+    lastWords: () => endOf(logFile),
     kill,
     [Symbol.asyncDispose]: kill,
   };

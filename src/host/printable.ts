@@ -1,4 +1,7 @@
-/** Without escape sequences and control characters: a guest's words end up on the user's terminal. */
+/**
+ * Without escape sequences, control characters, and those that turn the direction of writing: a guest's words end up on
+ * the user's terminal.
+ */
 export function printable(text: string): string {
   return (
     text
@@ -6,7 +9,7 @@ export function printable(text: string): string {
       .replace(/\u001b\[[0-?]*[ -/]*[@-~]/g, '')
       .replace(/\r\n?/g, '\n')
       // biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is removed.
-      .replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f]/g, '')
+      .replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069]/g, '')
   );
 }
 

@@ -11,7 +11,7 @@ import { guestMounts } from '../rootfs/index.ts';
 import { Exec, type ExecHost, type ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
 import { ContainerHooks, type HookPlan } from './hooks.ts';
-import { deleteDrainMs, destroyGraceMs, outputGraceMs } from './limits.ts';
+import { deleteDrainMs, destroyGraceMs, killLimitMs, outputGraceMs } from './limits.ts';
 import { assertNoInterfaces } from './network-check.ts';
 import { OomReport } from './oom.ts';
 import { Positions } from './positions.ts';
@@ -262,19 +262,48 @@ export class Container {
     });
   }
 
-  /** Sends a signal; `not-found` when there is no process any more. */
+  /**
+   * Sends a signal; `not-found` when there is no process any more. SIGKILL ends the container: by its VM, where the guest
+   * does not answer, or answers and does nothing.
+   */
   async kill(signal: number, all: boolean): Promise<void> {
     requireSignalable(this.#name, this.#state);
     try {
       await this.#resources.sandbox.guest.signal(this.#init, signal, all);
+      if (signal === sigkill) this.#limitEnd();
     } catch (error) {
       const code = error instanceof KilnError ? error.code : undefined;
+      if (code === 'deadline-exceeded' && signal === sigkill) {
+        await this.#killByVm(error);
+        return;
+      }
       // The VM has ended, or will have in a moment.
-      if (code === 'unavailable') await this.exit.wait();
+      if (code === 'unavailable') {
+        void this.#lostStatus(error);
+        await this.exit.wait();
+      }
       // The guest knows of the end already, while we still deliver the output.
       else if (code !== 'failed-precondition' && code !== 'not-found') throw error;
       throw alreadyFinished(this.#name);
     }
+  }
+
+  /** After a SIGKILL that the guest has taken. */
+  #limitEnd(): void {
+    const timer = setTimeout(() => {
+      if (this.#exited) return;
+      const limit = `the guest did not end container ${this.id} within ${killLimitMs / 1000} s of SIGKILL`;
+      void this.#killByVm(new KilnError('deadline-exceeded', limit));
+    }, killLimitMs);
+    timer.unref();
+    void this.exit.wait().then(() => clearTimeout(timer));
+  }
+
+  /** SIGKILL for a guest that does not do it. */
+  async #killByVm(cause: unknown): Promise<void> {
+    this.#report(cause, 'cannot kill the container, so its VM is ended');
+    await this.#endVm();
+    await this.exit.wait();
   }
 
   /** Registers one more process; it runs when it is started. The caller keeps its exec id unique, and deletes it. */
@@ -323,7 +352,9 @@ export class Container {
   async processes(): Promise<readonly ContainerProcess[]> {
     if (this.#state.kind === 'stopped' || this.#state.kind === 'deleted') return [];
     const processes = await this.#resources.sandbox.guest.processes(this.id);
-    const others = processes.filter(({ init }) => !init).map(({ pid, execId }) => ({ pid, execId }));
+    // A guest may call them what it likes.
+    const known = (execId: string) => (this.#execs.has(execId) ? execId : '');
+    const others = processes.filter(({ init }) => !init).map(({ pid, execId }) => ({ pid, execId: known(execId) }));
     return [{ pid: this.pid, execId: '' }, ...others];
   }
 

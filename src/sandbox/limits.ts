@@ -15,6 +15,9 @@ export const destroyGraceMs = 3000;
 /** How long a VM may take to end by itself after its agent is gone, before it is killed. */
 export const guestStopGraceMs = 5000;
 
+/** How long a guest may take to end a container after it has taken SIGKILL for it, before its VM is ended. */
+export const killLimitMs = 30_000;
+
 /** How long a VMM may take to tell its guest's console: one that hangs must not take the error with it. */
 export const consoleLimitMs = 2000;
 

@@ -86,6 +86,7 @@ export class Sandbox implements AsyncDisposable {
     await using stack = new AsyncDisposableStack();
     const either = AbortSignal.any([signal, AbortSignal.timeout(answerLimitMs)]);
     const vm = stack.use(await vmm.adopt(record.vm, directory, either));
+    let impostors = 0;
     for (;;) {
       const socket = await vm.acceptAgent(either);
       try {
@@ -96,7 +97,9 @@ export class Sandbox implements AsyncDisposable {
         return new Sandbox(vm, guest, record);
       } catch (error) {
         if (!(error instanceof KilnError && error.code === 'permission-denied')) throw error;
-        logger.warn({ err: error }, 'a program in the guest has dialled the port of the agent');
+        impostors += 1;
+        // Once: it may do so without end.
+        if (impostors === 1) logger.warn({ err: error }, 'a program in the guest has dialled the port of the agent');
       }
     }
   }

@@ -25,7 +25,8 @@ import {
   status as Status,
 } from '@grpc/grpc-js';
 import { Http2SubchannelCall } from '@grpc/grpc-js/build/src/subchannel-call.js';
-import { connectionWindow, maxMessageBytes, streamWindow } from './limits.ts';
+import { joinWaitingChunks, MessageDecoder } from './bounded-reading.ts';
+import { connectionWindow, maxAnswerBytes, streamWindow } from './limits.ts';
 
 type Channel = NonNullable<ClientOptions['channelOverride']>;
 type Call = ReturnType<Channel['createCall']>;
@@ -153,6 +154,11 @@ class SocketChannel implements Channel {
   }
 }
 
+/** What grpc-js does not offer as an option: its own decoder keeps an object for each frame. */
+interface CallInternals {
+  decoder: { write(data: Buffer): Buffer[] };
+}
+
 /** One call. grpc-js starts it, feeds it serialised messages, and gets everything that happens through the listener. */
 class SocketCall implements Call {
   readonly #channel: SocketChannel;
@@ -180,6 +186,8 @@ class SocketCall implements Call {
         const stream = this.#channel.open(this.#method, metadata, timeout);
         const transport = transportOf(this.#channel);
         this.#call = new Http2SubchannelCall(stream, noEvents, this.#translate(listener), transport, this.#number);
+        (this.#call as unknown as CallInternals).decoder = new MessageDecoder(maxAnswerBytes);
+        joinWaitingChunks(stream);
       } catch {
         // The session ended between the two lines above.
       }
@@ -265,7 +273,7 @@ const noEvents = {
 /** The little that a call asks of the transport it belongs to. */
 function transportOf(channel: SocketChannel): ConstructorParameters<typeof Http2SubchannelCall>[3] {
   return {
-    getOptions: () => ({ 'grpc.max_receive_message_length': maxMessageBytes }),
+    getOptions: () => ({ 'grpc.max_receive_message_length': maxAnswerBytes }),
     getPeerName: () => channel.peer,
     getAuthContext: () => ({}),
     getChannelzRef: () => {

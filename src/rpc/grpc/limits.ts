@@ -12,5 +12,11 @@ export const streamWindow = 1 << 20;
 /** Bytes of all streams together that may be on their way. */
 export const connectionWindow = 4 << 20;
 
-/** Largest message in bytes; more is RESOURCE_EXHAUSTED. An OCI spec can have a megabyte. */
+/** Largest message to a server in bytes; more is RESOURCE_EXHAUSTED. An OCI spec can have a megabyte. */
 export const maxMessageBytes = 16 << 20;
+
+/**
+ * Largest message to a client in bytes. The peer may be hostile, and decoding makes up to fifty bytes of objects out of
+ * one. The longest honest answer is the list of a container's processes: a megabyte has room for 80,000.
+ */
+export const maxAnswerBytes = 1 << 20;

@@ -1,6 +1,7 @@
 import { EventEmitter } from 'node:events';
 import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
+import { printable } from '../../host/printable.ts';
 
 /*
  * QMP, QEMU's machine protocol (docs/interop/qmp-spec.rst): one JSON object a line, both ways.
@@ -19,6 +20,9 @@ import { KilnError } from '../../errors.ts';
 
 /** The longest line taken. The longest one that QEMU sends is the console, 64 KiB of which each byte may be escaped. */
 const maxLineBytes = 1 << 20;
+
+/** Characters of QEMU's words that go into an error message. */
+const maxShownChars = 500;
 
 const newline = 0x0a;
 
@@ -100,12 +104,12 @@ export class QmpClient extends EventEmitter<QmpEvents> {
   #onLine(line: string): void {
     if (line.trim() === '') return;
     const message = parseObject(line);
-    if (message === undefined) this.#fail(`QEMU sent a line that is not QMP: ${line.slice(0, 200)}`);
+    if (message === undefined) this.#fail(`QEMU sent a line that is not QMP: ${shown(line)}`);
     else if ('QMP' in message) this.#greeted.resolve();
     else if (typeof message.event === 'string') this.emit('event', message.event, asObject(message.data) ?? {});
     else if (typeof message.id === 'number') this.#settle(message.id, message);
     // What is left is an error without id: QEMU could not read a command. Then its answer never comes.
-    else this.#fail(`QEMU could not read a command: ${line.slice(0, 200)}`);
+    else this.#fail(`QEMU could not read a command: ${shown(line)}`);
   }
 
   #settle(id: number, message: Record<string, unknown>): void {
@@ -114,7 +118,7 @@ export class QmpClient extends EventEmitter<QmpEvents> {
     this.#pending.delete(id);
     const error = asObject(message.error);
     if (error === undefined) pending.resolve(message.return);
-    else pending.reject(new KilnError('internal', `QEMU refused ${pending.command}: ${String(error.desc)}`));
+    else pending.reject(new KilnError('internal', `QEMU refused ${pending.command}: ${shown(String(error.desc))}`));
   }
 
   #fail(reason: string): void {
@@ -134,6 +138,11 @@ export class QmpClient extends EventEmitter<QmpEvents> {
   #gone(command: string): KilnError {
     return new KilnError('unavailable', `${this.#reason ?? 'QEMU has closed its control connection'} (at ${command})`);
   }
+}
+
+/** The beginning of what QEMU said, fit for an error message. */
+function shown(text: string): string {
+  return printable(text.slice(0, maxShownChars));
 }
 
 function parseObject(line: string): Record<string, unknown> | undefined {

@@ -60,9 +60,24 @@ export class QemuVm implements Vm {
   #guestStop(): Promise<'guest'> {
     const { qmp } = this.#parts;
     return new Promise((resolve) => {
-      const look = async () => {
-        const answer = (await qmp.execute('query-status')) as { status?: string };
-        if (finalStates.includes(answer.status ?? '')) resolve('guest');
+      const ask = async () => {
+        const answer = (await qmp.execute('query-status')) as { status?: string } | null;
+        if (finalStates.includes(answer?.status ?? '')) resolve('guest');
+      };
+      // One question at a time, and one more when something happened since: a QEMU that is not ours any more can send
+      // events without end and answer none.
+      let asking = false;
+      let again = false;
+      const look = async (): Promise<void> => {
+        again = asking;
+        if (asking) return;
+        asking = true;
+        try {
+          await ask();
+        } finally {
+          asking = false;
+        }
+        if (again) await look();
       };
       qmp.on('event', (name) => {
         if (name === 'SHUTDOWN' || name === 'GUEST_PANICKED') resolve('guest');

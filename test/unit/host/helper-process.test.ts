@@ -107,9 +107,23 @@ describe('the last words', () => {
   });
 
   test('stay short when the log is long', async () => {
-    const helper = await shell('head -c 10000000 /dev/zero | tr "\\0" x; echo; echo end');
+    const helper = await shell('head -c 1000000 /dev/zero | tr "\\0" x; echo; echo end');
     await helper.exited;
     expect(helper.lastWords()).toMatch(/^x{2043}; end$/);
+  });
+
+  test('come from a log that is cut to its end each time it is long', async () => {
+    const log = path.join(directory, 'log');
+    // It goes on when it is told that the file was cut.
+    const helper = await shell(`
+      for round in 1 2 3; do
+        head -c 2000000 /dev/zero | tr "\\0" x; echo
+        while [ "$(stat -c %s ${log})" -gt 1048576 ]; do sleep 0.01; done
+        echo "end of $round"
+      done`);
+    await helper.exited;
+    expect(helper.lastWords()).toMatch(/end of 3$/);
+    expect(statSync(log).size).toBeLessThan(1 << 18);
   });
 
   test('are empty without output, and when the directory is gone', async () => {

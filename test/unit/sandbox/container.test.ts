@@ -344,4 +344,21 @@ describe.skipIf(!canMakeNetns)('destroy', () => {
     await expect(container.delete()).rejects.toThrow('cannot remove /sys/fs/cgroup/x');
     expect(made.logged('warn')).toContainEqual(expect.stringContaining('cannot end the VM: cannot remove'));
   });
+
+  it('has no exec ids but those that were given, whatever the guest calls its processes', async () => {
+    const made = bench({
+      listProcesses: (_call, done) =>
+        done(null, {
+          processes: [
+            { pid: 12, execId: '', init: true },
+            { pid: 13, execId: 'x\u001b[2J', init: false },
+          ],
+        }),
+    });
+    const container = await made.create();
+    expect(await container.processes()).toEqual([
+      { pid: container.pid, execId: '' },
+      { pid: 13, execId: '' },
+    ]);
+  });
 });

@@ -395,6 +395,7 @@ describe.skipIf(!canMakeNetns)('the execs of a container', () => {
           ],
         }),
     });
+    register(setup, 'e1');
     expect(await setup.container.processes()).toEqual([
       { pid: setup.container.pid, execId: '' },
       { pid: 77, execId: 'e1' },

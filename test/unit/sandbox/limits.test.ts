@@ -1,4 +1,5 @@
 import { afterEach, describe, expect, it, vi } from 'vitest';
+import { failure } from '../guest/scripted-agent.ts';
 import { canMakeNetns, isAlive, Workbench } from './workbench.ts';
 
 // What is tried here is that somebody gives up. How long that takes is not the question.
@@ -7,6 +8,7 @@ vi.mock('../../../src/sandbox/limits.ts', () => ({
   deleteDrainMs: 60,
   destroyGraceMs: 60,
   guestStopGraceMs: 60,
+  killLimitMs: 60,
   consoleLimitMs: 30,
 }));
 
@@ -68,6 +70,45 @@ describe.skipIf(!canMakeNetns)('patience has an end', () => {
     expect((await container.delete()).status).toBe(137);
     expect(made.clean).toBe(true);
     expect(made.logged('warn')).toContainEqual(expect.stringContaining('cannot kill the container'));
+  });
+
+  it('with an agent that does not answer SIGKILL: it ends the VM', async () => {
+    const made = bench({ signalProcess: () => {} });
+    made.bootTimeoutS = 0.5;
+    const container = await made.create();
+    await container.start();
+    await container.kill(9, false);
+    expect(container.exit.peek()?.status).toBe(137);
+    expect(made.events).toContain('vm killed');
+  });
+
+  it('with an agent that does not answer another signal: it is the caller who decides', async () => {
+    const made = bench({ signalProcess: () => {} });
+    made.bootTimeoutS = 0.5;
+    const container = await made.create();
+    await container.start();
+    await expect(container.kill(15, false)).rejects.toThrow('did not answer SignalProcess within 0.5 s');
+    expect(container.state).toEqual({ kind: 'running' });
+  });
+
+  it('with an agent that says it has killed, and has not: the VM is ended', async () => {
+    const made = bench({ signalProcess: (_call, done) => done(null, {}) });
+    const container = await made.create();
+    await container.start();
+    await container.kill(9, true);
+    expect((await container.exit.wait()).status).toBe(137);
+    expect(made.events).toContain('vm killed');
+    expect(made.logged('warn')).toEqual([
+      'cannot kill the container, so its VM is ended: the guest did not end container c1 within 0.06 s of SIGKILL',
+    ]);
+  });
+
+  it('with an agent that calls itself unavailable and keeps its connection: the VM is ended', async () => {
+    const made = bench({ signalProcess: (_call, done) => done(failure('UNAVAILABLE', 'not lost at all')) });
+    const container = await made.create();
+    await container.start();
+    await expect(container.kill(15, false)).rejects.toThrow('container c1: process already finished');
+    expect(made.events).toContain('vm killed');
   });
 
   it('with an agent that never answers a Start', async () => {

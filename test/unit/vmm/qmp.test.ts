@@ -199,4 +199,12 @@ describe('the QMP client', () => {
     await once(late, 'close');
     await expect(new QmpClient(late).negotiate()).rejects.toMatchObject({ code: 'unavailable' });
   });
+
+  test('shows what QEMU says without control characters, and not all of it', async () => {
+    await negotiate();
+    const refused = client.execute('stop');
+    const { id } = await command();
+    qemu.write(`${JSON.stringify({ error: { desc: `no\u001b[2J\u202e${'x'.repeat(9000)}` }, id })}\n`);
+    await expect(refused).rejects.toThrow(/^QEMU refused stop: nox{480,500}$/);
+  });
 });

@@ -42,6 +42,10 @@ export interface ExecHost {
   requireExecable(): void;
   /** After the guest was lost: the exit status of everything that was in it. */
   lostStatus(): Promise<number>;
+  /** Has the guest forget a process that is deleted; nobody waits for that but a later one with its exec id. */
+  readonly forget: (process: ProcessRef) => void;
+  /** Resolves when the guest has forgotten what had this exec id before. Never rejects. */
+  readonly forgotten: (execId: string) => Promise<void>;
   /** Called once the process runs, and once it is deleted. */
   readonly changed: (exec: Exec) => void;
   readonly report: (error: unknown, message: string) => void;
@@ -107,6 +111,7 @@ export class Exec {
       stdio.startStdin();
       if (this.#stdinClosed) stdio.closeStdin();
       const size = this.#size;
+      await this.#host.forgotten(this.execId);
       this.#pid = await guest.exec(this.#ref, process, guestStdio(stdio, terminal, size));
       undo.move();
       this.#run(stdio);
@@ -187,10 +192,7 @@ export class Exec {
     await Promise.race([this.drained, delay(deleteDrainMs, undefined, { ref: false })]);
     await this.release();
     this.#host.changed(this);
-    if (this.#pid === 0) return exit;
-    await this.#host.guest.removeProcess(this.#ref).catch((error: unknown) => {
-      this.#host.report(error, 'cannot remove the process from the guest');
-    });
+    if (this.#pid !== 0) this.#host.forget(this.#ref);
     return exit;
   }
 

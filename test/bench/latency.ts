@@ -33,8 +33,8 @@ export interface LatencyUse {
   readonly loaded: Answers;
   /** `scripted.tasks` tasks whose containers are scripted, in a process of their own: what kilnd's part of it costs. */
   readonly scripted: Answers & { readonly tasks: number };
-  /** From SIGKILL of kilnd to each task's next answer. */
-  readonly killed: Answers;
+  /** From SIGKILL of kilnd to each task's next answer; a task that answers with an error is lost. */
+  readonly killed: Answers & { readonly lost: readonly string[] };
 }
 
 /** containerd's connection to a task of this scene. */
@@ -116,28 +116,37 @@ async function askScripted(scene: Scene): Promise<LatencyUse['scripted']> {
 }
 
 /** Kills kilnd and asks every task at once. */
-async function askWhenKilled(scene: Scene, clients: readonly TaskClient[]): Promise<Answers> {
+async function askWhenKilled(scene: Scene, clients: ReadonlyMap<string, TaskClient>): Promise<LatencyUse['killed']> {
   const [kilnd = 0] = scene.kilndPids();
   signal(kilnd, 'SIGKILL');
-  const stateMs: number[] = [];
-  const statsMs: number[] = [];
-  await Promise.all([
-    ...clients.map(async (client) => stateMs.push(await timed(() => client.state()))),
-    ...clients.map(async (client) => statsMs.push(await timed(() => client.stats()))),
-  ]);
+  const lost: string[] = [];
+  const times = async (question: (client: TaskClient) => Promise<unknown>): Promise<number[]> => {
+    const answers = Array.from(clients, async ([id, client]) => {
+      try {
+        return [await timed(() => question(client))];
+      } catch (error) {
+        lost.push(`${id}: ${error instanceof Error ? error.message : String(error)}`);
+        return [];
+      }
+    });
+    return (await Promise.all(answers)).flat();
+  };
+  const [stateMs, statsMs] = await Promise.all([times((client) => client.state()), times((client) => client.stats())]);
   await waitForEnd(kilnd, 20_000);
-  return { stateMs: summary(stateMs), statsMs: summary(statsMs) };
+  return { stateMs: summary(stateMs), statsMs: summary(statsMs), lost };
 }
 
 export async function measureLatency(scene: Scene, tasks: number): Promise<LatencyUse> {
   await scene.configure('');
   const ids: string[] = [];
   while (ids.length < tasks) ids.push(await idleContainer(scene, kiln));
-  const clients = await Promise.all(ids.map((id) => dial(scene, id)));
+  const byId = new Map<string, TaskClient>();
+  for (const id of ids) byId.set(id, await dial(scene, id));
+  const clients = [...byId.values()];
   const [first = '', second = first] = ids;
   const idle = await ask(clients);
   const loaded = await askUnderLoad(scene, clients, [first, second]);
-  const killed = await askWhenKilled(scene, clients);
+  const killed = await askWhenKilled(scene, byId);
   for (const client of clients) client.ttrpc.close();
   await scene.purge();
   return { tasks, idle, loaded, scripted: await askScripted(scene), killed };
@@ -158,5 +167,6 @@ export function describeLatency({ tasks, idle, loaded, scripted, killed }: Laten
     table([head, ...both('idle', scripted)]),
     `\nfrom SIGKILL of kilnd to the answer of each of ${tasks} tasks, in ms`,
     table([head, ...both('killed', killed)]),
+    ...killed.lost.map((task) => `  lost: ${task}`),
   ].join('\n');
 }

@@ -13,7 +13,7 @@ export interface Footprint {
   /** Open in kilnd. */
   readonly descriptors: number;
   readonly threads: number;
-  /** Of this Kiln: kilnd, relays, virtual machines and what belongs to them. */
+  /** Of this Kiln's containers: relays, virtual machines and what belongs to them. */
   readonly processes: number;
   /** In the state folder and the cache, with folders. */
   readonly files: number;

@@ -13,6 +13,7 @@ import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
 import { connect, type Socket } from 'node:net';
 import { join } from 'node:path';
+import { AgentService } from '../gen/kiln/agent/v1/agent.ts';
 import { type ServedSocket, serveOverSocket } from '../src/rpc/grpc/server-transport.ts';
 import { becomeChildSubreaper } from '../src/sys/process.ts';
 import { connectVsock, listenVsock, VMADDR_CID_ANY, VMADDR_CID_HOST } from '../src/sys/vsock.ts';
@@ -20,7 +21,7 @@ import { Containers } from './containers.ts';
 import { Crun } from './crun.ts';
 import { describe } from './errors.ts';
 import { Reaper } from './reaper.ts';
-import { agentService, createService } from './service.ts';
+import { createService } from './service.ts';
 
 /** Where the host listens for its guests, unless it says otherwise: `kiln.agent_port=N` on the kernel's command line. */
 const HOST_PORT = 1024;
@@ -78,7 +79,7 @@ async function main(): Promise<never> {
         retry = FIRST_RETRY;
       };
       const service = createService({ containers, ownsGuest: socketPath === undefined, onHello });
-      served = serveOverSocket(agentService, service, socket);
+      served = serveOverSocket(AgentService, service, socket);
       await served.closed;
     } catch (error) {
       if (retry === FIRST_RETRY) log(`cannot reach the host, trying again: ${describe(error)}`);

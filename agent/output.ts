@@ -9,25 +9,32 @@
  */
 import { closeSync } from 'node:fs';
 import type { Socket } from 'node:net';
-import { countRelayed } from '../src/sys/garbage.ts';
-import { bytesInPipe, socketFromFd } from '../src/sys/pipe.ts';
+import { bytesInPipe, growPipe, socketFromFd } from '../src/sys/pipe.ts';
 import { socketFromTerminal } from '../src/sys/terminal.ts';
 import { AgentError } from './errors.ts';
 
-/** How much is read at once, in bytes: what a pipe holds (pipe(7)). */
-export const chunkSize = 64 * 1024;
+/**
+ * How much is read at once, in bytes, and what the program's pipe is made to hold. Each message costs the same whatever
+ * its length, and under emulation more than its bytes: four times what a pipe holds by default (pipe(7)) about halves the
+ * cost of a byte.
+ */
+export const chunkSize = 256 * 1024;
 
 /** Chunks that the host need not have delivered yet. */
 const windowChunks = 4;
 
-/** Where output goes: the part of a gRPC server stream that is used here. */
+/** So many bytes in front of the data of a message belong to the sink: for the frame it goes out in. */
+export const frameRoom = 16;
+
+/** Where output goes. */
 export interface OutputSink {
-  /** Sends a message, of which it keeps no reference. */
-  write(message: { data: Buffer }): unknown;
+  /** Sends bytes, which stay as they are, and so do the `frameRoom` bytes before them, until they are acknowledged. */
+  write(data: Buffer): unknown;
   end(): void;
 }
 
 interface Chunk {
+  /** What was read stands behind `frameRoom` bytes. */
   readonly memory: Buffer;
   /** Offset in the stream of the first byte. */
   readonly start: number;
@@ -56,6 +63,8 @@ export class Output implements Disposable {
     this.#fd = fd;
     this.#name = name;
     this.#kind = kind;
+    // Where that is not allowed it goes on in smaller pieces.
+    if (kind === 'pipe') growPipe(fd, chunkSize);
   }
 
   /**
@@ -95,7 +104,6 @@ export class Output implements Disposable {
     for (; first !== undefined && first.start + first.length <= this.#delivered; first = this.#kept[0]) {
       this.#kept.shift();
       this.#spare.push(first.memory);
-      countRelayed(first.length);
     }
     if (this.#kept.length < windowChunks) this.#source?.resume();
   }
@@ -124,8 +132,8 @@ export class Output implements Disposable {
   }
 
   #nextMemory(): Buffer {
-    this.#reading = this.#spare.pop() ?? Buffer.allocUnsafeSlow(chunkSize);
-    return this.#reading;
+    this.#reading = this.#spare.pop() ?? Buffer.allocUnsafeSlow(frameRoom + chunkSize);
+    return this.#reading.subarray(frameRoom);
   }
 
   #onRead(length: number): boolean {
@@ -140,7 +148,8 @@ export class Output implements Disposable {
     if (sink === undefined) return;
     for (const { memory, start, length } of this.#kept) {
       if (start + length <= this.#sent) continue;
-      sink.write({ data: memory.subarray(Math.max(0, this.#sent - start), length) });
+      // The room before it may be a part of the chunk: that is delivered, or else this reader would want it.
+      sink.write(memory.subarray(frameRoom + Math.max(0, this.#sent - start), frameRoom + length));
       this.#sent = start + length;
     }
     if (!this.#ended) return;

@@ -5,40 +5,37 @@ import { setImmediate } from 'node:timers/promises';
 import type { handleUnaryCall, ServerDuplexStream, ServerReadableStream } from '@grpc/grpc-js';
 import {
   type AgentServer,
-  AgentService,
   OutputStream,
   type ReadOutputRequest,
   type ReadOutputResponse,
   type WriteStdinRequest,
 } from '../gen/kiln/agent/v1/agent.ts';
+import { FramedMessage, framePrefix } from '../src/rpc/grpc/framed-message.ts';
 import type { Containers } from './containers.ts';
 import { AgentError, grpcStatusOf } from './errors.ts';
 import { hello } from './hello.ts';
-import { chunkSize, type Output } from './output.ts';
+import type { Output, OutputSink } from './output.ts';
+
+/** Protobuf's key of field 1, length-delimited, and where the bits of a longer length begin. */
+const DATA_KEY = (1 << 3) | 2;
+const VARINT_BITS = 7;
 
 /**
- * The service's definition, with its own encoding of output: the generated one copies every chunk twice and leaves both
- * for the garbage collector, and what is waiting for that counts in a small guest. gRPC copies the encoded message into
- * its frame before anything else is encoded, so one piece of memory serves all.
+ * A ReadOutputResponse in protobuf's wire format and gRPC's frame, made in place: the generated encoding and gRPC copy
+ * each byte three times, and leave the memory for the garbage collector, which counts in a small guest.
+ *
+ * @param data behind `frameRoom` bytes that are overwritten
  */
-export const agentService = {
-  ...AgentService,
-  readOutput: { ...AgentService.readOutput, responseSerialize: encodeOutput },
-};
-
-/** Protobuf's key of field 1, length-delimited, and the longest length that follows it. */
-const DATA_KEY = (1 << 3) | 2;
-const LONGEST_VARINT = 5;
-
-const encoded = Buffer.allocUnsafeSlow(1 + LONGEST_VARINT + chunkSize);
-
-/** ReadOutputResponse in protobuf's wire format. The result is valid until the next call. */
-export function encodeOutput({ data }: ReadOutputResponse): Buffer {
-  let at = encoded.writeUInt8(DATA_KEY, 0);
+export function frameOutput(data: Buffer): FramedMessage {
+  let lengthBytes = 1;
+  for (let rest = data.length >>> VARINT_BITS; rest > 0; rest >>>= VARINT_BITS) lengthBytes += 1;
+  const head = framePrefix + 1 + lengthBytes;
+  const frame = Buffer.from(data.buffer, data.byteOffset - head, head + data.length);
+  let at = frame.writeUInt8(DATA_KEY, framePrefix);
   let rest = data.length;
-  for (; rest > 0x7f; rest >>>= 7) at = encoded.writeUInt8((rest & 0x7f) | 0x80, at);
-  at = encoded.writeUInt8(rest, at);
-  return encoded.subarray(0, at + data.copy(encoded, at));
+  for (; rest > 0x7f; rest >>>= VARINT_BITS) at = frame.writeUInt8((rest & 0x7f) | 0x80, at);
+  frame.writeUInt8(rest, at);
+  return new FramedMessage(frame);
 }
 
 export interface ServiceOptions {
@@ -161,24 +158,25 @@ export function createService({ containers, ownsGuest, onHello }: ServiceOptions
   };
 }
 
-type OutputCall = ServerDuplexStream<ReadOutputRequest, ReadOutputResponse>;
+type OutputCall = ServerDuplexStream<ReadOutputRequest, ReadOutputResponse | FramedMessage>;
 
 /** The first request says what to read from where, the others what is delivered. */
 function relayOutput(containers: Containers, call: OutputCall, fail: (error: unknown) => void): void {
   let output: Output | undefined;
+  const sink: OutputSink = { write: (data) => call.write(frameOutput(data)), end: () => call.end() };
   call.on('data', (request: ReadOutputRequest) => {
     try {
       const delivered = Number(request.delivered);
       if (output !== undefined) output.acknowledge(delivered);
       else {
         output = outputOf(containers, request);
-        output.relayTo(call, delivered);
+        output.relayTo(sink, delivered);
       }
     } catch (error) {
       fail(error);
     }
   });
-  call.on('close', () => output?.detach(call));
+  call.on('close', () => output?.detach(sink));
   call.on('error', () => {});
 }
 

@@ -108,6 +108,8 @@ export class Container {
   readonly #vmm: string;
   readonly #io: ProcessIo;
   readonly #execs = new Map<string, Exec>();
+  /** Exec'd processes that are deleted and that the guest is still to forget, by exec id. */
+  readonly #forgetting = new Map<string, Promise<void>>();
   #starting: Promise<void> = Promise.resolve();
   /** The init process has ended; its output may still be on its way. */
   #exited = false;
@@ -320,9 +322,19 @@ export class Container {
       guest: this.#resources.sandbox.guest,
       requireExecable: () => requireExecable(this.#name, this.#state),
       lostStatus: () => this.#lostStatus(),
-      forget: () => this.#execs.delete(execId),
+      deleted: () => this.#execs.delete(execId),
+      forget: (process) => this.#forget(process),
+      forgotten: async () => this.#forgetting.get(execId),
       report: this.#report,
     };
+  }
+
+  #forget({ id, execId }: ProcessRef): void {
+    const forgetting = this.#resources.sandbox.guest
+      .removeProcess({ id, execId })
+      .catch((error: unknown) => this.#report(error, 'cannot remove the process from the guest'))
+      .finally(() => this.#forgetting.delete(execId));
+    this.#forgetting.set(execId, forgetting);
   }
 
   /** Writes down what the next kilnd needs, should this one be killed. */

@@ -43,7 +43,11 @@ export interface ExecHost {
   /** After the guest was lost: the exit status of everything that was in it. */
   lostStatus(): Promise<number>;
   /** Called once the process is deleted. */
-  readonly forget: () => void;
+  readonly deleted: () => void;
+  /** Has the guest forget a process that is deleted; nobody waits for that but a later one with its exec id. */
+  readonly forget: (process: ProcessRef) => void;
+  /** Resolves when the guest has forgotten what had this exec id before. Never rejects. */
+  readonly forgotten: () => Promise<void>;
   readonly report: (error: unknown, message: string) => void;
 }
 
@@ -108,6 +112,7 @@ export class Exec {
       stdio.startStdin();
       if (this.#stdinClosed) stdio.closeStdin();
       const size = this.#size;
+      await this.#host.forgotten();
       this.#pid = await guest.exec(this.#ref, process, guestStdio(stdio, terminal, size));
       undo.move();
       this.#run(stdio);
@@ -186,11 +191,8 @@ export class Exec {
     this.#state = { kind: 'deleted', exit };
     await Promise.race([this.drained, delay(deleteDrainMs, undefined, { ref: false })]);
     await this.release();
-    this.#host.forget();
-    if (this.#pid === 0) return exit;
-    await this.#host.guest.removeProcess(this.#ref).catch((error: unknown) => {
-      this.#host.report(error, 'cannot remove the process from the guest');
-    });
+    this.#host.deleted();
+    if (this.#pid !== 0) this.#host.forget(this.#ref);
     return exit;
   }
 

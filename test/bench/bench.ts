@@ -6,6 +6,8 @@ import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { projectRoot } from '../support/paths.ts';
 import { Scene } from '../support/scene.ts';
+import { describeExec, measureExec } from './exec.ts';
+import { describeLatency, measureLatency } from './latency.ts';
 import { type MemoryUse, measureMemory, measureStart, type StartTimes } from './measure.ts';
 import { measureOutput, type OutputUse } from './output.ts';
 import { table } from './statistics.ts';
@@ -15,8 +17,10 @@ const { values } = parseArgs({
     runs: { type: 'string', default: '10' },
     idle: { type: 'string', default: '10' },
     kernel: { type: 'string' },
-    only: { type: 'string', multiple: true, default: ['start', 'memory', 'output'] },
+    only: { type: 'string', multiple: true, default: ['start', 'memory', 'exec', 'latency', 'output'] },
     mib: { type: 'string', default: '1024' },
+    execs: { type: 'string', default: '50' },
+    tasks: { type: 'string', default: '10' },
   },
 });
 const say = (text: string): void => void process.stdout.write(`${text}\n`);
@@ -110,12 +114,19 @@ try {
   }
   const memory = values.only.includes('memory') ? await measureMemory(scene, Number(values.idle)) : undefined;
   if (memory !== undefined) printMemory(memory);
+  const exec = values.only.includes('exec') ? await measureExec(scene, Number(values.execs)) : undefined;
+  if (exec !== undefined) say(describeExec(exec));
+  const latency = values.only.includes('latency') ? await measureLatency(scene, Number(values.tasks)) : undefined;
+  if (latency !== undefined) say(describeLatency(latency));
   const output = values.only.includes('output') ? await measureOutput(scene, Number(values.mib)) : undefined;
   if (output !== undefined) printOutput(output);
   const folder = join(projectRoot, 'dist', 'bench');
   const file = join(folder, `${startedAt.toISOString().slice(0, 19).replaceAll(':', '-')}Z.json`);
   await mkdir(folder, { recursive: true });
-  await writeFile(file, `${JSON.stringify({ startedAt, machine: facts, start, memory, output }, null, 2)}\n`);
+  await writeFile(
+    file,
+    `${JSON.stringify({ startedAt, machine: facts, start, memory, exec, latency, output }, null, 2)}\n`,
+  );
   say(`\nwritten to ${file}`);
 } catch (error) {
   process.exitCode = 1;

@@ -1,6 +1,6 @@
 import { closeSync, writeSync } from 'node:fs';
 import { afterEach, describe, expect, it, vi } from 'vitest';
-import { chunkSize, Output, type OutputSink } from '../../../agent/output.ts';
+import { chunkSize, frameRoom, Output, type OutputSink } from '../../../agent/output.ts';
 import { bytesInPipe, pipe2 } from '../../../src/sys/pipe.ts';
 
 const cleanup: (() => void)[] = [];
@@ -26,8 +26,10 @@ class Sink implements OutputSink {
   readonly #parts: Buffer[] = [];
   ends = 0;
 
-  write({ data }: { data: Buffer }): void {
+  write(data: Buffer): void {
     expect(this.ends).toBe(0);
+    // The room before it is the sink's.
+    Buffer.from(data.buffer, data.byteOffset - frameRoom, frameRoom).fill(0xff);
     // The contract allows the memory to be used again once it is acknowledged.
     this.#parts.push(Buffer.from(data));
   }

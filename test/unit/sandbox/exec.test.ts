@@ -90,7 +90,7 @@ describe.skipIf(!canMakeNetns)('an exec', () => {
     expect(exec.state).toEqual({ kind: 'stopped', exit });
     expect(await exec.delete()).toBe(exit);
     expect(exec.state).toEqual({ kind: 'deleted', exit });
-    expect(made.agent.calls.at(-1)).toBe('removeProcess');
+    await vi.waitFor(() => expect(made.agent.calls.at(-1)).toBe('removeProcess'), { interval: 1 });
     expect(stdio.disposals).toBeGreaterThan(0);
     expect(existsSync(request.directory)).toBe(false);
     expect(setup.container.state).toEqual({ kind: 'running' });
@@ -421,8 +421,30 @@ describe.skipIf(!canMakeNetns)('the execs of a container', () => {
     setup.made.agent.exit(1, 'e1');
     await exec.exit.wait();
     expect((await exec.delete()).status).toBe(1);
-    expect(setup.made.logged('warn')).toEqual([
-      expect.stringMatching(/^cannot remove the process from the guest: EBUSY/),
-    ]);
+    await vi.waitFor(
+      () =>
+        expect(setup.made.logged('warn')).toContainEqual(
+          expect.stringMatching(/^cannot remove the process from the guest: EBUSY/),
+        ),
+      { interval: 1 },
+    );
+  });
+
+  it('that are deleted do not wait for the guest, but the next one with the exec id does', async () => {
+    const removal = Promise.withResolvers<void>();
+    const setup = await running({ removeProcess: (_call, done) => void removal.promise.then(() => done(null, {})) });
+    const { exec } = await started(setup);
+    setup.made.agent.exit(1, 'e1');
+    await exec.exit.wait();
+    await exec.delete();
+    const execs = () => setup.made.agent.calls.filter((call) => call === 'execProcess').length;
+    const next = register(setup, 'e1').exec;
+    const starting = next.start();
+    await vi.waitFor(() => expect(setup.made.agent.calls).toContain('removeProcess'), { interval: 1 });
+    await setup.container.processes();
+    expect(execs()).toBe(1);
+    removal.resolve();
+    await starting;
+    expect(execs()).toBe(2);
   });
 });

@@ -23,11 +23,13 @@ export function note(row: Omit<FaultRow, 'seconds' | 'withinSeconds'> & { since:
 
 /** The last line of what ctr said, without the names that differ from run to run. */
 export function lastLine(scene: Scene, said: string): string {
-  const line = said.split('\n').find((text) => text.startsWith('ctr: ')) ?? said.split('\n').at(-1) ?? '';
+  const lines = said.trim().split('\n');
+  const line = lines.find((text) => text.startsWith('ctr: ')) ?? lines.at(-1) ?? '';
   return line
     .replaceAll(scene.dir, '…')
     .replace(/^ctr: /, '')
-    .replace(/\/[0-9a-f]{16}\b/g, '/…')
+    .replace(/\/[0-9a-f]{16,}\b/g, '/…')
+    .replace(/\bc-\d+\b/g, 'c-1')
     .slice(0, 240);
 }
 

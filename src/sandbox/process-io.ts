@@ -68,12 +68,22 @@ export class ProcessIo {
     this.#report = report;
     const broke = (error: unknown) => report(error, 'a stdio stream ended early');
     if (stdio.stdin !== null) guest.pipeStdin(process, stdio.stdin).catch(unlessClosed(broke));
+    let told = false;
+    const writeDown = (name: OutputName, offset: number) => {
+      try {
+        positions.write(name, offset);
+      } catch (error) {
+        // It is the next kilnd's loss, if there is to be one: the output itself goes on.
+        if (!told) report(error, 'cannot write down how far the output is: the next kilnd would begin before');
+        told = true;
+      }
+    };
     const relay = (name: OutputName, sink: Writable | null) => {
       if (sink === null) return;
       const progress = new Progress(from[name]);
       const request = { ...process, stream: name, from: from[name] };
       const onDelivered = (offset: number) => {
-        positions.write(name, offset);
+        writeDown(name, offset);
         progress.advance(offset);
       };
       const ended = guest.pipeOutput(request, sink, onDelivered).catch(broke);

@@ -1,7 +1,8 @@
-import { readFileSync, renameSync, writeFileSync } from 'node:fs';
+import { readFileSync } from 'node:fs';
 import path from 'node:path';
 import { z } from 'zod';
 import { KilnError } from '../errors.ts';
+import { replaceFile } from '../host/replace-file.ts';
 import type { HookPlan } from './hooks.ts';
 
 /*
@@ -40,9 +41,7 @@ export type ContainerRecord = z.infer<typeof containerRecord>;
 const fileName = 'container.json';
 
 export function writeContainerRecord(directory: string, record: ContainerRecord): void {
-  const file = path.join(directory, fileName);
-  writeFileSync(`${file}.new`, JSON.stringify(record), { mode: 0o600 });
-  renameSync(`${file}.new`, file);
+  replaceFile(path.join(directory, fileName), JSON.stringify(record));
 }
 
 /**

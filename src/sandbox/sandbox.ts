@@ -148,8 +148,10 @@ export class Sandbox implements AsyncDisposable {
     try {
       await abortable(this.vm.attachDisk(slot, disk.file), AbortSignal.any([signal, timeout]));
     } catch (error) {
-      if (signal.aborted || error !== timeout.reason) throw error;
-      throw vmmSilent({ name: 'VMM' }, `attach ${disk.file}`, this.#answerLimitMs);
+      if (signal.aborted) throw error;
+      if (error === timeout.reason) throw vmmSilent({ name: 'VMM' }, `attach ${disk.file}`, this.#answerLimitMs);
+      if (!(error instanceof KilnError && error.code === 'unavailable')) throw error;
+      throw await this.#lostWhile(`${disk.file} was attached`, error);
     }
     return slot;
   }
@@ -166,13 +168,16 @@ export class Sandbox implements AsyncDisposable {
         });
       }
       if (error.code !== 'unavailable') throw error;
-      const { code, signal: by, guestStopped, agentLost, consoleTail } = await this.end();
-      const ended = guestStopped ? 'the guest stopped' : `the VM ended (${by ?? `exit code ${code}`})`;
-      const how = agentLost ? 'the connection to the guest was lost' : ended;
-      throw new KilnError('unavailable', `${how} while container ${container.id} was created\n${consoleTail}`.trim(), {
-        cause: error,
-      });
+      throw await this.#lostWhile(`container ${container.id} was created`, error);
     }
+  }
+
+  /** How the VM ended, as an error, when VMM or agent no longer answer; a VM that lives on is ended. */
+  async #lostWhile(what: string, cause: KilnError): Promise<KilnError> {
+    const { code, signal: by, guestStopped, agentLost, consoleTail } = await this.end();
+    const ended = guestStopped ? 'the guest stopped' : `the VM ended (${by ?? `exit code ${code}`})`;
+    const how = agentLost ? 'the connection to the guest was lost' : ended;
+    return new KilnError('unavailable', `${how} while ${what}\n${consoleTail}`.trim(), { cause });
   }
 
   /**

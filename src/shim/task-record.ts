@@ -1,7 +1,8 @@
-import { readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
+import { readFileSync, rmSync } from 'node:fs';
 import { z } from 'zod';
 import { CreateTaskRequest, ExecProcessRequest } from '../../gen/containerd/task.ts';
 import { KilnError } from '../errors.ts';
+import { replaceFile } from '../host/replace-file.ts';
 
 /*
  * What kilnd writes down of a task, so that the next kilnd can answer for it when this one is killed: what containerd has
@@ -69,8 +70,7 @@ export function writeTaskRecord(file: string, { context, state }: TaskRecord): v
       execs: Object.fromEntries(Object.entries(state.execs).map(([execId, bytes]) => [execId, base64(bytes)])),
     },
   };
-  writeFileSync(`${file}.new`, JSON.stringify(json), { mode: 0o600 });
-  renameSync(`${file}.new`, file);
+  replaceFile(file, JSON.stringify(json));
 }
 
 /** @throws KilnError invalid-argument for a file that is no record, or of another version */

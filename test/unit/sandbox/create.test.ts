@@ -95,6 +95,18 @@ describe.skipIf(!canMakeNetns)('a Create that fails', () => {
     ]);
   });
 
+  it('because the VM ended while a disk was attached says how, and not only what the VMM did not answer', async () => {
+    const made = bench();
+    made.vmHooks.attachDisk = async () => {
+      made.vm?.end({ signal: 'SIGKILL' });
+      throw new KilnError('unavailable', 'the VMM has closed its control connection');
+    };
+    const error = await failureOf(made.create());
+    expect(error.code).toBe('unavailable');
+    expect(error.message).toMatch(/^the VM ended \(SIGKILL\) while .* was attached$/);
+    expect(made.events).toEqual(['rootfs released']);
+  });
+
   it('and a clean-up that fails too are both told, under the code of the first', async () => {
     const made = bench({ createContainer: (_call, done) => done(failure('INVALID_ARGUMENT', 'bad spec')) });
     made.releaseRootfs = async () => {

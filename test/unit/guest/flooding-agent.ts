@@ -21,8 +21,11 @@ const agent = new ScriptedAgent({
           return;
         }
       }
-      call.end();
     };
+    // As the agent does: the end comes when all is delivered.
+    call.on('data', ({ delivered }) => {
+      if (Number(delivered) === Number(bytes)) call.end();
+    });
     pump();
   },
 });

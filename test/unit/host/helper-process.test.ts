@@ -123,7 +123,8 @@ describe('the last words', () => {
       done`);
     await helper.exited;
     expect(helper.lastWords()).toMatch(/end of 3$/);
-    expect(statSync(log).size).toBeLessThan(1 << 18);
+    // The loop went on at the limit at the latest.
+    expect(statSync(log).size).toBeLessThan((1 << 20) + 100);
   });
 
   test('are empty without output, and when the directory is gone', async () => {

@@ -133,7 +133,7 @@ describe.runIf(underKiln)('a full disk', () => {
 
       const write = await execIn(scene, id, ['dd', 'if=/dev/zero', 'of=/big', 'bs=1M', 'count=40', 'conv=fsync']);
       expect(write.code).not.toBe(0);
-      const says = write.stderr.match(/: ([A-Z][^:]*)$/m)?.[1] ?? write.stderr;
+      const says = write.stderr.match(/^dd: .*: (.*)$/m)?.[1] ?? write.stderr.trim();
       await fullWhileRunning(id, watched, ['QEMU', 'containerd'], `a write in the container fails ("${says}"); `);
       await disk.free();
       await fullFromStart(disk.fill, ['QEMU', 'containerd']);

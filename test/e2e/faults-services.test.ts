@@ -116,7 +116,6 @@ for (const { part, kill, pids, killedCode } of services) {
       if (kind === 'SIGKILL') await struck;
       const tasks = await scene.tasks();
       const states = [quiet, loud].map((id) => tasks.find((task) => task.id === id)?.status ?? 'gone');
-      const seconds = since;
       await struck;
       const after = await scene.tasks();
       expect(after.map(({ status }) => status)).toEqual(['RUNNING', 'RUNNING']);
@@ -124,10 +123,12 @@ for (const { part, kill, pids, killedCode } of services) {
         ...['task', 'exec', '--fifo-dir', scene.fifoDir, '--exec-id', 'e', quiet, 'echo', 'here'],
       ]);
       expect(exec).toBe('here\n');
+      // containerd waits 2 s for a State, and says UNKNOWN then.
+      const allowed = kind === 'SIGSTOP' && part === 'kilnd' ? ['RUNNING', 'UNKNOWN'] : ['RUNNING'];
       for (const [index, phase] of (['running idle', 'running with output'] as const).entries()) {
-        const state = states[index];
-        const saw = `state ${state} ${kind === 'SIGSTOP' ? 'meanwhile, RUNNING afterwards' : 'afterwards'}; exec and output go on`;
-        note({ part, fault: kind, phase, saw, since: seconds });
+        const saw = `state ${allowed.join(' or ')} meanwhile; exec and output go on`;
+        note({ part, fault: kind, phase, saw, since });
+        expect(allowed).toContain(states[index]);
       }
       await using events = await scene.events();
       for (const id of [quiet, loud]) {

@@ -117,18 +117,21 @@ describe.runIf(underKiln).each(kinds)('%s of a part of a virtual machine', (kind
   it('during Start: an error, the exit of a lost container, or the container runs', () =>
     each(async (part) => {
       const id = scene.id();
-      // crun is gone before the hook of its container runs, so it is waited for instead.
-      const gate = await Gate.make(scene, id);
-      const early = { command: short, hooks: { createRuntime: [gate.hook] } };
-      const watched =
-        part === 'crun' ? new Watched(await startVictim(scene, id, early)) : await startIntoStart(scene, id, short);
-      if (part === 'crun') await gate.reached();
+      const gate = part === 'crun' ? await Gate.make(scene, id) : undefined;
+      let watched: Watched;
+      if (gate === undefined) watched = await startIntoStart(scene, id, short);
+      else {
+        // crun is gone before the hook of its container runs, so it is waited for instead.
+        watched = new Watched(await startVictim(scene, id, { command: short, hooks: { createRuntime: [gate.hook] } }));
+        await gate.reached();
+      }
       const since = performance.now();
       const { over } = await strikeVm(scene, id, part, kind, 'Start');
-      if (part === 'crun') await gate.open();
+      await gate?.open();
       const { code, said } = await watched.end();
       await over;
-      const saw = code === 5 ? 'the container runs, its exit code arrives' : `Start fails: ${lastLine(scene, said)}`;
+      const failed = lost.includes(code) ? `the task exits with ${code}` : `Start fails: ${lastLine(scene, said)}`;
+      const saw = code === 5 ? 'the container runs, its exit code arrives' : failed;
       note({ part, fault: kind, phase: 'Start', saw, code, since });
       expect(kind === 'SIGKILL' ? [1, ...lost] : [5], `${part}: ${said}`).toContain(code);
       await scene.containerd.ctr(['task', 'rm', '--force', id]);

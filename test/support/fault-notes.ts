@@ -8,7 +8,7 @@ import { signal } from './wait-for-end.ts';
 export type Kind = 'SIGKILL' | 'SIGSTOP';
 export const kinds = ['SIGKILL', 'SIGSTOP'] as const;
 
-/** Longer than containerd waits for a State (2 s); what a longer stop would show beyond that is the same. */
+/** Longer than containerd waits for a State (2 s), and short enough for a suite that stops so many. */
 export const stopMs = 3000;
 /** The longest that a user waits for the answer to whatever was under way, in seconds: emulated guests are slow. */
 export const answerSeconds = 30;
@@ -29,8 +29,9 @@ export function lastLine(scene: Scene, said: string): string {
     .replaceAll(scene.dir, '…')
     .replace(/^ctr: /, '')
     .replace(/\/[0-9a-f]{16,}\b/g, '/…')
+    .replace(/\.\d+-\d+-\d+\.part/, '')
     .replace(/\bc-\d+\b/g, 'c-1')
-    .slice(0, 240);
+    .slice(0, 400);
 }
 
 export const short = ['sh', '-c', 'echo ran; exit 5'];

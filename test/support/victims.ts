@@ -131,8 +131,8 @@ export async function helpersOf(scene: Scene, id: string, program: string): Prom
 const startSeconds = '2.5';
 
 /**
- * A container whose Start is under way: a hook in it, before its program, takes a while. Its virtual machine needs the
- * saboteur, who sees that hook begin.
+ * A container that is starting: a hook in it, before its program, takes a while. Start itself is about to be answered or
+ * has just been, since crun does not wait for that hook. Its virtual machine needs the saboteur, who sees it begin.
  */
 export async function startIntoStart(scene: Scene, id: string, command: readonly string[]): Promise<Watched> {
   const gate = await Gate.make(scene, id);

@@ -68,8 +68,8 @@ export class Output implements Disposable {
   }
 
   /**
-   * Sends everything from offset `from` on to `sink`, and ends it when the last writer has closed its end. Another sink
-   * that is at it is ended: its reader is gone, or about to be.
+   * Sends everything from offset `from` on to `sink`, and ends it when the last writer has closed its end and everything is
+   * acknowledged. Another sink that is at it is ended: its reader is gone, or about to be.
    *
    * @throws AgentError out-of-range when these bytes are not here: forgotten, or never written
    */
@@ -106,6 +106,7 @@ export class Output implements Disposable {
       this.#spare.push(first.memory);
     }
     if (this.#kept.length < windowChunks) this.#source?.resume();
+    this.#endWhenDelivered();
   }
 
   /**
@@ -152,9 +153,14 @@ export class Output implements Disposable {
       sink.write(memory.subarray(frameRoom + Math.max(0, this.#sent - start), frameRoom + length));
       this.#sent = start + length;
     }
-    if (!this.#ended) return;
+    this.#endWhenDelivered();
+  }
+
+  /** A reader may acknowledge until then: on a call that has ended that would be an error. */
+  #endWhenDelivered(): void {
+    if (!this.#ended || this.#delivered < this.#read) return;
+    this.#sink?.end();
     this.#sink = undefined;
-    sink.end();
   }
 
   /** Closes the pipe; what is left in it is lost. */

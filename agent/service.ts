@@ -160,39 +160,18 @@ export function createService({ containers, ownsGuest, onHello }: ServiceOptions
 
 type OutputCall = ServerDuplexStream<ReadOutputRequest, ReadOutputResponse | FramedMessage>;
 
-/**
- * The first request says what to read from where, the others what is delivered. The answer ends when all that was sent is
- * delivered: a reader that still acknowledges when its call has ended gets an error (of HTTP/2, write after end) in place
- * of what it has not read yet.
- */
+/** The first request says what to read from where, the others what is delivered. */
 function relayOutput(containers: Containers, call: OutputCall, fail: (error: unknown) => void): void {
   let output: Output | undefined;
-  let sent = 0;
-  let delivered = 0;
-  let ending = false;
-  const endIfDelivered = () => {
-    if (ending && delivered >= sent) call.end();
-  };
-  const sink: OutputSink = {
-    write: (data) => {
-      sent += data.length;
-      call.write(frameOutput(data));
-    },
-    end: () => {
-      ending = true;
-      endIfDelivered();
-    },
-  };
+  const sink: OutputSink = { write: (data) => call.write(frameOutput(data)), end: () => call.end() };
   call.on('data', (request: ReadOutputRequest) => {
     try {
-      delivered = Number(request.delivered);
+      const delivered = Number(request.delivered);
       if (output !== undefined) output.acknowledge(delivered);
       else {
-        sent = delivered;
         output = outputOf(containers, request);
         output.relayTo(sink, delivered);
       }
-      endIfDelivered();
     } catch (error) {
       fail(error);
     }

@@ -244,8 +244,8 @@ describe('a container', () => {
     expect(await wait(client, 'h')).toMatchObject({ stdoutBytes: 6n, stderrBytes: 0n });
     const hasty = new OutputReader(client, 'h');
     expect((await hasty.take(6)).toString()).toBe('early\n');
-    expect(await hasty.next()).toBeUndefined();
     expect((await read(client, 'h')).toString()).toBe('early\n');
+    expect(await hasty.next()).toBeUndefined();
     expect((await read(client, 'h', 'stdout', 6)).length).toBe(0);
     await expect(read(client, 'h')).rejects.toMatchObject({
       code: status.OUT_OF_RANGE,

@@ -140,6 +140,7 @@ describe("an exec'd process", () => {
     expect((await reader.take(6)).toString()).toBe('early\n');
     await write(client, name('g'), 'child\n');
     expect((await reader.take(11)).toString()).toBe('late child\n');
+    reader.acknowledge();
     expect(await reader.next()).toBeUndefined();
     await removeProcess(client, name('g'));
   });
@@ -237,6 +238,7 @@ describe('after a broken connection', () => {
     expect((await after.take(12)).toString()).toBe('456789\nhalf ');
     await write(client, name('r'), 'whole');
     expect((await after.take(5)).toString()).toBe('whole');
+    after.acknowledge();
     expect(await after.next()).toBeUndefined();
     expect(await wait(client, name('r'))).toMatchObject({ exitStatus: 6, stdoutBytes: 21n });
     await removeProcess(client, name('r'));
@@ -290,6 +292,7 @@ describe.skipIf(!hasGcc)('a terminal', () => {
     expect((await reader.take(6)).toString()).toBe('more\r\n');
     // Ctrl-D.
     await write(client, 'tty', '\x04');
+    reader.acknowledge();
     expect(await reader.next()).toBeUndefined();
     expect(await wait(client, 'tty')).toMatchObject({ exitStatus: 3 });
     await remove(client, 'tty');

@@ -488,14 +488,14 @@ export class Container {
     this.timeline.mark('exited');
     const exit: Exit = { status, at: new Date() };
     const counted = vmLives ? this.#countAtExit() : undefined;
-    // The stand-in lives exactly as long as the task: `kill -0` on its pid must fail once the exit is known.
-    await standIn.kill();
     const inTime = delay(outputGraceMs, undefined, { ref: false });
     await Promise.all([this.#io.settled(written), Promise.race([counted, inTime])]);
     this.oom.close();
     await this.#starting;
     // No process outlives the init, whose end has killed the others.
     await Promise.all(Array.from(this.#execs.values(), (exec) => exec.ended()));
+    // The stand-in lives exactly as long as the task: `kill -0` on its pid must fail once the exit is known, and not before.
+    await standIn.kill();
     this.#state = afterExit(this.#state, exit);
     const execs = Array.from(this.#execs.values(), (exec) => exec.drained);
     const removed = Promise.all([this.#io.drained, ...execs]).then(() =>

@@ -143,8 +143,8 @@ describe.runIf(underKiln)('a container that means harm', () => {
     expect(await hostile.do('for i in 1 2 3; do vsock-flood 100; done')).toBe('refused\nrefused\nrefused');
     await undisturbed('channel');
 
-    // Its memory.
-    expect(await hostile.do('dd if=/dev/zero of=/dev/null bs=210M 2>/dev/null; echo $?')).toBe('137');
+    // Its memory: the guest's kernel kills for it, or does not even promise it.
+    expect(await hostile.do('dd if=/dev/zero of=/dev/null bs=210M 2>/dev/null; echo $?')).toMatch(/^(137|1)$/);
     await undisturbed('memory');
 
     expect(await stateFolderBytes(scene)).toBeLessThan(8 * mib);

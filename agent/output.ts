@@ -9,16 +9,15 @@
  */
 import { closeSync } from 'node:fs';
 import type { Socket } from 'node:net';
-import { bytesInPipe, growPipe, socketFromFd } from '../src/sys/pipe.ts';
+import { bytesInPipe, socketFromFd } from '../src/sys/pipe.ts';
 import { socketFromTerminal } from '../src/sys/terminal.ts';
 import { AgentError } from './errors.ts';
 
 /**
- * How much is read at once, in bytes, and what the program's pipe is made to hold. Each message costs the same whatever
- * its length, and under emulation more than its bytes: four times what a pipe holds by default (pipe(7)) about halves the
- * cost of a byte.
+ * How much is read at once, in bytes: what a pipe holds (pipe(7)). Messages of 256 KiB, from larger pipes, would cost half as
+ * much a byte, but with them a stream of 4 MiB through a program's stdin and stdout came to a stop.
  */
-export const chunkSize = 256 * 1024;
+export const chunkSize = 64 * 1024;
 
 /** Chunks that the host need not have delivered yet. */
 const windowChunks = 4;
@@ -63,8 +62,6 @@ export class Output implements Disposable {
     this.#fd = fd;
     this.#name = name;
     this.#kind = kind;
-    // Where that is not allowed it goes on in smaller pieces.
-    if (kind === 'pipe') growPipe(fd, chunkSize);
   }
 
   /**

@@ -7,11 +7,10 @@ import type { Socket } from 'node:net';
 import type { Duplex } from 'node:stream';
 import { setTimeout as delay } from 'node:timers/promises';
 import { Server, ServerCredentials, type ServiceDefinition, type UntypedServiceImplementation } from '@grpc/grpc-js';
-import { connectionWindow, maxMessageBytes, streamWindow } from './limits.ts';
+import { maxMessageBytes } from './limits.ts';
 
 /** What grpc-js does not offer as options: its HTTP/2 servers and what it makes them with. The version is pinned. */
 interface ServerInternals {
-  readonly commonServerOptions: { settings?: object };
   readonly http2Servers: Map<Http2Server, unknown>;
 }
 
@@ -43,7 +42,6 @@ export function serveOverSocket(
     'grpc.max_send_message_length': maxMessageBytes,
   });
   const internals = server as unknown as ServerInternals;
-  internals.commonServerOptions.settings = { initialWindowSize: streamWindow };
   server.addService(definition, implementation);
   const injector = server.createConnectionInjector(ServerCredentials.createInsecure());
   let current: ServerHttp2Session | undefined;
@@ -51,9 +49,6 @@ export function serveOverSocket(
     for (const http2Server of internals.http2Servers.keys()) {
       http2Server.on('session', (session: ServerHttp2Session) => {
         current = session;
-        session.once('connect', () => {
-          if (!session.destroyed) session.setLocalWindowSize(connectionWindow);
-        });
         session.on('error', () => {});
         session.on('close', () => socket.destroy());
       });

@@ -13,10 +13,7 @@ import { bytesInPipe, socketFromFd } from '../src/sys/pipe.ts';
 import { socketFromTerminal } from '../src/sys/terminal.ts';
 import { AgentError } from './errors.ts';
 
-/**
- * How much is read at once, in bytes: what a pipe holds (pipe(7)). Messages of 256 KiB, from larger pipes, would cost half as
- * much a byte, but with them a stream of 4 MiB through a program's stdin and stdout came to a stop.
- */
+/** How much is read at once, in bytes: what a pipe holds (pipe(7)). */
 export const chunkSize = 64 * 1024;
 
 /** Chunks that the host need not have delivered yet. */

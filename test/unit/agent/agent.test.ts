@@ -311,6 +311,17 @@ describe('a container', () => {
     await remove(client, 'slow', true);
   }, 60_000);
 
+  it('takes and gives much at the same time', async () => {
+    await create(client, 'both', 'cat');
+    await start(client, 'both');
+    const given = Array.from({ length: 256 }, (_, n) => Buffer.alloc(64 * 1024, n));
+    const writing = write(client, 'both', ...given);
+    expect((await read(client, 'both')).equals(Buffer.concat(given))).toBe(true);
+    await writing;
+    await wait(client, 'both');
+    await remove(client, 'both');
+  });
+
   it('has one writer of its stdin at a time, the latest, whose end closes it', async () => {
     const gate = join(agent.directory, 'gate');
     await create(client, 'l', `echo up; while [ ! -e ${gate} ]; do sleep 0.01; done; cat; exit 9`);

@@ -1,4 +1,5 @@
 import { Socket } from 'node:net';
+import { SysError } from './error.ts';
 import { check, declare } from './libc.ts';
 
 /** Flag of open(2) on Linux. */
@@ -40,6 +41,27 @@ const FIONREAD = 0x541b;
 const cIoctl = declare<[fd: number, op: number, argument: Int32Array]>(
   'int ioctl(int fd, unsigned long op, int *argument)',
 );
+
+/** fcntl(2), Linux's <fcntl.h>. */
+const F_SETPIPE_SZ = 1031;
+
+const cFcntl = declare<[fd: number, op: number, argument: number]>('int fcntl(int fd, int op, int argument)');
+
+/**
+ * Makes a pipe hold so many bytes, or more. fcntl(2), F_SETPIPE_SZ.
+ *
+ * @returns false where the system allows this user no more (/proc/sys/fs/pipe-max-size, pipe-user-pages-soft)
+ * @throws SysError
+ */
+export function growPipe(fd: number, bytes: number): boolean {
+  try {
+    check(cFcntl(fd, F_SETPIPE_SZ, bytes), 'fcntl', 'F_SETPIPE_SZ');
+    return true;
+  } catch (error) {
+    if (error instanceof SysError && error.code === 'EPERM') return false;
+    throw error;
+  }
+}
 
 /** How many bytes can be read from a pipe now. pipe(7), FIONREAD. @throws SysError */
 export function bytesInPipe(fd: number): number {

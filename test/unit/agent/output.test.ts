@@ -42,6 +42,10 @@ class Sink implements OutputSink {
     return Buffer.concat(this.#parts);
   }
 
+  get messages(): string[] {
+    return this.#parts.map(String);
+  }
+
   async has(length: number): Promise<Buffer> {
     await vi.waitFor(() => expect(this.bytes.length).toBeGreaterThanOrEqual(length), { interval: 1 });
     return this.bytes;
@@ -108,6 +112,48 @@ describe('the window', () => {
     }
     close();
     expect((await sink.ended()).equals(numbered(0, 400_000))).toBe(true);
+  });
+});
+
+describe('short reads', () => {
+  it('that follow each other closely are put together, and the first goes out at once', async () => {
+    vi.useFakeTimers({ toFake: ['performance', 'setTimeout', 'clearTimeout'] });
+    cleanup.push(() => vi.useRealTimers());
+    const { output, write } = piped();
+    const sink = new Sink();
+    output.relayTo(sink, 0);
+    const line = async (text: string) => {
+      write(text);
+      await quiet();
+    };
+    await line('one,');
+    await line('two,');
+    for (const text of ['three,', 'four,', 'five,']) await line(text);
+    expect(sink.messages).toEqual(['one,', 'two,']);
+    // Nor does an answer of the host's end the rest.
+    output.acknowledge(4);
+    await quiet();
+    expect(sink.messages).toEqual(['one,', 'two,']);
+    vi.advanceTimersByTime(4);
+    await quiet();
+    expect(sink.messages).toEqual(['one,', 'two,', 'three,four,five,']);
+    vi.advanceTimersByTime(4);
+    await line('six,');
+    expect(sink.messages.at(-1)).toBe('six,');
+  });
+
+  it('do not outlive the output', async () => {
+    vi.useFakeTimers({ toFake: ['performance', 'setTimeout', 'clearTimeout'] });
+    cleanup.push(() => vi.useRealTimers());
+    const { output, write } = piped();
+    output.relayTo(new Sink(), 0);
+    for (const text of ['one,', 'two,', 'three']) {
+      write(text);
+      await quiet();
+    }
+    expect(vi.getTimerCount()).toBe(1);
+    output[Symbol.dispose]();
+    expect(vi.getTimerCount()).toBe(0);
   });
 });
 

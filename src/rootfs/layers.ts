@@ -156,8 +156,10 @@ export class LayerCache {
   #removeScratch(): void {
     for (const name of readdirSync(this.#directory)) {
       if (!name.startsWith(scratchPrefix) || !ownerIsGone(name.slice(scratchPrefix.length))) continue;
-      this.#logger?.warn({ path: join(this.#directory, name) }, 'removing what an interrupted conversion left');
-      rmSync(join(this.#directory, name), { recursive: true, force: true });
+      const path = join(this.#directory, name);
+      this.#logger?.warn({ path }, 'removing what an interrupted conversion left');
+      // The conversion's own programs may be at it still, and make a file meanwhile.
+      rmSync(path, { recursive: true, force: true, maxRetries: 10, retryDelay: 10 });
     }
   }
 }

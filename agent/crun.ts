@@ -44,7 +44,8 @@ export class Crun {
    *
    * @param bundle the directory of config.json; crun's log and pid file go there, too
    * @returns the process id of the container's init
-   * @throws AgentError invalid-argument with crun's reason; nothing of the container is left then
+   * @throws AgentError invalid-argument with crun's reason, internal when crun was killed; nothing of the container is
+   *   left then
    */
   async create(id: string, bundle: string, stdio: CrunStdio): Promise<number> {
     const pidFile = join(bundle, 'init.pid');
@@ -63,7 +64,8 @@ export class Crun {
    * @param directory of process.json; crun's log and pid file go there, too
    * @param oomScore of the process
    * @returns its process id
-   * @throws AgentError invalid-argument with crun's reason; nothing of the process is left then
+   * @throws AgentError invalid-argument with crun's reason, internal when crun was killed; nothing of the process is left
+   *   then
    */
   async exec(id: string, directory: string, stdio: CrunStdio, oomScore: number): Promise<number> {
     const pidFile = join(directory, 'pid');
@@ -119,11 +121,20 @@ export class Crun {
       });
     }
     if (code === 0) return;
-    throw new CrunFailure(lastError(log) ?? `crun ${args[0]} ended with ${signal ?? `status ${code}`} and no message`);
+    const failure = `crun ${args[0]} ended with ${signal ?? `status ${code}`} and no message`;
+    throw new CrunFailure(lastError(log) ?? failure, signal !== null);
   }
 }
 
-class CrunFailure extends Error {}
+class CrunFailure extends Error {
+  /** Whether crun was killed, so that the failure says nothing of what was asked for. */
+  readonly killed: boolean;
+
+  constructor(message: string, killed: boolean) {
+    super(message);
+    this.killed = killed;
+  }
+}
 
 /** The last line of a crun log, its error; undefined when there is none. */
 function lastError(log: string): string | undefined {
@@ -149,7 +160,8 @@ interface ProcessJson {
  */
 function refused(error: unknown, file: string): unknown {
   if (!(error instanceof CrunFailure)) return error;
-  return new AgentError('invalid-argument', explain(error.message, programOf(file)), { cause: error });
+  const code = error.killed ? 'internal' : 'invalid-argument';
+  return new AgentError(code, explain(error.message, programOf(file)), { cause: error });
 }
 
 /** The program that a config.json or a process.json names; empty where there is none to be read. */

@@ -119,6 +119,14 @@ describe('a container', () => {
     await remove(client, 'b');
   });
 
+  it('whose crun is killed fails in create as internal and leaves nothing', async () => {
+    await expect(create(client, 'k', 'killed')).rejects.toMatchObject({
+      code: status.INTERNAL,
+      details: 'crun create ended with SIGKILL and no message',
+    });
+    expect(agent.leftovers()).toEqual([]);
+  });
+
   it('whose disk does not exist fails in create and leaves nothing, also not the mount point', async () => {
     const target = join(agent.directory, 'deep/mount/point');
     const mount = { target, type: 'nosuchfs', options: ['ro'], directories: [] };

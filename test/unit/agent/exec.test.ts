@@ -96,6 +96,15 @@ describe("an exec'd process", () => {
     await removeProcess(client, name('d'));
   });
 
+  it('is no mistake of the caller’s when crun is killed, and leaves nothing', async () => {
+    await expect(exec(client, name('k'), 'killed')).rejects.toMatchObject({
+      code: status.INTERNAL,
+      details: 'crun exec ended with SIGKILL and no message',
+    });
+    expect(await describeContainer(client, id)).toEqual({ started: true, paused: false, execs: [] });
+    expect(agent.leftovers().filter((file) => file.includes('exec-'))).toEqual([]);
+  });
+
   it('has a name, and a container', async () => {
     await expect(exec(client, name(''), 'exit 0')).rejects.toMatchObject({ code: status.INVALID_ARGUMENT });
     await expect(exec(client, { id: 'ghost', execId: 'x' }, 'exit 0')).rejects.toMatchObject({

@@ -15,6 +15,8 @@ export class Announcer {
   readonly #options: AnnouncerOptions;
   /** Names of the events that containerd has. */
   readonly #sent: Set<string>;
+  /** Names of the events that are on their way to containerd, each with what tells it from an earlier one of this name. */
+  readonly #due = new Map<string, symbol>();
 
   /** @param sent what an earlier kilnd has written down of `sent` */
   constructor(options: AnnouncerOptions, sent: readonly string[] = []) {
@@ -27,15 +29,23 @@ export class Announcer {
     return [...this.#sent];
   }
 
+  /** The names of the events that are published, and that containerd has not taken yet. */
+  get due(): string[] {
+    return [...this.#due.keys()];
+  }
+
   /**
-   * Publishes an event, unless containerd has it already.
+   * Publishes an event, unless containerd has it already, or it is on its way.
    *
    * @param name among the task's events
    * @param isCurrent false when the name has come to mean another process by the time containerd has the event
    */
   announce(name: string, event: TaskEvent, isCurrent: () => boolean = () => true): void {
-    if (this.#sent.has(name)) return;
+    if (this.#sent.has(name) || this.#due.has(name)) return;
+    const announcement = Symbol(name);
+    this.#due.set(name, announcement);
     this.#options.publish(event, () => {
+      if (this.#due.get(name) === announcement) this.#due.delete(name);
       if (!isCurrent()) return;
       this.#sent.add(name);
       this.#options.onChange();
@@ -44,6 +54,9 @@ export class Announcer {
 
   /** The names may be used again. */
   forget(...names: string[]): void {
-    for (const name of names) this.#sent.delete(name);
+    for (const name of names) {
+      this.#sent.delete(name);
+      this.#due.delete(name);
+    }
   }
 }

@@ -25,8 +25,10 @@ const taskState = z.object({
   pids: z.record(z.string(), z.int().nonnegative()),
   /** The processes (init: the empty exec id) whose stdin was closed by CloseIO. */
   stdinClosed: z.array(z.string()),
-  /** Events that containerd has taken; see `eventKey` of task-service.ts. */
+  /** Names of the events that containerd has taken; see announcer.ts. */
   announced: z.array(z.string()),
+  /** … and of those that were on their way to it. */
+  due: z.array(z.string()).default([]),
   /** Of a task that is deleted. */
   lastExit: exit.optional(),
 });

@@ -110,7 +110,12 @@ export class TaskService {
       this.#lastExit = { pid, exit: { status, at: new Date(atMs) } };
     }
     const request = createRequestOf(state);
-    if (adopting === undefined || request === undefined) return;
+    if (adopting === undefined || request === undefined) {
+      if (state.due.includes('delete') && this.#lastExit !== undefined) {
+        this.#announceDelete(this.#options.id, this.#lastExit);
+      }
+      return;
+    }
     const done = adopting
       .then((task) => this.#takeOver(state, request, task))
       .catch((error: unknown) => {
@@ -129,9 +134,20 @@ export class TaskService {
       const process = execs.get(execId) ?? container.exec(this.#options.prepareExec(exec));
       task.execs.set(execId, track(execId, process, exec, encodeExec(exec)));
     }
+    this.#announceDue(task, request, new Set(state.due));
     for (const tracked of [...task.execs.values(), task.init]) {
       if (state.stdinClosed.includes(tracked.execId)) this.#closeStdin(tracked);
       this.#followExit(task, tracked);
+    }
+  }
+
+  /** What the earlier kilnd has published and containerd not taken, but for the exits, which are due in any case. */
+  #announceDue(task: Task, request: TaskRequest, due: ReadonlySet<string>): void {
+    if (due.has('create')) this.#announceCreate(task, request);
+    if (due.has('start ')) this.#announceStart(task, task.init);
+    for (const tracked of task.execs.values()) {
+      if (due.has(`added ${tracked.execId}`)) this.#announceAdded(task, tracked);
+      if (due.has(`start ${tracked.execId}`)) this.#announceStart(task, tracked);
     }
   }
 
@@ -259,8 +275,8 @@ export class TaskService {
     }
     const task = this.#hold(container, request);
     this.#announcer = new Announcer(this.#announcing);
-    this.#save();
     this.#announceCreate(task, request);
+    this.#save();
     this.#followExit(task, task.init);
     return task;
   }
@@ -301,6 +317,7 @@ export class TaskService {
       pids: Object.fromEntries(execs.map(({ execId, process }) => [execId, process.pid])),
       stdinClosed: [task?.init, ...execs].flatMap((tracked) => (tracked?.stdinClosed ? [tracked.execId] : [])),
       announced: this.#announcer.sent,
+      due: this.#announcer.due,
       ...(lastExit === undefined
         ? {}
         : { lastExit: { pid: lastExit.pid, status: lastExit.exit.status, atMs: lastExit.exit.at.getTime() } }),
@@ -341,8 +358,8 @@ export class TaskService {
     try {
       // An earlier kilnd may have got so far, and no further.
       if (!replayed || process.state.kind === 'created') await process.start();
-      this.#save();
       if (!task.silenced) this.#announceStart(task, tracked);
+      this.#save();
       return { pid: process.pid };
     } finally {
       announced.resolve();
@@ -369,9 +386,15 @@ export class TaskService {
       throw new KilnError('already-exists', `container ${id} has a process ${execId} already`);
     }
     const tracked = known ?? this.#addExec(task, request, bytes);
-    const event: TaskEvent = { type: 'TaskExecAdded', message: { containerId: id, execId } };
-    this.#announcer.announce(`added ${execId}`, event, () => isCurrent(task, tracked));
+    this.#announceAdded(task, tracked);
+    this.#save();
     return {};
+  }
+
+  #announceAdded(task: Task, tracked: Tracked): void {
+    const { execId } = tracked;
+    const event: TaskEvent = { type: 'TaskExecAdded', message: { containerId: task.container.id, execId } };
+    this.#announcer.announce(`added ${execId}`, event, () => isCurrent(task, tracked));
   }
 
   #addExec(task: Task, request: ExecTaskRequest, bytes: Buffer): Tracked {
@@ -380,7 +403,6 @@ export class TaskService {
     const tracked = track(execId, process, request, bytes);
     task.execs.set(execId, tracked);
     this.#announcer.forget(`added ${execId}`, `start ${execId}`, `exit ${execId}`);
-    this.#save();
     this.#followExit(task, tracked);
     return tracked;
   }
@@ -462,8 +484,8 @@ export class TaskService {
 
   #announceDelete(containerId: string, last: { pid: number; exit: Exit }): api.DeleteResponse {
     const reply = toDeleteResponse(last);
-    this.#save();
     this.#announcer.announce('delete', { type: 'TaskDelete', message: { containerId, id: '', ...reply } });
+    this.#save();
     return reply;
   }
 

@@ -44,7 +44,7 @@ function taskRecord(state: Partial<TaskState> = {}, bundle = join(stateDir, 'bun
       ...{ namespace: 'ns', id: 'c1', bundle, address: '', ttrpcAddress: '', publishBinary: '', debug: false },
       ...{ maxShimVersion: 0, launcherStartedNs: 1n },
     },
-    state: { create, execs: {}, pids: {}, stdinClosed: [], announced: [], ...state },
+    state: { create, execs: {}, pids: {}, stdinClosed: [], announced: [], due: [], ...state },
   };
 }
 
@@ -107,7 +107,7 @@ describe('the stock that a new kilnd takes', () => {
 
   it('has the record of a task that is deleted, for the answer that got lost', async () => {
     const lastExit = { pid: 7, status: 0, atMs: 1 };
-    const state: TaskState = { execs: {}, pids: {}, stdinClosed: [], announced: ['delete'], lastExit };
+    const state: TaskState = { execs: {}, pids: {}, stdinClosed: [], announced: ['delete'], due: [], lastExit };
     writeTaskRecord(taskFile(stateDir, 'aa'), { ...taskRecord(), state });
     expect((await takeStock(stateDir, logger)).get('aa')?.state).toEqual(state);
   });

@@ -27,9 +27,11 @@ describe('an event', () => {
     const announcer = new Announcer(options);
     announcer.announce('start ', event);
     expect(published).toEqual([event]);
-    expect([announcer.sent, changes]).toEqual([[], 0]);
+    expect([announcer.sent, announcer.due, changes]).toEqual([[], ['start '], 0]);
+    announcer.announce('start ', event);
+    expect(published.length).toBe(1);
     taken[0]?.();
-    expect([announcer.sent, changes]).toEqual([['start '], 1]);
+    expect([announcer.sent, announcer.due, changes]).toEqual([['start '], [], 1]);
     announcer.announce('start ', event);
     expect(published.length).toBe(1);
     announcer.announce('exit ', event);
@@ -50,6 +52,18 @@ describe('an event', () => {
     expect(announcer.sent).toEqual(['start ']);
     announcer.announce('start e1', event);
     expect(published).toEqual([event]);
+  });
+
+  it('whose name was forgotten on its way is sent again, and only the later one counts', () => {
+    const announcer = new Announcer(options);
+    announcer.announce('exit e1', event, () => false);
+    announcer.forget('exit e1');
+    announcer.announce('exit e1', event);
+    expect(published.length).toBe(2);
+    taken[0]?.();
+    expect([announcer.sent, announcer.due]).toEqual([[], ['exit e1']]);
+    taken[1]?.();
+    expect([announcer.sent, announcer.due]).toEqual([['exit e1'], []]);
   });
 
   it('of a process whose name has passed to another by then does not count for that one', () => {

@@ -43,6 +43,7 @@ const record: TaskRecord = {
     pids: { e1: 77 },
     stdinClosed: ['e1'],
     announced: ['create', 'start ', 'added e1'],
+    due: ['start e1'],
   },
 };
 
@@ -60,10 +61,10 @@ describe("a task's record", () => {
     const lastExit = { pid: 4242, status: 137, atMs: 1_700_000_000_123 };
     writeTaskRecord(file, {
       ...record,
-      state: { execs: {}, pids: {}, stdinClosed: [], announced: ['delete'], lastExit },
+      state: { execs: {}, pids: {}, stdinClosed: [], announced: ['delete'], due: [], lastExit },
     });
     const { state } = readTaskRecord(file);
-    expect(state).toEqual({ execs: {}, pids: {}, stdinClosed: [], announced: ['delete'], lastExit });
+    expect(state).toEqual({ execs: {}, pids: {}, stdinClosed: [], announced: ['delete'], due: [], lastExit });
     expect(createRequestOf(state)).toBeUndefined();
     expect(execRequestsOf(state).size).toBe(0);
   });
@@ -79,6 +80,12 @@ describe("a task's record", () => {
     removeTaskRecord(file);
     removeTaskRecord(file);
     expect(existsSync(file)).toBe(false);
+  });
+
+  it('of a kilnd that did not write down what was on its way is read', () => {
+    writeTaskRecord(file, record);
+    writeFileSync(file, readFileSync(file, 'utf8').replace(',"due":["start e1"]', ''));
+    expect(readTaskRecord(file).state).toEqual({ ...record.state, due: [] });
   });
 
   it('that a killed kilnd was just writing leaves the one before', () => {

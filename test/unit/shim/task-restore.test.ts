@@ -104,6 +104,39 @@ describe('a task that is taken over', () => {
     ]);
   });
 
+  it('tells what was on its way to containerd before what has happened since, each once', async () => {
+    const state = await killed({ takesEvents: false });
+    expect([state.announced, state.due]).toEqual([[], ['create', 'start ', 'added e1', 'start e1']]);
+    const made = bench();
+    made.takesEvents = false;
+    const process = await runningExec(made);
+    process.end(4);
+    made.container.state = { kind: 'running' };
+    made.container.end(5);
+    const adopting = Promise.resolve({ container: made.container, execs: new Map([['e1', process]]) });
+    await made.service.restore(state, before, adopting);
+    await made.client.wait();
+    const told = ['TaskCreate', 'TaskStart', 'TaskExecAdded', 'TaskExecStarted', 'TaskExit', 'TaskExit'];
+    expect(made.types).toEqual(told);
+    // Requests that come again, because their answers got lost too, tell nothing more.
+    expect(await made.replaying().create(io)).toEqual({ pid: 4242 });
+    expect(await made.replaying().start({ execId: 'e1' })).toEqual({ pid: 100 });
+    expect(made.types).toEqual(told);
+  });
+
+  it('that was deleted is told of if that was on its way', async () => {
+    const first = bench();
+    await first.running();
+    await first.client.kill(9);
+    first.takesEvents = false;
+    await first.client.delete();
+    expect(latest(first).due).toEqual(['delete']);
+    const made = bench();
+    await made.service.restore(latest(first), before, undefined);
+    expect(made.types).toEqual(['TaskDelete']);
+    expect(latest(made)).toMatchObject({ due: [], announced: expect.arrayContaining(['delete']) });
+  });
+
   it('does not tell again of an exit that containerd has heard of', async () => {
     const first = bench();
     await first.running();
@@ -249,7 +282,7 @@ describe('a request that comes a second time', () => {
     const { made, process } = await restored(await killed({ takesEvents: false }));
     process.end(4);
     expect(await made.replaying().start({ execId: 'e1' })).toEqual({ pid: 100 });
-    expect(made.types.toSorted()).toEqual(['TaskExecStarted', 'TaskExit']);
+    expect(made.types).toEqual(['TaskCreate', 'TaskStart', 'TaskExecAdded', 'TaskExecStarted', 'TaskExit']);
   });
 
   it('Exec: is answered when it is the same, and refused when it is another', async () => {

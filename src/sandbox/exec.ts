@@ -110,7 +110,6 @@ export class Exec {
       undo.defer(() => rm(directory, { recursive: true, force: true }));
       const stdio = undo.adopt(await openStdio(), (opened) => opened.dispose());
       stdio.startStdin();
-      if (this.#stdinClosed) stdio.closeStdin();
       const size = this.#size;
       await this.#host.forgotten();
       this.#pid = await guest.exec(this.#ref, process, guestStdio(stdio, terminal, size));
@@ -147,6 +146,8 @@ export class Exec {
     const { guest, report } = this.#host;
     const { directory, terminal } = this.#request;
     this.#stdio = stdio;
+    // Before the start, or while it was under way: a short input is read by then, and its client has no more to say.
+    if (this.#stdinClosed) stdio.closeStdin();
     const positions = new Positions(path.join(directory, 'positions'));
     this.#io = new ProcessIo({ guest, process: this.#ref, stdio, terminal, positions, report });
     this.#state = { kind: 'running' };

@@ -212,6 +212,20 @@ describe.skipIf(!canMakeNetns)('an exec', () => {
     exec.closeStdin();
     expect(setup.made.events.filter((event) => event === 'stdin closed').length).toBe(2);
   });
+
+  it('closes its stdin when it is told to while its start is under way', async () => {
+    const called = Promise.withResolvers<() => void>();
+    const setup = await running({
+      execProcess: (_call, done) => called.resolve(() => done(null, { pid: 40 })),
+    });
+    const { exec } = register(setup);
+    const starting = exec.start();
+    const answer = await called.promise;
+    exec.closeStdin();
+    answer();
+    await starting;
+    expect(setup.made.events).toContain('stdin closed');
+  });
 });
 
 describe.skipIf(!canMakeNetns)('the terminal of an exec', () => {

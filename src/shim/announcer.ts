@@ -38,15 +38,15 @@ export class Announcer {
    * Publishes an event, unless containerd has it already, or it is on its way.
    *
    * @param name among the task's events
-   * @param isCurrent false when the name has come to mean another process by the time containerd has the event
    */
-  announce(name: string, event: TaskEvent, isCurrent: () => boolean = () => true): void {
+  announce(name: string, event: TaskEvent): void {
     if (this.#sent.has(name) || this.#due.has(name)) return;
     const announcement = Symbol(name);
     this.#due.set(name, announcement);
     this.#options.publish(event, () => {
-      if (this.#due.get(name) === announcement) this.#due.delete(name);
-      if (!isCurrent()) return;
+      // Forgotten meanwhile: the name is another process's.
+      if (this.#due.get(name) !== announcement) return;
+      this.#due.delete(name);
       this.#sent.add(name);
       this.#options.onChange();
     });

@@ -15,7 +15,6 @@ import {
   type ExecTaskRequest,
   encodeCreate,
   encodeExec,
-  isCurrent,
   type RestoredTask,
   type Task,
   type TaskBefore,
@@ -346,7 +345,7 @@ export class TaskService {
       exitStatus: status,
       exitedAt: toTimestamp(at),
     };
-    this.#announcer.announce(`exit ${execId}`, { type: 'TaskExit', message }, () => isCurrent(task, tracked));
+    this.#announcer.announce(`exit ${execId}`, { type: 'TaskExit', message });
   }
 
   async #start({ id, execId }: api.StartRequest, { replayed }: CallContext): Promise<api.StartResponse> {
@@ -373,7 +372,7 @@ export class TaskService {
       execId === ''
         ? { type: 'TaskStart', message: started }
         : { type: 'TaskExecStarted', message: { ...started, execId } };
-    this.#announcer.announce(`start ${execId}`, event, () => isCurrent(task, tracked));
+    this.#announcer.announce(`start ${execId}`, event);
   }
 
   async #exec(request: ExecTaskRequest, { replayed }: CallContext): Promise<Empty> {
@@ -394,7 +393,7 @@ export class TaskService {
   #announceAdded(task: Task, tracked: Tracked): void {
     const { execId } = tracked;
     const event: TaskEvent = { type: 'TaskExecAdded', message: { containerId: task.container.id, execId } };
-    this.#announcer.announce(`added ${execId}`, event, () => isCurrent(task, tracked));
+    this.#announcer.announce(`added ${execId}`, event);
   }
 
   #addExec(task: Task, request: ExecTaskRequest, bytes: Buffer): Tracked {

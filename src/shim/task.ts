@@ -103,11 +103,6 @@ export function encodeExec(request: ExecTaskRequest): Buffer {
   return Buffer.from(api.ExecProcessRequest.encode(request).finish());
 }
 
-/** Whether the exec id still means this process. */
-export function isCurrent({ execs }: Task, tracked: Tracked): boolean {
-  return tracked.execId === '' || execs.get(tracked.execId) === tracked;
-}
-
 /** Resolves when the exit of each process that runs beside the init is announced. */
 export async function allExited({ execs }: Task): Promise<void> {
   const started = [...execs.values()].filter(({ process }) => process.pid !== 0);

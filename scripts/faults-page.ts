@@ -12,6 +12,7 @@ import {
   faultNotes,
   parts,
   readReport,
+  stopMs,
   testedCells,
 } from '../test/support/fault-matrix.ts';
 
@@ -29,12 +30,12 @@ const introduction = `# Faults
 What a user sees when a part of Kiln fails. The tests \`test/e2e/faults*.test.ts\` make each part fail in each phase of a container's
 life, on containerd 2.1, and this page is made of what they saw: change the test, not the page.
 
-- **SIGKILL**: the process is killed. **SIGSTOP**: it is stopped for 10 s, which is longer than containerd waits for a State,
+- **SIGKILL**: the process is killed. **SIGSTOP**: it is stopped for ${stopMs / 1000} s, which is longer than containerd waits for a State,
   then it goes on. **disk full**: no space where it writes.
 - Phases are reached by what happens in them, not by time: **Create** in a \`createRuntime\` hook on the host (the virtual
   machine runs, its container is not made yet), **Start** in a \`startContainer\` hook in the guest (the program does not run
   yet; crun's is its \`crun start\`), **Delete** in a \`poststop\` hook, or, for what is gone by then, while output that nobody
-  has read holds the virtual machine. A stop of 10 s is in the time of its row.
+  has read holds the virtual machine. A stop of ${stopMs / 1000} s is in the time of its row.
 - "took" is the time from the fault to the answer, on two cores under emulation; "limit" is what the test allows.
 - After each case nothing is left: no process, mount, socket, file, namespace, control group, loop device or open file; and
   new containers start.`;

@@ -10,7 +10,7 @@ import { constants } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { beforeAll, describe, expect, it } from 'vitest';
-import type { Phase } from '../support/fault-matrix.ts';
+import { type Phase, stopMs } from '../support/fault-matrix.ts';
 import {
   counting,
   execIn,
@@ -21,7 +21,6 @@ import {
   lastLine,
   note,
   short,
-  stopMs,
   unread,
 } from '../support/fault-notes.ts';
 import { underKiln } from '../support/paths.ts';

@@ -11,6 +11,9 @@ export type Part = (typeof parts)[number];
 export const faults = ['SIGKILL', 'SIGSTOP', 'disk full'] as const;
 export type Fault = (typeof faults)[number];
 
+/** How long SIGSTOP lasts. Longer than containerd waits for a State (2 s). */
+export const stopMs = 10_000;
+
 export const phases = ['Create', 'Start', 'running idle', 'running with output', 'Delete'] as const;
 export type Phase = (typeof phases)[number];
 

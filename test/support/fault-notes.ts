@@ -8,8 +8,6 @@ import { signal } from './wait-for-end.ts';
 export type Kind = 'SIGKILL' | 'SIGSTOP';
 export const kinds = ['SIGKILL', 'SIGSTOP'] as const;
 
-/** Longer than containerd waits for a State (2 s). */
-export const stopMs = 10_000;
 /** The longest that a user waits for the answer to whatever was under way, in seconds: emulated guests are slow. */
 export const answerSeconds = 30;
 

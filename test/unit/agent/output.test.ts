@@ -1,5 +1,5 @@
 import { closeSync, writeSync } from 'node:fs';
-import { afterEach, describe, expect, it, vi } from 'vitest';
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import { chunkSize, frameRoom, Output, type OutputSink } from '../../../agent/output.ts';
 import { bytesInPipe, pipe2 } from '../../../src/sys/pipe.ts';
 
@@ -116,19 +116,25 @@ describe('the window', () => {
 });
 
 describe('short reads', () => {
-  it('that follow each other closely are put together, and the first goes out at once', async () => {
+  beforeEach(() => {
     vi.useFakeTimers({ toFake: ['performance', 'setTimeout', 'clearTimeout'] });
     cleanup.push(() => vi.useRealTimers());
-    const { output, write } = piped();
+  });
+
+  /** Writes pieces, each when the one before was read, if it is read at all. */
+  async function writeEach({ write }: ReturnType<typeof piped>, ...pieces: string[]): Promise<void> {
+    for (const piece of pieces) {
+      write(piece);
+      await quiet();
+    }
+  }
+
+  it('that follow each other closely are put together, and the first goes out at once', async () => {
+    const made = piped();
+    const { output } = made;
     const sink = new Sink();
     output.relayTo(sink, 0);
-    const line = async (text: string) => {
-      write(text);
-      await quiet();
-    };
-    await line('one,');
-    await line('two,');
-    for (const text of ['three,', 'four,', 'five,']) await line(text);
+    await writeEach(made, 'one,', 'two,', 'three,', 'four,', 'five,');
     expect(sink.messages).toEqual(['one,', 'two,']);
     // Nor does an answer of the host's end the rest.
     output.acknowledge(4);
@@ -138,21 +144,16 @@ describe('short reads', () => {
     await quiet();
     expect(sink.messages).toEqual(['one,', 'two,', 'three,four,five,']);
     vi.advanceTimersByTime(4);
-    await line('six,');
+    await writeEach(made, 'six,');
     expect(sink.messages.at(-1)).toBe('six,');
   });
 
   it('do not outlive the output', async () => {
-    vi.useFakeTimers({ toFake: ['performance', 'setTimeout', 'clearTimeout'] });
-    cleanup.push(() => vi.useRealTimers());
-    const { output, write } = piped();
-    output.relayTo(new Sink(), 0);
-    for (const text of ['one,', 'two,', 'three']) {
-      write(text);
-      await quiet();
-    }
+    const made = piped();
+    made.output.relayTo(new Sink(), 0);
+    await writeEach(made, 'one,', 'two,', 'three');
     expect(vi.getTimerCount()).toBe(1);
-    output[Symbol.dispose]();
+    made.output[Symbol.dispose]();
     expect(vi.getTimerCount()).toBe(0);
   });
 });

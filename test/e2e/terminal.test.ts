@@ -26,13 +26,13 @@ describe.each(containerdVersions)('a terminal under containerd %s', (version) =>
     await screen.type('clear; stty size\r');
     await screen.waitFor(/^25 70$/m);
 
-    // Ctrl-C ends the foreground program, not the shell; Ctrl-Z stops it; fg goes on with it.
-    await screen.type('clear; echo asleep; sleep 1000\r');
+    // Ctrl-C ends the foreground program, not the shell; Ctrl-Z stops it; fg goes on with it. The program itself says
+    // that it runs: before that a key would reach the shell, or its child between fork and exec, which both ignore it.
+    await screen.type("clear; sh -c 'echo asleep; exec sleep 1000'\r");
     await screen.waitFor(/^asleep$/m);
     await screen.press('C-c');
     await screen.type('echo alive\r');
     await screen.waitFor(/^alive$/m);
-    // The job itself says that it runs: before that the key would reach the shell, which ignores it.
     await screen.type("clear; sh -c 'echo copying; exec cat'\r");
     await screen.waitFor(/^copying$/m);
     await screen.press('C-z');

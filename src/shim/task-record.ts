@@ -3,6 +3,7 @@ import { z } from 'zod';
 import { CreateTaskRequest, ExecProcessRequest } from '../../gen/containerd/task.ts';
 import { KilnError } from '../errors.ts';
 import { replaceFile } from '../host/replace-file.ts';
+import type { EndedProcess } from './task.ts';
 
 /*
  * What kilnd writes down of a task, so that the next kilnd can answer for it when this one is killed: what containerd has
@@ -15,6 +16,8 @@ import { replaceFile } from '../host/replace-file.ts';
 const encoded = z.base64().transform((text): Buffer => Buffer.from(text, 'base64'));
 
 const exit = z.object({ pid: z.int().nonnegative(), status: z.int().min(0).max(255), atMs: z.number() });
+
+const execExit = z.object({ ...exit.shape, execId: z.string() });
 
 const taskState = z.object({
   /** The CreateTaskRequest of the task; absent when it is deleted. */
@@ -31,6 +34,8 @@ const taskState = z.object({
   due: z.array(z.string()).default([]),
   /** Of a task that is deleted. */
   lastExit: exit.optional(),
+  /** Of the execs that were deleted last, the latest at the end. */
+  deletedExecs: z.array(execExit).default([]),
 });
 
 /** What the launcher was started with: as LauncherContext of control/request.ts. */
@@ -59,6 +64,25 @@ export function createRequestOf({ create }: TaskState): CreateTaskRequest | unde
 /** What its execs were asked for with, by exec id. */
 export function execRequestsOf({ execs }: TaskState): Map<string, ExecProcessRequest> {
   return new Map(Object.entries(execs).map(([execId, bytes]) => [execId, ExecProcessRequest.decode(bytes)]));
+}
+
+/** The task's init, if it is deleted. */
+export function lastExitOf({ lastExit }: TaskState): EndedProcess | undefined {
+  return lastExit && { execId: '', ...endedOf(lastExit) };
+}
+
+/** The execs that were deleted last. */
+export function deletedExecsOf({ deletedExecs }: TaskState): EndedProcess[] {
+  return deletedExecs.map((deleted) => ({ execId: deleted.execId, ...endedOf(deleted) }));
+}
+
+function endedOf({ pid, status, atMs }: z.output<typeof exit>): Pick<EndedProcess, 'pid' | 'exit'> {
+  return { pid, exit: { status, at: new Date(atMs) } };
+}
+
+/** A deleted process as it is written down. */
+export function exitRecord({ execId, pid, exit: { status, at } }: EndedProcess): z.output<typeof execExit> {
+  return { execId, pid, status, atMs: at.getTime() };
 }
 
 export function writeTaskRecord(file: string, { context, state }: TaskRecord): void {

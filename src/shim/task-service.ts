@@ -6,12 +6,10 @@ import type { Logger } from '../observe/logger.ts';
 import { parseLimitResources } from '../oci/limits.ts';
 import { type CallContext, type ServiceTable, TtrpcError, unary } from '../rpc/ttrpc/index.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
-import type { Exit } from '../sandbox/process-state.ts';
-import { Announcer, type AnnouncerOptions } from './announcer.ts';
 import { hostCgroupMode, toMetrics } from './metrics.ts';
 import { toTaskStatus, toTimestamp } from './status.ts';
 import {
-  allExited,
+  type EndedProcess,
   type ExecTaskRequest,
   encodeCreate,
   encodeExec,
@@ -23,7 +21,15 @@ import {
   type Tracked,
   track,
 } from './task.ts';
-import { createRequestOf, execRequestsOf, type TaskState } from './task-record.ts';
+import { TaskEvents, type TaskEventsOptions, toDeleteResponse } from './task-events.ts';
+import {
+  createRequestOf,
+  deletedExecsOf,
+  execRequestsOf,
+  exitRecord,
+  lastExitOf,
+  type TaskState,
+} from './task-record.ts';
 import type { TaskEvent } from './topics.ts';
 
 /*
@@ -31,10 +37,7 @@ import type { TaskEvent } from './topics.ts';
  *
  * One `ctr run` is: Create, Connect, Wait (open until the exit) beside Start, State; on exit State, Delete, Shutdown;
  * then containerd closes the connection and runs the shim binary's `delete`. One `ctr task exec` is: Exec, Wait, Start,
- * and on exit Delete, each with the exec id.
- * Events: TaskCreate, TaskStart, TaskExit, TaskDelete, each exactly once and in this order, whatever the timing; for an
- * exec TaskExecAdded, TaskExecStarted, TaskExit (as runc's shim, no TaskDelete). The init's exit comes last.
- * TaskOOM, TaskPaused and TaskResumed come between TaskStart and TaskExit.
+ * and on exit Delete, each with the exec id. For the events see task-events.ts.
  */
 
 /** Exit status that containerd is given for a container whose end nobody saw; what runc's shim answers. */
@@ -45,16 +48,15 @@ export function unknownTaskDeleted(): Uint8Array {
   return deleteReply({ pid: 0, exit: { status: killedStatus, at: new Date() } });
 }
 
-function deleteReply(last: { pid: number; exit: Exit }): Uint8Array {
+function deleteReply(last: Pick<EndedProcess, 'pid' | 'exit'>): Uint8Array {
   return api.DeleteResponse.encode(toDeleteResponse(last)).finish();
-}
-
-function toDeleteResponse({ pid, exit }: { pid: number; exit: Exit }): api.DeleteResponse {
-  return { pid, exitStatus: exit.status, exitedAt: toTimestamp(exit.at) };
 }
 
 /** How the type of what Update carries ends: the Go type, below one of two prefixes that differ between versions. */
 const resourcesType = 'runtime-spec/1/LinuxResources';
+
+/** Deletes of execs that can be answered once more when their answers got lost with an earlier kilnd. */
+const deletedExecsKept = 32;
 
 /** Answers that belong to the conversation, such as a Kill that comes after the exit. */
 const ordinary: ReadonlySet<ErrorCode> = new Set(['not-found', 'failed-precondition', 'already-exists', 'canceled']);
@@ -81,18 +83,21 @@ export class TaskService {
   readonly #options: TaskServiceOptions;
   #task: Task | undefined;
   #creating: { abort: AbortController; done: Promise<unknown> } | undefined;
-  #lastExit: { pid: number; exit: Exit } | undefined;
+  #lastExit: EndedProcess | undefined;
+  /** The execs of the task that is there, or was last, that were deleted last. */
+  #deletedExecs: readonly EndedProcess[] = [];
   /** While the task of an earlier kilnd is taken over. */
   #restoring: { readonly request: TaskRequest; readonly before: TaskBefore; readonly done: Promise<void> } | undefined;
-  readonly #announcing: AnnouncerOptions;
+  readonly #announcing: TaskEventsOptions;
   /** Of the task that is there, or was last. */
-  #announcer: Announcer;
+  #events: TaskEvents;
   #closed = false;
 
   constructor(options: TaskServiceOptions) {
     this.#options = options;
-    this.#announcing = { publish: options.publish, onChange: () => this.#save() };
-    this.#announcer = new Announcer(this.#announcing);
+    const { id, logger, publish } = options;
+    this.#announcing = { id, logger, publish, onChange: () => this.#save() };
+    this.#events = new TaskEvents(this.#announcing);
   }
 
   /**
@@ -102,17 +107,14 @@ export class TaskService {
    * @param adopting undefined when the task was deleted
    */
   async restore(state: TaskState, before: TaskBefore, adopting: Promise<RestoredTask> | undefined): Promise<void> {
-    this.#announcer = new Announcer(this.#announcing, state.announced);
-    const { lastExit } = state;
-    if (lastExit !== undefined) {
-      const { pid, status, atMs } = lastExit;
-      this.#lastExit = { pid, exit: { status, at: new Date(atMs) } };
-    }
+    this.#events = new TaskEvents(this.#announcing, state.announced);
+    this.#lastExit = lastExitOf(state);
+    this.#deletedExecs = deletedExecsOf(state);
     const request = createRequestOf(state);
     if (adopting === undefined || request === undefined) {
-      if (state.due.includes('delete') && this.#lastExit !== undefined) {
-        this.#announceDelete(this.#options.id, this.#lastExit);
-      }
+      const init = this.#lastExit === undefined ? [] : [this.#lastExit];
+      this.#events.announceDue(state.due, [...this.#deletedExecs, ...init]);
+      this.#save();
       return;
     }
     const done = adopting
@@ -133,20 +135,12 @@ export class TaskService {
       const process = execs.get(execId) ?? container.exec(this.#options.prepareExec(exec));
       task.execs.set(execId, track(execId, process, exec, encodeExec(exec)));
     }
-    this.#announceDue(task, request, new Set(state.due));
+    const execProcesses = Array.from(task.execs.values(), ({ execId, process: { pid } }) => ({ execId, pid }));
+    const init = { execId: '', pid: container.pid };
+    this.#events.announceDue(state.due, [init, ...this.#deletedExecs, ...execProcesses], request);
     for (const tracked of [...task.execs.values(), task.init]) {
       if (state.stdinClosed.includes(tracked.execId)) this.#closeStdin(tracked);
-      this.#followExit(task, tracked);
-    }
-  }
-
-  /** What the earlier kilnd has published and containerd not taken, but for the exits, which are due in any case. */
-  #announceDue(task: Task, request: TaskRequest, due: ReadonlySet<string>): void {
-    if (due.has('create')) this.#announceCreate(task, request);
-    if (due.has('start ')) this.#announceStart(task, task.init);
-    for (const tracked of task.execs.values()) {
-      if (due.has(`added ${tracked.execId}`)) this.#announceAdded(task, tracked);
-      if (due.has(`start ${tracked.execId}`)) this.#announceStart(task, tracked);
+      this.#events.followExit(task, tracked);
     }
   }
 
@@ -192,7 +186,7 @@ export class TaskService {
     }
     const task = this.#task;
     if (task !== undefined) {
-      task.silenced = true;
+      this.#events.silence();
       const { container } = task;
       try {
         await container.destroy();
@@ -200,7 +194,7 @@ export class TaskService {
         this.#options.logger.error({ err: forLog(error) }, 'cannot release everything of the container');
       }
       const exit = container.exit.peek() ?? { status: killedStatus, at: new Date() };
-      this.#lastExit = { pid: container.pid, exit };
+      this.#lastExit = { execId: '', pid: container.pid, exit };
       this.#task = undefined;
     }
     return this.#lastExit === undefined ? unknownTaskDeleted() : deleteReply(this.#lastExit);
@@ -246,8 +240,9 @@ export class TaskService {
     if (this.#closed) throw new KilnError('unavailable', `container ${id} is being deleted`);
     // An earlier kilnd may have got so far, and no further.
     if (replayed && this.#task !== undefined) {
-      this.#announceCreate(this.#task, request);
-      return { pid: this.#task.container.pid };
+      const { pid } = this.#task.container;
+      this.#events.created(request, pid);
+      return { pid };
     }
     if (this.busy) throw new KilnError('already-exists', `container ${id} already exists`);
     if (request.checkpoint !== '' || request.parentCheckpoint !== '') {
@@ -257,6 +252,7 @@ export class TaskService {
     const done = this.#make(request, AbortSignal.any([signal, abort.signal]));
     this.#creating = { abort, done };
     this.#lastExit = undefined;
+    this.#deletedExecs = [];
     try {
       const { container } = await done;
       return { pid: container.pid };
@@ -273,10 +269,10 @@ export class TaskService {
       throw signal.reason;
     }
     const task = this.#hold(container, request);
-    this.#announcer = new Announcer(this.#announcing);
-    this.#announceCreate(task, request);
+    this.#events = new TaskEvents(this.#announcing);
+    this.#events.created(request, container.pid);
     this.#save();
-    this.#followExit(task, task.init);
+    this.#events.followExit(task, task.init);
     return task;
   }
 
@@ -288,7 +284,6 @@ export class TaskService {
       init: track('', container, request, encodeCreate(request)),
       execs: new Map(),
       oomAnnounced: Promise.resolve(),
-      silenced: false,
     };
     container.oom.listen(() => {
       task.oomAnnounced = this.#announceOom(task);
@@ -297,59 +292,23 @@ export class TaskService {
     return task;
   }
 
-  #announceCreate({ container: { pid } }: Task, request: TaskRequest): void {
-    const { id, bundle, rootfs, stdin, stdout, stderr, terminal } = request;
-    const io = { stdin, stdout, stderr, terminal };
-    this.#announcer.announce('create', {
-      type: 'TaskCreate',
-      message: { containerId: id, bundle, rootfs, io, checkpoint: '', pid },
-    });
-  }
-
   #save(): void {
     const task = this.#task;
     const execs = [...(task?.execs.values() ?? [])];
-    const lastExit = this.#lastExit;
     this.#options.save({
       create: task?.init.request,
       execs: Object.fromEntries(execs.map(({ execId, request }) => [execId, request])),
       pids: Object.fromEntries(execs.map(({ execId, process }) => [execId, process.pid])),
       stdinClosed: [task?.init, ...execs].flatMap((tracked) => (tracked?.stdinClosed ? [tracked.execId] : [])),
-      announced: this.#announcer.sent,
-      due: this.#announcer.due,
-      ...(lastExit === undefined
-        ? {}
-        : { lastExit: { pid: lastExit.pid, status: lastExit.exit.status, atMs: lastExit.exit.at.getTime() } }),
+      announced: this.#events.sent,
+      due: this.#events.due,
+      ...(this.#lastExit === undefined ? {} : { lastExit: exitRecord(this.#lastExit) }),
+      deletedExecs: this.#deletedExecs.map(exitRecord),
     });
-  }
-
-  #followExit(task: Task, tracked: Tracked): void {
-    tracked.exitAnnounced = this.#announceExit(task, tracked).catch((error: unknown) => {
-      this.#options.logger.error({ err: error }, 'cannot announce the exit');
-    });
-  }
-
-  async #announceExit(task: Task, tracked: Tracked): Promise<void> {
-    const { process, execId } = tracked;
-    const { status, at } = await process.exit.wait();
-    await tracked.startAnnounced;
-    // A process that was deleted before its start has no events; nor has an exec that containerd never heard start.
-    if (execId !== '' && process.pid === 0) return;
-    if (tracked === task.init) await Promise.all([allExited(task), task.oomAnnounced]);
-    if (task.silenced) return;
-    const { id } = task.container;
-    const message = {
-      containerId: id,
-      id: execId || id,
-      pid: process.pid,
-      exitStatus: status,
-      exitedAt: toTimestamp(at),
-    };
-    this.#announcer.announce(`exit ${execId}`, { type: 'TaskExit', message });
   }
 
   async #start({ id, execId }: api.StartRequest, { replayed }: CallContext): Promise<api.StartResponse> {
-    const { task, tracked } = this.#findProcess(id, execId);
+    const { tracked } = this.#findProcess(id, execId);
     const { process } = tracked;
     const announced = Promise.withResolvers<void>();
     // Behind an earlier Start that is still under way, if this is a second one.
@@ -357,22 +316,12 @@ export class TaskService {
     try {
       // An earlier kilnd may have got so far, and no further.
       if (!replayed || process.state.kind === 'created') await process.start();
-      if (!task.silenced) this.#announceStart(task, tracked);
+      this.#events.started(execId, process.pid);
       this.#save();
       return { pid: process.pid };
     } finally {
       announced.resolve();
     }
-  }
-
-  #announceStart(task: Task, tracked: Tracked): void {
-    const { execId, process } = tracked;
-    const started = { containerId: task.container.id, pid: process.pid };
-    const event: TaskEvent =
-      execId === ''
-        ? { type: 'TaskStart', message: started }
-        : { type: 'TaskExecStarted', message: { ...started, execId } };
-    this.#announcer.announce(`start ${execId}`, event);
   }
 
   async #exec(request: ExecTaskRequest, { replayed }: CallContext): Promise<Empty> {
@@ -384,26 +333,20 @@ export class TaskService {
     if (known !== undefined && !(replayed && known.request.equals(bytes))) {
       throw new KilnError('already-exists', `container ${id} has a process ${execId} already`);
     }
-    const tracked = known ?? this.#addExec(task, request, bytes);
-    this.#announceAdded(task, tracked);
+    if (known === undefined) this.#addExec(task, request, bytes);
+    this.#events.execAdded(execId);
     this.#save();
     return {};
   }
 
-  #announceAdded(task: Task, tracked: Tracked): void {
-    const { execId } = tracked;
-    const event: TaskEvent = { type: 'TaskExecAdded', message: { containerId: task.container.id, execId } };
-    this.#announcer.announce(`added ${execId}`, event);
-  }
-
-  #addExec(task: Task, request: ExecTaskRequest, bytes: Buffer): Tracked {
+  #addExec(task: Task, request: ExecTaskRequest, bytes: Buffer): void {
     const { execId } = request;
     const process = task.container.exec(this.#options.prepareExec(request));
     const tracked = track(execId, process, request, bytes);
     task.execs.set(execId, tracked);
-    this.#announcer.forget(`added ${execId}`, `start ${execId}`, `exit ${execId}`);
-    this.#followExit(task, tracked);
-    return tracked;
+    this.#deletedExecs = this.#deletedExecs.filter((deleted) => deleted.execId !== execId);
+    this.#events.forgetExec(execId);
+    this.#events.followExit(task, tracked);
   }
 
   async #state({ id, execId }: api.StateRequest): Promise<api.StateResponse> {
@@ -446,9 +389,8 @@ export class TaskService {
 
   async #delete({ id, execId }: api.DeleteRequest, { replayed }: CallContext): Promise<api.DeleteResponse> {
     // Done by an earlier kilnd, whose answer got lost.
-    if (replayed && execId === '' && this.#task === undefined && this.#lastExit !== undefined) {
-      return this.#announceDelete(id, this.#lastExit);
-    }
+    const deleted = replayed && id === this.#options.id ? this.#findDeleted(execId) : undefined;
+    if (deleted !== undefined) return this.#answerDelete(deleted);
     for (;;) {
       const { task, tracked } = this.#findProcess(id, execId);
       if (tracked.deletion === undefined) {
@@ -462,30 +404,32 @@ export class TaskService {
     }
   }
 
+  #findDeleted(execId: string): EndedProcess | undefined {
+    if (execId === '') return this.#task === undefined ? this.#lastExit : undefined;
+    return this.#deletedExecs.find((deleted) => deleted.execId === execId);
+  }
+
   async #remove(task: Task, tracked: Tracked): Promise<api.DeleteResponse> {
     const { process, execId } = tracked;
     const exit = await process.delete();
     await tracked.exitAnnounced;
-    const { pid } = process;
+    const deleted = { execId, pid: process.pid, exit };
     if (execId !== '') {
       task.execs.delete(execId);
-      this.#save();
-      return toDeleteResponse({ pid, exit });
+      const known = [...this.#deletedExecs, deleted];
+      for (const old of known.slice(0, -deletedExecsKept)) this.#events.forgetExec(old.execId);
+      this.#deletedExecs = known.slice(-deletedExecsKept);
+    } else {
+      if (this.#task === task) this.#task = undefined;
+      this.#lastExit = deleted;
     }
-    if (this.#task === task) this.#task = undefined;
-    this.#lastExit = { pid, exit };
-    if (task.silenced) {
-      this.#save();
-      return toDeleteResponse({ pid, exit });
-    }
-    return this.#announceDelete(task.container.id, { pid, exit });
+    return this.#answerDelete(deleted);
   }
 
-  #announceDelete(containerId: string, last: { pid: number; exit: Exit }): api.DeleteResponse {
-    const reply = toDeleteResponse(last);
-    this.#announcer.announce('delete', { type: 'TaskDelete', message: { containerId, id: '', ...reply } });
+  #answerDelete(deleted: EndedProcess): api.DeleteResponse {
+    if (deleted.execId === '') this.#events.deleted(deleted);
     this.#save();
-    return reply;
+    return toDeleteResponse(deleted);
   }
 
   async #pids({ id }: api.PidsRequest): Promise<api.PidsResponse> {
@@ -509,26 +453,21 @@ export class TaskService {
 
   async #announceOom(task: Task): Promise<void> {
     await task.init.startAnnounced;
-    this.#tell(task, { type: 'TaskOOM', message: { containerId: task.container.id } });
-  }
-
-  /** An event that may come any number of times. */
-  #tell(task: Task, event: TaskEvent): void {
-    if (!task.silenced) this.#options.publish(event, () => {});
+    this.#events.oom();
   }
 
   async #pause({ id }: api.PauseRequest, { replayed }: CallContext): Promise<Empty> {
     const task = this.#find(id);
     // An earlier kilnd may have done it, and no more.
     if (!replayed || task.container.state.kind !== 'paused') await task.container.pause();
-    this.#tell(task, { type: 'TaskPaused', message: { containerId: id } });
+    this.#events.paused();
     return {};
   }
 
   async #resume({ id }: api.ResumeRequest, { replayed }: CallContext): Promise<Empty> {
     const task = this.#find(id);
     if (!replayed || task.container.state.kind === 'paused') await task.container.resume();
-    this.#tell(task, { type: 'TaskResumed', message: { containerId: id } });
+    this.#events.resumed();
     return {};
   }
 

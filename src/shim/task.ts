@@ -67,6 +67,14 @@ export interface Tracked {
   deletion: Promise<api.DeleteResponse> | undefined;
 }
 
+/** A process that is deleted. */
+export interface EndedProcess {
+  /** Empty for the init. */
+  readonly execId: string;
+  readonly pid: number;
+  readonly exit: Exit;
+}
+
 export interface Task {
   readonly container: TaskContainer;
   readonly bundle: string;
@@ -75,8 +83,6 @@ export interface Task {
   readonly execs: Map<string, Tracked>;
   /** Settled when every TaskOOM that is due has been sent, which the init's TaskExit does not overtake either. */
   oomAnnounced: Promise<void>;
-  /** Set when containerd has declared the task dead: then containerd itself tells the world. */
-  silenced: boolean;
 }
 
 export function track(execId: string, process: TaskProcess, asked: Tracked['stdio'], request: Buffer): Tracked {

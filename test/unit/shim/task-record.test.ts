@@ -5,7 +5,10 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { CreateTaskRequest, ExecProcessRequest } from '../../../gen/containerd/task.ts';
 import {
   createRequestOf,
+  deletedExecsOf,
   execRequestsOf,
+  exitRecord,
+  lastExitOf,
   readTaskRecord,
   removeTaskRecord,
   type TaskRecord,
@@ -44,6 +47,7 @@ const record: TaskRecord = {
     stdinClosed: ['e1'],
     announced: ['create', 'start ', 'added e1'],
     due: ['start e1'],
+    deletedExecs: [{ execId: 'e0', pid: 76, status: 3, atMs: 1_700_000_000_123 }],
   },
 };
 
@@ -55,16 +59,27 @@ describe("a task's record", () => {
     expect(state).toEqual(record.state);
     expect(createRequestOf(state)).toEqual(create);
     expect(execRequestsOf(state)).toEqual(new Map([['e1', exec]]));
+    const exit = { status: 3, at: new Date(1_700_000_000_123) };
+    expect(deletedExecsOf(state)).toEqual([{ execId: 'e0', pid: 76, exit }]);
   });
 
   it('of a task that is deleted has its last exit, and no request', () => {
     const lastExit = { pid: 4242, status: 137, atMs: 1_700_000_000_123 };
-    writeTaskRecord(file, {
-      ...record,
-      state: { execs: {}, pids: {}, stdinClosed: [], announced: ['delete'], due: [], lastExit },
-    });
+    const deleted = {
+      execs: {},
+      pids: {},
+      stdinClosed: [],
+      announced: ['delete'],
+      due: [],
+      deletedExecs: [],
+      lastExit,
+    };
+    writeTaskRecord(file, { ...record, state: deleted });
     const { state } = readTaskRecord(file);
-    expect(state).toEqual({ execs: {}, pids: {}, stdinClosed: [], announced: ['delete'], due: [], lastExit });
+    expect(state).toEqual(deleted);
+    const at = new Date(1_700_000_000_123);
+    expect(lastExitOf(state)).toEqual({ execId: '', pid: 4242, exit: { status: 137, at } });
+    expect(exitRecord({ execId: '', pid: 4242, exit: { status: 137, at } })).toEqual({ ...lastExit, execId: '' });
     expect(createRequestOf(state)).toBeUndefined();
     expect(execRequestsOf(state).size).toBe(0);
   });
@@ -82,10 +97,10 @@ describe("a task's record", () => {
     expect(existsSync(file)).toBe(false);
   });
 
-  it('of a kilnd that did not write down what was on its way is read', () => {
+  it('of a kilnd that did not write down what was on its way, nor deleted execs, is read', () => {
     writeTaskRecord(file, record);
-    writeFileSync(file, readFileSync(file, 'utf8').replace(',"due":["start e1"]', ''));
-    expect(readTaskRecord(file).state).toEqual({ ...record.state, due: [] });
+    writeFileSync(file, readFileSync(file, 'utf8').replace(/,"due":.*?\}\]/, ''));
+    expect(readTaskRecord(file).state).toEqual({ ...record.state, due: [], deletedExecs: [] });
   });
 
   it('that a killed kilnd was just writing leaves the one before', () => {

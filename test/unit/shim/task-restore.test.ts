@@ -175,6 +175,37 @@ describe('a task that is taken over', () => {
     expect(latest(made).execs).toEqual({});
   });
 
+  it('does not know more than the latest of its deleted processes', async () => {
+    const made = bench();
+    await made.running();
+    for (let n = 0; n < 40; n += 1) {
+      const execId = `e${n}`;
+      await made.client.exec({ ...exec, execId });
+      await made.client.start({ execId });
+      made.container.execs[n]?.end(0);
+      await made.client.delete({ execId });
+    }
+    const { announced, deletedExecs } = latest(made);
+    expect(deletedExecs.map(({ execId }) => execId)).toEqual(Array.from({ length: 32 }, (_, n) => `e${n + 8}`));
+    expect(announced.length).toBe(2 + 3 * 32);
+    expect(announced.slice(0, 5)).toEqual(['create', 'start ', 'added e8', 'start e8', 'exit e8']);
+  });
+
+  it('tells of a deleted process what was on its way', async () => {
+    const first = bench();
+    await first.running();
+    first.takesEvents = false;
+    await first.client.exec(exec);
+    await first.client.start({ execId: 'e1' });
+    first.container.execs[0]?.end(6);
+    await first.client.delete({ execId: 'e1' });
+    const made = bench();
+    made.container.state = { kind: 'running' };
+    await made.service.restore(latest(first), before, Promise.resolve({ container: made.container, execs: new Map() }));
+    expect(made.events).toEqual(first.events.slice(2));
+    expect(made.types).toEqual(['TaskExecAdded', 'TaskExecStarted', 'TaskExit']);
+  });
+
   it('that was deleted is not there, and its last exit is for the launcher', async () => {
     const first = bench();
     await first.running();
@@ -318,6 +349,27 @@ describe('a request that comes a second time', () => {
     expect(await made.replaying().delete()).toEqual(answer);
     expect(made.types.filter((type) => type === 'TaskDelete').length).toBe(1);
     expect(await errorOf(made.client.delete())).toBe('NotFound: container c1 does not exist');
+  });
+
+  it('Delete: of a process is answered with its exit, also by the next kilnd, until its name is used again', async () => {
+    const first = bench();
+    await first.running();
+    await first.client.exec(exec);
+    await first.client.start({ execId: 'e1' });
+    first.container.execs[0]?.end(6);
+    const answer = await first.client.delete({ execId: 'e1' });
+    expect(answer).toEqual({ pid: 100, exitStatus: 6, exitedAt });
+    expect(await first.replaying().delete({ execId: 'e1' })).toEqual(answer);
+    expect(await errorOf(first.client.delete({ execId: 'e1' }))).toBe('NotFound: container c1 has no process e1');
+    const made = bench();
+    made.container.state = { kind: 'running' };
+    await made.service.restore(latest(first), before, Promise.resolve({ container: made.container, execs: new Map() }));
+    expect(await made.replaying().delete({ execId: 'e1' })).toEqual(answer);
+    expect(await errorOf(made.replaying().delete({ execId: 'e2' }))).toBe('NotFound: container c1 has no process e2');
+    expect(made.types).toEqual([]);
+    await made.client.exec(exec);
+    expect(made.types).toEqual(['TaskExecAdded']);
+    expect(await made.replaying().delete({ execId: 'e1' })).toMatchObject({ pid: 0 });
   });
 
   it('Delete: to the next kilnd is told of if the earlier one did not get to it', async () => {

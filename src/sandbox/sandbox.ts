@@ -200,11 +200,13 @@ export class Sandbox implements AsyncDisposable {
   /** After the agent was lost: how the VM ended. A VM that lives on without its agent is killed. */
   async end(): Promise<SandboxEnd> {
     let agentLost = false;
-    const timer = setTimeout(() => {
+    const kill = () => {
       agentLost = true;
       // What cannot be released is told by whoever disposes of the sandbox.
       this.vm.kill().catch(() => {});
-    }, guestStopGraceMs);
+    };
+    const timer = setTimeout(kill, guestStopGraceMs);
+    void this.vm.channelLost.then(kill);
     try {
       const exit = await this.vm.wait();
       return { ...exit, agentLost };

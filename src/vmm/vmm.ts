@@ -68,6 +68,8 @@ export interface Vm extends AsyncDisposable {
    * Throws `failed-precondition` for a slot in use, `internal` with the VMM's words otherwise.
    */
   attachDisk(slot: SlotName, file: string): Promise<void>;
+  /** Resolves when nobody can reach the agent any more although the VM lives on; else never. */
+  readonly channelLost: Promise<void>;
   /** Resolves when the VM has ended, for whatever reason; never rejects. */
   wait(): Promise<VmExit>;
   /** The last `maxBytes` of the guest's console; empty when the VMM no longer answers. */

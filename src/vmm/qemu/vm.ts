@@ -32,6 +32,7 @@ export interface QemuParts {
 export class QemuVm implements Vm {
   readonly pid: number;
   readonly memoryGrowth = null;
+  readonly channelLost: Promise<void>;
   readonly #parts: QemuParts;
   readonly #console: GuestConsole;
   readonly #exit: Promise<VmExit>;
@@ -44,6 +45,7 @@ export class QemuVm implements Vm {
     this.#usedSlots = new Set(parts.usedSlots);
     this.#console = new GuestConsole(parts.qmp);
     this.#exit = this.#awaitExit();
+    this.channelLost = this.#awaitBackendLoss();
   }
 
   /** The VM's end is QEMU's end, or the guest's: QEMU then keeps the paused guest until we have read its console. */
@@ -100,7 +102,7 @@ export class QemuVm implements Vm {
   }
 
   async acceptAgent(signal: AbortSignal): Promise<net.Socket> {
-    const failed = Promise.race([this.#endedBeforeCall(), this.#backendLost()]);
+    const failed = Promise.race([this.#endedBeforeCall(), this.#lostBeforeCall()]);
     failed.catch(() => {});
     return Promise.race([this.#parts.agent.accept(signal), failed]);
   }
@@ -112,16 +114,22 @@ export class QemuVm implements Vm {
     throw new KilnError('unavailable', `${how} before the agent called; last output:\n${words}`);
   }
 
-  /** Rejects when the channel's program has ended although QEMU runs on: then nobody will ever call. */
-  async #backendLost(): Promise<never> {
-    const { backend, qmp } = this.#parts;
-    const exit = await (backend?.exited ?? new Promise<never>(() => {}));
-    // It also ends when QEMU does, and then QEMU's end is what has to be told: QEMU does not answer any more.
-    await qmp.execute('query-status').catch(() => this.#exit.then(() => new Promise<never>(() => {})));
+  async #lostBeforeCall(): Promise<never> {
+    await this.channelLost;
+    const { backend } = this.#parts;
+    const how = backend === undefined ? '' : ` ${describeExit(await backend.exited)}`;
     throw new KilnError(
       'unavailable',
-      `the vsock backend ended ${describeExit(exit)} before the agent called: ${backend?.lastWords()}`,
+      `the vsock backend ended${how} before the agent called: ${backend?.lastWords()}`,
     );
+  }
+
+  /** Resolves when the channel's program has ended although QEMU runs on. */
+  async #awaitBackendLoss(): Promise<void> {
+    const { backend, qmp } = this.#parts;
+    await (backend?.exited ?? new Promise<never>(() => {}));
+    // It also ends when QEMU does, and then QEMU's end is what has to be told: QEMU does not answer any more.
+    await qmp.execute('query-status').catch(() => this.#exit.then(() => new Promise<never>(() => {})));
   }
 
   async attachDisk(slot: SlotName, file: string): Promise<void> {

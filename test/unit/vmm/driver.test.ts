@@ -197,6 +197,7 @@ describe('a running VM', () => {
     const backend = workspace.processes().find((pid) => pid !== String(vm.pid));
     process.kill(Number(backend), 'SIGTERM');
     await expect(call).rejects.toThrow('the vsock backend ended (SIGTERM) before the agent called');
+    await vm.channelLost;
   });
 
   test('has a slot free again when its file could not be attached, and its node removed', async () => {

@@ -8,7 +8,8 @@ import { hostHooks } from '../oci/hooks.ts';
 import { stringifyJson } from '../oci/json.ts';
 import { vmSize } from '../oci/vm-size.ts';
 import { guestRootDirectory, planRootfs } from '../rootfs/index.ts';
-import { Container } from '../sandbox/container.ts';
+import type { Container } from '../sandbox/container.ts';
+import { bootContainer } from '../sandbox/create.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
 import type { HostServices } from '../sandbox/resources.ts';
 import { isIdentifier } from '../shim/control/request.ts';
@@ -49,7 +50,7 @@ export async function createContainer(
   requireSameTerminal(`container ${id}`, terminal, bundle.spec.process.terminal);
   const { memoryMib, vcpus } = vmSize(config, bundle.spec);
   const rootfs = planRootfs(request.rootfs, { path: bundle.rootPath, workDirectory: path.join(bundle.dir, 'work') });
-  return Container.create(
+  return bootContainer(
     host,
     {
       id,

@@ -1,4 +1,3 @@
-import { mkdir, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
@@ -7,15 +6,14 @@ import type { ContainerStats } from '../guest/stats.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import type { LimitResources } from '../oci/limits.ts';
-import { guestMounts } from '../rootfs/index.ts';
 import { Exec, type ExecHost, type ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
-import { ContainerHooks, type HookPlan } from './hooks.ts';
+import type { ContainerHooks, HookPlan } from './hooks.ts';
 import { deleteDrainMs, destroyGraceMs, killLimitMs, outputGraceMs } from './limits.ts';
 import { assertNoInterfaces } from './network-check.ts';
 import { OomReport } from './oom.ts';
 import { Positions } from './positions.ts';
-import { guestStdio, ProcessIo } from './process-io.ts';
+import { ProcessIo } from './process-io.ts';
 import {
   afterExit,
   alreadyFinished,
@@ -30,15 +28,7 @@ import {
   requireUpdatable,
 } from './process-state.ts';
 import { type ContainerRecord, writeContainerRecord } from './record.ts';
-import {
-  type AdoptRequest,
-  acquire,
-  adoptResources,
-  type ContainerRequest,
-  type HostServices,
-  type Resources,
-} from './resources.ts';
-import { Sandbox } from './sandbox.ts';
+import type { ContainerRequest, Resources } from './resources.ts';
 import { updateLimits } from './update.ts';
 import { WaitableCell } from './waitable-cell.ts';
 
@@ -58,36 +48,19 @@ export interface ContainerProcess {
   readonly execId: string;
 }
 
-/** Releases a container's resources in the order in which `create` does. */
-function disposalOf(
-  directory: string,
-  { sandbox, standIn, rootfs, stdio }: Resources,
-  hooks: ContainerHooks,
-): AsyncDisposableStack {
-  const stack = new AsyncDisposableStack();
-  stack.defer(() => hooks.poststop());
-  stack.defer(() => rm(directory, { recursive: true, force: true }));
-  stack.defer(() => stdio.dispose());
-  for (const resource of [standIn, rootfs, sandbox]) stack.use(resource);
-  return stack;
-}
-
 /** What a container is made of, new or taken over. */
-interface ContainerParts
+export interface ContainerParts
   extends Pick<ContainerRequest, 'id' | 'directory' | 'vmm' | 'terminal' | 'timeline' | 'logger'> {
   readonly resources: Resources;
   readonly disposal: AsyncDisposableStack;
   readonly hooks: ContainerHooks;
   /** What `hooks` was made of. */
   readonly hookPlan: HookPlan;
+  /** What the guest says of it. */
+  readonly state: ContainerState;
 }
 
-/**
- * A container in a VM of its own.
- *
- * `create` acquires everything side by side, since the VM's boot dwarfs the rest: directory, stdio, stand-in, VM and
- * root filesystem. Whatever step fails, all that was acquired is released before the error reaches the caller.
- */
+/** A container in a VM of its own, from when it is there (see create.ts) to when it is released. */
 export class Container {
   readonly id: string;
   /** The stand-in's pid: what the host knows the container by. */
@@ -98,7 +71,7 @@ export class Container {
   readonly timeline: Timeline;
   /** Tells of processes killed for want of memory; of all that were, before `exit` is set. */
   readonly oom = new OomReport({ onTold: () => this.#save() });
-  #state: ContainerState = { kind: 'created' };
+  #state: ContainerState;
   readonly #resources: Resources;
   readonly #disposal: AsyncDisposableStack;
   readonly #hooks: ContainerHooks;
@@ -124,9 +97,10 @@ export class Container {
   /** Settled when output, guest and VM are done with; set before `exit`. Never rejects. */
   #woundUp: Promise<void> | undefined;
 
-  private constructor(parts: ContainerParts) {
+  constructor(parts: ContainerParts) {
     const { id, resources, directory, vmm, terminal } = parts;
     this.id = id;
+    this.#state = parts.state;
     this.pid = resources.standIn.pid;
     this.terminal = terminal;
     this.timeline = parts.timeline;
@@ -163,74 +137,8 @@ export class Container {
     return this.#state;
   }
 
-  static async create(host: HostServices, request: ContainerRequest, signal: AbortSignal): Promise<Container> {
-    const { id, directory, timeline } = request;
-    await using stack = new AsyncDisposableStack();
-    const hooks = new ContainerHooks(request);
-    // First on the stack, because they run when all the rest is gone.
-    stack.defer(() => hooks.poststop());
-    // One that could not be removed with an earlier container of this id.
-    await rm(directory, { recursive: true, force: true });
-    await mkdir(directory, { mode: 0o700 });
-    stack.defer(() => rm(directory, { recursive: true, force: true }));
-    faultPoint('sandbox-directory');
-    const resources = await acquire(host, request, signal, stack);
-    const { sandbox, rootfs, stdio } = resources;
-    await hooks.create(resources.standIn.pid, signal);
-    faultPoint('hooks');
-    const lower = await sandbox.attachDisk(rootfs.lower, signal);
-    const writable = rootfs.writable === null ? undefined : await sandbox.attachDisk(rootfs.writable, signal);
-    timeline.mark('rootfs-attached');
-    faultPoint('attach-disk');
-    const container = {
-      id,
-      spec: request.spec,
-      mounts: guestMounts(rootfs, id, { lower, writable }),
-      stdio: guestStdio(stdio, request.terminal, request.terminalSize),
-    };
-    await sandbox.createContainer(container, signal);
-    timeline.mark('created');
-    faultPoint('container-create');
-    return new Container({ ...request, resources, disposal: stack.move(), hooks, hookPlan: request.hooks });
-  }
-
-  /**
-   * Takes over a container that was created under an earlier kilnd, with the processes that were exec'd in it. When that
-   * fails, its VM is ended, and what is left of it on the host stays.
-   */
-  static async adopt(
-    host: HostServices,
-    request: AdoptRequest,
-    signal: AbortSignal,
-  ): Promise<{ container: Container; execs: Map<string, Exec> }> {
-    const { record, directory, vmm, logger } = request;
-    await using stack = new AsyncDisposableStack();
-    const sandbox = stack.use(await Sandbox.adopt({ vmm, record, directory, logger }, signal));
-    const guest = await sandbox.guest.describe(record.id);
-    const resources = await adoptResources(host, request, sandbox, stack);
-    if (guest.started) resources.stdio.startStdin({ clientMayReturn: true });
-    stack.move();
-    const { id, terminal } = record;
-    const hooks = new ContainerHooks({ id, hooks: record.hooks, logger, begun: true });
-    const disposal = disposalOf(directory, resources, hooks);
-    const container = new Container({ ...request, id, terminal, resources, disposal, hooks, hookPlan: record.hooks });
-    if (guest.started) container.#state = { kind: guest.paused ? 'paused' : 'running' };
-    // The agent tells the number so far; what is known of it is no news.
-    container.oom.count(record.oomKills);
-    const execs = new Map<string, Exec>();
-    for (const exec of request.execs) {
-      const running = guest.execs.find(({ execId }) => execId === exec.execId);
-      if (running === undefined) continue;
-      try {
-        execs.set(exec.execId, await container.#adoptExec(exec, running.pid));
-      } catch (error) {
-        logger.error({ err: error, execId: exec.execId }, 'cannot take an exec over');
-      }
-    }
-    return { container, execs };
-  }
-
-  async #adoptExec(request: ExecRequest, pid: number): Promise<Exec> {
+  /** One that an earlier kilnd has started, and that runs in the guest as `pid`. */
+  async adoptExec(request: ExecRequest, pid: number): Promise<Exec> {
     const exec = await Exec.adopt(this.#execHost(request.execId), request, pid);
     this.#execs.set(request.execId, exec);
     return exec;

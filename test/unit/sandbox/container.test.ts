@@ -1,6 +1,7 @@
 import { existsSync } from 'node:fs';
 import { afterEach, describe, expect, it } from 'vitest';
 import type { KilnError } from '../../../src/errors.ts';
+import { guestStopGraceMs } from '../../../src/sandbox/limits.ts';
 import { failure, type Script } from '../guest/scripted-agent.ts';
 import { canMakeNetns, isAlive, Workbench } from './workbench.ts';
 
@@ -239,6 +240,18 @@ describe.skipIf(!canMakeNetns)('a signal', () => {
 });
 
 describe.skipIf(!canMakeNetns)('the end of the VM', () => {
+  // Its agent gets a moment to shut the guest down, but not when it cannot be reached again.
+  it('comes at once when nobody can reach its agent any more', { timeout: guestStopGraceMs - 500 }, async () => {
+    const made = bench();
+    const container = await made.create();
+    await container.start();
+    made.vm?.loseChannel();
+    expect((await container.exit.wait()).status).toBe(255);
+    expect(made.events).toContain('vm killed');
+    await container.delete();
+    expect(made.clean).toBe(true);
+  });
+
   it.each([
     ['killed from outside', { signal: 'SIGKILL' }, 137],
     ['stopped by its guest', { code: 0, guestStopped: true, consoleTail: 'Kernel panic' }, 255],

@@ -14,7 +14,8 @@ import { startStandIn } from '../../../src/host/stand-in.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { Timeline } from '../../../src/observe/timeline.ts';
 import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
-import { Container } from '../../../src/sandbox/container.ts';
+import type { Container } from '../../../src/sandbox/container.ts';
+import { bootContainer, reattachContainer } from '../../../src/sandbox/create.ts';
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import type { HookPlan } from '../../../src/sandbox/hooks.ts';
 import { type ContainerRecord, writeContainerRecord } from '../../../src/sandbox/record.ts';
@@ -42,6 +43,8 @@ export class ScriptedVm implements Vm {
   readonly disks: [SlotName, string][] = [];
   readonly #log: string[];
   readonly #exit = Promise.withResolvers<VmExit>();
+  readonly #channelLost = Promise.withResolvers<void>();
+  readonly channelLost = this.#channelLost.promise;
   #ended = false;
   #socket: net.Socket | undefined;
   /** Set one to change what happens. */
@@ -88,6 +91,13 @@ export class ScriptedVm implements Vm {
   end(exit: Partial<VmExit>): void {
     this.#ended = true;
     this.#exit.resolve({ code: null, signal: null, guestStopped: false, consoleTail: '', ...exit });
+    this.agent.disconnect();
+    this.#socket?.destroy();
+  }
+
+  /** The way to the agent ends; the VM lives on. */
+  loseChannel(): void {
+    this.#channelLost.resolve();
     this.agent.disconnect();
     this.#socket?.destroy();
   }
@@ -204,7 +214,7 @@ export class Workbench implements AsyncDisposable {
   }
 
   async create(signal: AbortSignal = new AbortController().signal): Promise<Container> {
-    this.container = await Container.create(
+    this.container = await bootContainer(
       { rootfs: this.#rootfs(), standInProgram: this.#standIn() },
       this.#request(),
       signal,
@@ -238,7 +248,7 @@ export class Workbench implements AsyncDisposable {
       return this.vm;
     };
     const scripted: Vmm = { name: 'scripted', boot: () => Promise.reject(new Error('nothing boots')), adopt, ...vmm };
-    const adopted = await Container.adopt(
+    const adopted = await reattachContainer(
       { rootfs: this.#rootfs(), standInProgram: '/nowhere' },
       { record, directory, vmm: scripted, openStdio, execs, timeline, logger },
       new AbortController().signal,

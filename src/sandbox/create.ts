@@ -1,0 +1,109 @@
+import { mkdir, rm } from 'node:fs/promises';
+import { guestMounts } from '../rootfs/index.ts';
+import { Container } from './container.ts';
+import type { Exec } from './exec.ts';
+import { faultPoint } from './faults.ts';
+import { ContainerHooks } from './hooks.ts';
+import { guestStdio } from './process-io.ts';
+import type { ContainerState } from './process-state.ts';
+import {
+  type AdoptRequest,
+  acquire,
+  adoptResources,
+  type ContainerRequest,
+  type HostServices,
+  type Resources,
+} from './resources.ts';
+import { Sandbox } from './sandbox.ts';
+
+/**
+ * Makes a container, whose program has not run yet. Everything is acquired side by side, since the VM's boot dwarfs the
+ * rest: directory, stdio, stand-in, VM and root filesystem. Whatever step fails, all that was acquired is released before
+ * the error reaches the caller.
+ */
+export async function bootContainer(
+  host: HostServices,
+  request: ContainerRequest,
+  signal: AbortSignal,
+): Promise<Container> {
+  const { id, directory, timeline } = request;
+  await using stack = new AsyncDisposableStack();
+  const hooks = new ContainerHooks(request);
+  // First on the stack, because they run when all the rest is gone.
+  stack.defer(() => hooks.poststop());
+  // One that could not be removed with an earlier container of this id.
+  await rm(directory, { recursive: true, force: true });
+  await mkdir(directory, { mode: 0o700 });
+  stack.defer(() => rm(directory, { recursive: true, force: true }));
+  faultPoint('sandbox-directory');
+  const resources = await acquire(host, request, signal, stack);
+  const { sandbox, rootfs, stdio } = resources;
+  await hooks.create(resources.standIn.pid, signal);
+  faultPoint('hooks');
+  const lower = await sandbox.attachDisk(rootfs.lower, signal);
+  const writable = rootfs.writable === null ? undefined : await sandbox.attachDisk(rootfs.writable, signal);
+  timeline.mark('rootfs-attached');
+  faultPoint('attach-disk');
+  const container = {
+    id,
+    spec: request.spec,
+    mounts: guestMounts(rootfs, id, { lower, writable }),
+    stdio: guestStdio(stdio, request.terminal, request.terminalSize),
+  };
+  await sandbox.createContainer(container, signal);
+  timeline.mark('created');
+  faultPoint('container-create');
+  const state: ContainerState = { kind: 'created' };
+  return new Container({ ...request, resources, disposal: stack.move(), hooks, hookPlan: request.hooks, state });
+}
+
+/**
+ * Takes over a container that was created under an earlier kilnd, with the processes that were exec'd in it. When that
+ * fails, its VM is ended, and what is left of it on the host stays.
+ */
+export async function reattachContainer(
+  host: HostServices,
+  request: AdoptRequest,
+  signal: AbortSignal,
+): Promise<{ container: Container; execs: Map<string, Exec> }> {
+  const { record, directory, vmm, logger } = request;
+  const { id, terminal, hooks: hookPlan } = record;
+  await using stack = new AsyncDisposableStack();
+  const sandbox = stack.use(await Sandbox.adopt({ vmm, record, directory, logger }, signal));
+  const guest = await sandbox.guest.describe(id);
+  const resources = await adoptResources(host, request, sandbox, stack);
+  if (guest.started) resources.stdio.startStdin({ clientMayReturn: true });
+  stack.move();
+  const hooks = new ContainerHooks({ id, hooks: hookPlan, logger, begun: true });
+  const disposal = disposalOf(directory, resources, hooks);
+  const running: ContainerState = { kind: guest.paused ? 'paused' : 'running' };
+  const state: ContainerState = guest.started ? running : { kind: 'created' };
+  const container = new Container({ ...request, id, terminal, resources, disposal, hooks, hookPlan, state });
+  // The agent tells the number so far; what is known of it is no news.
+  container.oom.count(record.oomKills);
+  const execs = new Map<string, Exec>();
+  for (const exec of request.execs) {
+    const known = guest.execs.find(({ execId }) => execId === exec.execId);
+    if (known === undefined) continue;
+    try {
+      execs.set(exec.execId, await container.adoptExec(exec, known.pid));
+    } catch (error) {
+      logger.error({ err: error, execId: exec.execId }, 'cannot take an exec over');
+    }
+  }
+  return { container, execs };
+}
+
+/** Releases a container's resources in the order in which `create` does. */
+function disposalOf(
+  directory: string,
+  { sandbox, standIn, rootfs, stdio }: Resources,
+  hooks: ContainerHooks,
+): AsyncDisposableStack {
+  const stack = new AsyncDisposableStack();
+  stack.defer(() => hooks.poststop());
+  stack.defer(() => rm(directory, { recursive: true, force: true }));
+  stack.defer(() => stdio.dispose());
+  for (const resource of [standIn, rootfs, sandbox]) stack.use(resource);
+  return stack;
+}

@@ -2,11 +2,12 @@
 import { rm } from 'node:fs/promises';
 import { forLog } from '../errors.ts';
 import { killProcessesOf } from '../host/stale.ts';
-import { Container } from '../sandbox/container.ts';
+import { reattachContainer } from '../sandbox/create.ts';
 import { EndedContainer, EndedProcess } from '../sandbox/ended.ts';
 import { ContainerHooks } from '../sandbox/hooks.ts';
 import type { Exit } from '../sandbox/process-state.ts';
 import { type ContainerRecord, readContainerRecord } from '../sandbox/record.ts';
+import { loggerFifosBelow } from '../shim/stdio-logger.ts';
 import type { RestoredTask, TaskProcess } from '../shim/task.ts';
 import { createRequestOf, execRequestsOf, type TaskState } from '../shim/task-record.ts';
 import { type Installation, openStdioOf, prepareExec } from './containers.ts';
@@ -33,7 +34,7 @@ export async function adoptContainer(
       const openStdio = () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, id, adopt: true });
       const execs = [...execRequestsOf(state).values()].map((exec) => prepareExec(exec, { ...context, adopt: true }));
       const vmm = selectVmm(load().config, logger);
-      const adopted = await Container.adopt(
+      const adopted = await reattachContainer(
         host,
         { record, directory, vmm, openStdio, execs, timeline, logger },
         signal,
@@ -50,7 +51,7 @@ export async function adoptContainer(
 function endedTask(
   state: TaskState,
   record: ContainerRecord | undefined,
-  { directory, logger }: ContainerContext,
+  { directory, holds, logger }: ContainerContext,
 ): RestoredTask {
   const request = createRequestOf(state);
   const exit = record?.exit && { status: record.exit.status, at: new Date(record.exit.atMs) };
@@ -61,6 +62,8 @@ function endedTask(
   }
   disposal.defer(() => rm(directory, { recursive: true, force: true }));
   disposal.defer(() => killProcessesOf(directory).then(() => {}));
+  // Its loggers end with their streams, which the relay holds open beside the processes that are killed then.
+  disposal.defer(() => Promise.all(loggerFifosBelow(directory).map((fifo) => holds.releaseFifo(fifo))).then(() => {}));
   const pid = record?.standIn.pid ?? 0;
   const container = new EndedContainer(request?.id ?? '', pid, exit ?? unknownExit(), disposal);
   return { container, execs: withEnded(state, new Map(), exit ?? unknownExit()) };

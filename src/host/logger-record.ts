@@ -34,7 +34,8 @@ export function readLoggerRecords(directory: string): ProcessIdentity[] {
     .flatMap((file) => parseRecord(file) ?? []);
 }
 
-function listFiles(directory: string): string[] {
+/** All files in a directory and below; none if it is not there. */
+export function listFiles(directory: string): string[] {
   try {
     return readdirSync(directory, { recursive: true, encoding: 'utf8' }).map((name) => path.join(directory, name));
   } catch (error) {

@@ -25,7 +25,7 @@ export async function killProcessesOf(directory: string, graceMs = loggerGraceMs
   const pids = helpersOf(directory);
   for (const pid of pids) signalIfAlive(pid, 'SIGKILL');
   await waitUntilGone(pids, (pid) => isHelperOf(pid, directory), checkLimitMs);
-  // After the helpers, which hold the loggers' streams open: most loggers end with that.
+  // After the helpers, which hold the loggers' streams open: most loggers end with that, if no relay holds them, too.
   await endLoggers(loggers, graceMs);
   return [...pids, ...loggers.map(({ pid }) => pid)];
 }

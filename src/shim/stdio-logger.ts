@@ -10,6 +10,7 @@ import path from 'node:path';
 import { KilnError } from '../errors.ts';
 import { describeExit } from '../host/helper-process.ts';
 import { adoptLogger, type LoggerLimits, type LoggerProcess, startLogger } from '../host/logger-process.ts';
+import { listFiles } from '../host/logger-record.ts';
 import { mkfifo } from '../sys/fifo.ts';
 import { FifoWriter } from './stdio-fifo.ts';
 
@@ -141,13 +142,25 @@ export class ContainerLogger {
   }
 }
 
+/** The FIFOs of all loggers in a directory and below. */
+export function loggerFifosBelow(directory: string): string[] {
+  const names = [streamName('stdout'), streamName('stderr')];
+  return listFiles(directory).filter((file) => names.includes(path.basename(file)));
+}
+
 interface LoggerStreams {
   readonly stdout: LoggerStream;
   readonly stderr: LoggerStream;
 }
 
-function streamFile(directory: string, name: 'stdout' | 'stderr'): string {
-  return path.join(directory, `logger-${name}`);
+type StreamName = 'stdout' | 'stderr';
+
+function streamName(name: StreamName): string {
+  return `logger-${name}`;
+}
+
+function streamFile(directory: string, name: StreamName): string {
+  return path.join(directory, streamName(name));
 }
 
 /** One of the two FIFOs. */

@@ -23,6 +23,7 @@ interface LogLine {
 let stateDir: string;
 let log: LogLine[];
 let helpers: HelperProcess[];
+let released: string[];
 const logger = loggerTo({ write: (line) => void log.push(JSON.parse(line) as LogLine) }, 'trace');
 const errors = () => log.filter(({ level }) => level === 'error').map(({ msg }) => msg);
 beforeEach(() => {
@@ -30,6 +31,7 @@ beforeEach(() => {
   for (const name of ['t', 'c', 'bundle']) mkdirSync(join(stateDir, name));
   log = [];
   helpers = [];
+  released = [];
 });
 afterEach(async () => {
   for (const helper of helpers) await helper.kill();
@@ -44,7 +46,7 @@ function taskRecord(state: Partial<TaskState> = {}, bundle = join(stateDir, 'bun
       ...{ namespace: 'ns', id: 'c1', bundle, address: '', ttrpcAddress: '', publishBinary: '', debug: false },
       ...{ maxShimVersion: 0, launcherStartedNs: 1n },
     },
-    state: { create, execs: {}, pids: {}, stdinClosed: [], announced: [], due: [], ...state },
+    state: { create, execs: {}, pids: {}, stdinClosed: [], announced: [], due: [], deletedExecs: [], ...state },
   };
 }
 
@@ -107,7 +109,15 @@ describe('the stock that a new kilnd takes', () => {
 
   it('has the record of a task that is deleted, for the answer that got lost', async () => {
     const lastExit = { pid: 7, status: 0, atMs: 1 };
-    const state: TaskState = { execs: {}, pids: {}, stdinClosed: [], announced: ['delete'], due: [], lastExit };
+    const state: TaskState = {
+      execs: {},
+      pids: {},
+      stdinClosed: [],
+      announced: ['delete'],
+      due: [],
+      deletedExecs: [],
+      lastExit,
+    };
     writeTaskRecord(taskFile(stateDir, 'aa'), { ...taskRecord(), state });
     expect((await takeStock(stateDir, logger)).get('aa')?.state).toEqual(state);
   });
@@ -171,7 +181,7 @@ describe('a container that cannot be taken over has ended', () => {
       directory: containerDirectory(stateDir, 'aa'),
       timeline: new Timeline(),
       logger,
-      holds: { holdFifo: async () => {}, releaseFifo: async () => {} },
+      holds: { holdFifo: async () => {}, releaseFifo: async (path: string) => void released.push(path) },
     };
     return adoptContainer(installation, taskRecord(state).state, context, new AbortController().signal);
   }
@@ -193,6 +203,19 @@ describe('a container that cannot be taken over has ended', () => {
     expect((await helper.exited).signal).toBe('SIGKILL');
     expect(existsSync(containerDirectory(stateDir, 'aa'))).toBe(false);
     expect(existsSync(join(stateDir, 'poststop-ran'))).toBe(true);
+  });
+
+  it('whose loggers see their streams end: the relay lets go of them', async () => {
+    const helper = await leave('aa');
+    const directory = containerDirectory(stateDir, 'aa');
+    writeContainerRecord(directory, containerRecord(helper, { exit: { status: 0, atMs: 1_700_000_000_123 } }));
+    mkdirSync(join(directory, 'e1'));
+    const fifos = ['logger-stdout', 'logger-stderr', 'e1/logger-stdout'].map((name) => join(directory, name));
+    for (const fifo of fifos) writeFileSync(fifo, '');
+    const { container } = await adopt({});
+    expect(released).toEqual([]);
+    await container.delete();
+    expect(released.toSorted()).toEqual(fifos.toSorted());
   });
 
   it('with an exit that nobody saw, and the log tells why', async () => {

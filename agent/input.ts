@@ -24,7 +24,7 @@ export class Input implements Disposable {
    * that has closed its stdin, or has ended, is no error: the rest is read and dropped, as a shell's pipe would lose it.
    *
    * A new writer takes over from one that is at it, whose connection is gone or about to be; what that one has handed over
-   * comes first.
+   * comes first, and what is still to come from it is dropped.
    *
    * @throws AgentError failed-precondition when stdin is closed, aborted when another writer took over; what `chunks`
    * throws, and then stdin is as it was, for the next writer
@@ -36,15 +36,18 @@ export class Input implements Disposable {
     this.#replace?.();
     const replaced = Promise.withResolvers<never>();
     replaced.promise.catch(() => {});
-    const replace = () => replaced.reject(new AgentError('aborted', 'another writer of stdin took over'));
+    const tookOver = new AgentError('aborted', 'another writer of stdin took over');
+    const replace = () => replaced.reject(tookOver);
     this.#replace = replace;
     try {
       for await (const chunk of chunks) {
+        if (this.#replace !== replace) throw tookOver;
         countRelayed(chunk.length);
         if (chunk.length === 0 || !sink.writable) continue;
         const written = new Promise<void>((done) => sink.write(chunk, () => done()));
         await Promise.race([written, replaced.promise]);
       }
+      if (this.#replace !== replace) throw tookOver;
     } finally {
       if (this.#replace === replace) this.#replace = undefined;
     }

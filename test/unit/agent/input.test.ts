@@ -69,12 +69,35 @@ it('a third writer takes over from the second, and the end of one that was repla
     await waiting.promise;
     yield Buffer.from(' late');
   };
-  const writers = [input.writeAll(held('one')), input.writeAll(held(' two'))].map((writer) => writer.catch(String));
+  const first = input.writeAll(held('one')).catch(String);
+  await vi.waitFor(() => expect(bytesInPipe(pipe.read)).toBe(3), { interval: 1 });
+  const writers = [first, input.writeAll(held(' two')).catch(String)];
   await vi.waitFor(() => expect(bytesInPipe(pipe.read)).toBe(7), { interval: 1 });
   await input.writeAll(chunks(' three'));
   waiting.resolve();
   const took = 'AgentError: another writer of stdin took over';
   expect(await Promise.all(writers)).toEqual([took, took]);
+  expect(readNow(pipe.read)).toBe('one two three');
+  closeSync(pipe.read);
+});
+
+it('one that was replaced and then ends in order does not close stdin for its successor', async () => {
+  const pipe = pipe2();
+  using input = new Input(pipe.write);
+  const [first, second] = [Promise.withResolvers<void>(), Promise.withResolvers<void>()];
+  const until = async function* (data: string, goOn: Promise<void>) {
+    yield Buffer.from(data);
+    await goOn;
+  };
+  const replaced = input.writeAll(until('one', first.promise)).catch(String);
+  await vi.waitFor(() => expect(bytesInPipe(pipe.read)).toBe(3), { interval: 1 });
+  const later = input.writeAll(until(' two', second.promise));
+  first.resolve();
+  expect(await replaced).toBe('AgentError: another writer of stdin took over');
+  expect(readNow(pipe.read)).toBe('one two');
+  second.resolve();
+  await later;
+  expect(readNow(pipe.read)).toBe('');
   closeSync(pipe.read);
 });
 

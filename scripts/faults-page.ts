@@ -33,8 +33,8 @@ life, on containerd 2.1, and this page is made of what they saw: change the test
 - **SIGKILL**: the process is killed. **SIGSTOP**: it is stopped for ${stopMs / 1000} s, which is longer than containerd waits for a State,
   then it goes on. **disk full**: no space where it writes.
 - Phases are reached by what happens in them, not by time: **Create** in a \`createRuntime\` hook on the host (the virtual
-  machine runs, its container is not made yet), **Start** in a \`startContainer\` hook in the guest (the program does not run
-  yet; crun's is its \`crun start\`), **Delete** in a \`poststop\` hook, or, for what is gone by then, while output that nobody
+  machine runs, its container is not made yet), **Start** in a \`poststart\` hook on the host and, when it begins, in a
+  \`startContainer\` hook in the guest too (the program does not run yet; crun's is its \`crun start\`), **Delete** in a \`poststop\` hook, or, for what is gone by then, while output that nobody
   has read holds the virtual machine. A stop of ${stopMs / 1000} s is in the time of its row.
 - "took" is the time from the fault to the answer, on two cores under emulation; "limit" is what the test allows.
 - After each case nothing is left: no process, mount, socket, file, namespace, control group, loop device or open file; and

@@ -49,9 +49,10 @@ describe.runIf(underKiln)('a full disk', () => {
   /** A container that comes into Start before the disk is full, and ends after. */
   async function fullFromStart(fill: () => Promise<void>, parts: readonly Part[]): Promise<string> {
     const id = scene.id();
-    const watched = await startIntoStart(scene, id, short);
+    const { watched, letGo } = await startIntoStart(scene, id, short);
     const since = performance.now();
     await fill();
+    await letGo();
     const { code, said } = await watched.end();
     const saw = code === 5 ? 'nothing: the exit code arrives' : `exit code ${code}: ${lastLine(scene, said)}`;
     rowsOf(parts, ['Start', 'Delete'], saw, code, since);

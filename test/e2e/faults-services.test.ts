@@ -90,9 +90,10 @@ for (const { part, kill, pids, killedCode } of services) {
 
     it('during Start', async () => {
       const id = scene.id();
-      const watched = await startIntoStart(scene, id, short);
+      const { watched, letGo } = await startIntoStart(scene, id, short);
       const since = performance.now();
       await strike();
+      await letGo();
       const { code, said } = await watched.end();
       const after = await rest(id);
       const saw = code === 5 ? 'nothing: the exit code arrives' : `ctr ends: ${lastLine(scene, said)}; then ${after}`;
@@ -104,11 +105,11 @@ for (const { part, kill, pids, killedCode } of services) {
       const [quiet, loud] = [scene.id(), scene.id()];
       const file = join(scene.dir, `out-${loud}`);
       await Promise.all([
-        scene.run(quiet, ['sh', '-c', 'trap "exit 7" TERM; while :; do sleep 1000 & wait $!; done'], { flags: ['-d'] }),
-        scene.run(
+        scene.start(quiet, ['sh', '-c', 'trap "exit 7" TERM; while :; do sleep 1000 & wait $!; done']),
+        scene.start(
           loud,
           ['sh', '-c', 'trap "echo end; exit 7" TERM; i=0; while :; do i=$((i+1)); echo $i; usleep 2000; done'],
-          { flags: ['-d', '--log-uri', `file://${file}`] },
+          { flags: ['--log-uri', `file://${file}`] },
         ),
       ]);
       const since = performance.now();
@@ -160,10 +161,8 @@ describe.runIf(underKiln)('kilnd killed under load', () => {
     const ids = Array.from({ length: count }, () => scene.id());
     const file = (id: string) => join(scene.dir, `out-${id}`);
     const script = 'trap "echo end; exit 7" TERM; i=0; while :; do i=$((i+1)); echo $i; usleep 5000; done';
-    const start = (id: string) =>
-      scene.run(id, ['sh', '-c', script], { flags: ['-d', '--log-uri', `file://${file(id)}`] });
-    const started = await Promise.all(ids.map(start));
-    expect(started.map(({ code, stderr }) => ({ code, stderr }))).toEqual(ids.map(() => ({ code: 0, stderr: '' })));
+    const start = (id: string) => scene.start(id, ['sh', '-c', script], { flags: ['--log-uri', `file://${file(id)}`] });
+    await Promise.all(ids.map(start));
     const before = await scene.tasks();
     const sockets = await readdir(join(scene.stateDir, 's'));
     expect(sockets.length).toBe(count);

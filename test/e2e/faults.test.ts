@@ -116,17 +116,10 @@ describe.runIf(underKiln).each(kinds)('%s of a part of a virtual machine', (kind
   it('during Start: an error, the exit of a lost container, or the container runs', () =>
     each(async (part) => {
       const id = scene.id();
-      const gate = part === 'crun' ? await Gate.make(scene, id) : undefined;
-      let watched: Watched;
-      if (gate === undefined) watched = await startIntoStart(scene, id, short);
-      else {
-        // crun is gone before the hook of its container runs, so it is waited for instead.
-        watched = new Watched(await startVictim(scene, id, { command: short, hooks: { createRuntime: [gate.hook] } }));
-        await gate.reached();
-      }
+      const { watched, letGo } = part === 'crun' ? await beforeCrunStart(id) : await startIntoStart(scene, id, short);
       const since = performance.now();
       const { over } = await strikeVm(scene, id, part, kind, 'Start');
-      await gate?.open();
+      await letGo();
       const { code, said } = await watched.end();
       await over;
       const failed = lost.includes(code) ? `the task exits with ${code}` : `Start fails: ${lastLine(scene, said)}`;
@@ -136,6 +129,14 @@ describe.runIf(underKiln).each(kinds)('%s of a part of a virtual machine', (kind
       await scene.containerd.ctr(['task', 'rm', '--force', id]);
       await scene.ctr(['container', 'rm', id]);
     }));
+
+  /** crun is gone before any hook of Start runs, so it is waited for from Create on. */
+  async function beforeCrunStart(id: string): Promise<{ watched: Watched; letGo(): Promise<void> }> {
+    const gate = await Gate.make(scene, id);
+    const program = await startVictim(scene, id, { command: short, hooks: { createRuntime: [gate.hook] } });
+    await gate.reached();
+    return { watched: new Watched(program), letGo: () => gate.open() };
+  }
 
   it.each([
     ['running idle', idle],

@@ -127,21 +127,26 @@ export async function helpersOf(scene: Scene, id: string, program: string): Prom
   return found;
 }
 
-/** How long Start takes with the hook of `startIntoStart`, in seconds; also what the saboteur knows the hook by. */
-const startSeconds = '2.5';
+/** How long the hook of `startIntoStart` in the guest takes, in seconds; also what the saboteur knows it by. */
+const hookSeconds = '2.5';
 
 /**
- * A container that is starting: a hook in it, before its program, takes a while. Start itself is about to be answered or
- * has just been, since crun does not wait for that hook. Its virtual machine needs the saboteur, who sees it begin.
+ * A container that is starting, until `letGo`: Start is held up by a `poststart` hook on the host, and when this resolves
+ * the program does not run yet, because of a hook in the guest that takes a while (crun does not wait for that one). Its
+ * virtual machine needs the saboteur, who sees the hook in the guest begin.
  */
-export async function startIntoStart(scene: Scene, id: string, command: readonly string[]): Promise<Watched> {
-  const gate = await Gate.make(scene, id);
-  const slow = { path: '/bin/sleep', args: ['sleep', startSeconds], env };
-  const hooks = { createRuntime: [gate.hook], startContainer: [slow] };
+export async function startIntoStart(
+  scene: Scene,
+  id: string,
+  command: readonly string[],
+): Promise<{ watched: Watched; letGo(): Promise<void> }> {
+  const [create, start] = [await Gate.make(scene, `${id}-create`), await Gate.make(scene, `${id}-start`)];
+  const slow = { path: '/bin/sleep', args: ['sleep', hookSeconds], env };
+  const hooks = { createRuntime: [create.hook], startContainer: [slow], poststart: [start.hook] };
   const watched = new Watched(await startVictim(scene, id, { command, hooks }));
-  await gate.reached();
-  const { hit } = await ask(await directoryOf(scene, id), `SIGNAL 0 sleep ${startSeconds} 0`);
-  await gate.open();
-  await hit;
-  return watched;
+  await create.reached();
+  const { hit } = await ask(await directoryOf(scene, id), `SIGNAL 0 sleep ${hookSeconds} 0`);
+  await create.open();
+  await Promise.all([hit, start.reached()]);
+  return { watched, letGo: () => start.open() };
 }

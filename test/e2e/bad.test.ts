@@ -175,9 +175,9 @@ describe.runIf(underKiln)('a virtual machine that fails', () => {
   it('does not take another one with it', async () => {
     const [victim, survivor] = [scene.id(), scene.id()];
     await using events = await scene.events();
-    await scene.run(victim, ['sleep', '1000'], { flags: ['-d'] });
+    await scene.start(victim, ['sleep', '1000']);
     const mine = await helpers(scene, 'qemu-system');
-    await scene.run(survivor, ['sleep', '1000'], { flags: ['-d'] });
+    await scene.start(survivor, ['sleep', '1000']);
     for (const pid of mine) signal(pid, 'SIGKILL');
     await events.waitFor('/tasks/exit', victim);
     const tasks = await scene.tasks();
@@ -259,7 +259,7 @@ describe.runIf(underKiln)('what Kiln cannot do yet', () => {
 
   it('a checkpoint is an error that says so, and the task runs on', async () => {
     const id = scene.id();
-    await scene.run(id, ['sleep', '1000'], { flags: ['-d'] });
+    await scene.start(id, ['sleep', '1000']);
     const result = await scene.containerd.ctr(['task', 'checkpoint', id]);
     expect(result.code).not.toBe(0);
     expect(result.stderr).toMatch(/not supported|not implemented|method Checkpoint/i);

@@ -35,7 +35,7 @@ describe.each(containerdVersions)('a restart of containerd %s', (version) => {
     'by %s leaves a running task running, and its exit is delivered',
     async (how) => {
       const id = scene.id();
-      await scene.run(id, ['sh', '-c', 'trap "exit 44" TERM; sleep 1000 & wait'], { flags: ['-d'] });
+      await scene.start(id, ['sh', '-c', 'trap "exit 44" TERM; sleep 1000 & wait']);
       const [before] = await scene.tasks();
 
       if (how === 'SIGKILL') await scene.containerd.kill();
@@ -57,7 +57,7 @@ describe.each(containerdVersions)('a restart of containerd %s', (version) => {
 
   it('does not lose the exit of a task that ended meanwhile', async () => {
     const id = scene.id();
-    await scene.run(id, ['sh', '-c', 'sleep 2; exit 5'], { flags: ['-d'] });
+    await scene.start(id, ['sh', '-c', 'sleep 2; exit 5']);
     const [task] = await scene.tasks();
     await scene.containerd.stop();
     await waitForEnd(task?.pid ?? 0, 60_000);
@@ -77,7 +77,7 @@ describe.each(containerdVersions)('a restart of containerd %s', (version) => {
     const id = scene.id();
     const file = join(scene.dir, 'restart.log');
     const script = 'echo before; trap "echo after; exit 0" TERM; sleep 1000 & wait';
-    await scene.run(id, ['sh', '-c', script], { flags: ['-d', '--log-uri', `file://${file}`] });
+    await scene.start(id, ['sh', '-c', script], { flags: ['--log-uri', `file://${file}`] });
     await scene.containerd.restart();
     await using events = await scene.events();
     await scene.ctr(['task', 'kill', '--signal', 'SIGTERM', id]);
@@ -94,7 +94,7 @@ describe.each(containerdVersions)('a restart of containerd %s', (version) => {
       'i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done',
     ].join('; ');
     // Not ctr's own copying, which ends with ctr.
-    await scene.run(id, ['sh', '-c', script], { flags: ['-d'] });
+    await scene.start(id, ['sh', '-c', script]);
     // Before its traps are set, a signal is lost: an init without a handler does not get it.
     const ready = ['sh', '-c', 'until [ -e /ready ]; do usleep 1000; done'];
     await scene.ctr(['task', 'exec', '--fifo-dir', scene.fifoDir, '--exec-id', 'ready', id, ...ready]);
@@ -266,7 +266,7 @@ describe.runIf(underKiln)('kilnd', () => {
   it('told twice, ends the container, and its exit is told', async () => {
     const id = scene.id();
     await using events = await scene.events();
-    await scene.run(id, waiting, { flags: ['-d'] });
+    await scene.start(id, waiting);
     const [pid = 0] = scene.kilndPids();
     signal(pid, 'SIGTERM');
     // The first has been seen when a new container is refused.
@@ -281,7 +281,7 @@ describe.runIf(underKiln)('kilnd', () => {
   it('killed together with a VM: the task has ended for containerd, and nothing stays', async () => {
     const id = scene.id();
     await using events = await scene.events();
-    await scene.run(id, waiting, { flags: ['-d'] });
+    await scene.start(id, waiting);
     const [pid = 0] = scene.kilndPids();
     const up = (await logLines(scene)).findLast(({ msg }) => msg === 'sandbox is up');
     signal(pid, 'SIGKILL');

@@ -47,7 +47,7 @@ describe.each(containerdVersions)('events under containerd %s', tries, (version)
   it('of a task that dies at once still say that it started first', async () => {
     await using log = await scene.events();
     const id = scene.id();
-    await scene.run(id, ['true'], { flags: ['-d'] });
+    await scene.start(id, ['true']);
     await log.waitFor('/tasks/exit', id);
     expect(
       log
@@ -88,7 +88,7 @@ describe('events', tries, () => {
   it('say 137 of a task that was killed', async () => {
     await using log = await scene.events();
     const id = scene.id();
-    await scene.run(id, ['sleep', '1000'], { flags: ['-d'] });
+    await scene.start(id, ['sleep', '1000']);
     await scene.ctr(['task', 'kill', '--signal', 'SIGKILL', id]);
     expect((await log.waitFor('/tasks/exit', id)).event.exit_status).toBe(137);
     await scene.remove(id);

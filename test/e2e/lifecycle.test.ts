@@ -78,7 +78,7 @@ describe.each(containerdVersions)('a container under containerd %s', (version) =
 
   it('refuses to remove a running task, and does with --force', async () => {
     const id = scene.id();
-    await scene.run(id, waiting, { flags: ['-d'] });
+    await scene.start(id, waiting);
     const refused = await scene.containerd.ctr(['task', 'rm', id]);
     expect(refused.code).not.toBe(0);
     expect(refused.stderr).toMatch(/must be stopped|running/);
@@ -132,7 +132,7 @@ describe('a container', () => {
 
   it('with a name that containerd already knows fails and leaves the first alone', async () => {
     const id = scene.id();
-    await scene.run(id, waiting, { flags: ['-d'] });
+    await scene.start(id, waiting);
     const second = await scene.run(id, ['true'], { flags: [] });
     expect(second.code).toBe(1);
     expect(second.stderr).toContain('already exists');
@@ -144,8 +144,8 @@ describe('a container', () => {
     const id = scene.id();
     await scene.ctr(['namespaces', 'create', 'other']);
     await scene.ctr(['image', 'import', '-'], { namespace: 'other', stdin: await imageArchive(busyboxImage) });
-    await scene.run(id, waiting, { flags: ['-d'] });
-    await scene.run(id, waiting, { flags: ['-d'], namespace: 'other' });
+    await scene.start(id, waiting);
+    await scene.start(id, waiting, { namespace: 'other' });
     const [one] = await scene.tasks();
     const [two] = await scene.tasks('other');
     expect(one?.pid).not.toBe(two?.pid);
@@ -159,7 +159,7 @@ describe('a container', () => {
     const shim = '#!/bin/sh\nMAX_SHIM_VERSION=3 exec containerd-shim-kiln-v2 "$@"\n';
     await writeFile(join(scene.dir, 'shims', 'containerd-shim-kilnthree-v2'), shim, { mode: 0o755 });
     const id = scene.id();
-    await scene.run(id, waiting, { flags: ['-d'], runtime: 'io.containerd.kilnthree.v2' });
+    await scene.start(id, waiting, { runtime: 'io.containerd.kilnthree.v2' });
     const record = readFileSync(join(scene.containerd.bundles, 'default', id, 'bootstrap.json'), 'utf8');
     expect(JSON.parse(record)).toMatchObject({ version: 3, protocol: 'ttrpc' });
     expect(await scene.tasks()).toMatchObject([{ id, status: 'RUNNING' }]);
@@ -168,7 +168,7 @@ describe('a container', () => {
 
   it.runIf(underKiln)('shows containerd a process that has nothing of the host in its root', async () => {
     const id = scene.id();
-    await scene.run(id, waiting, { flags: ['-d'] });
+    await scene.start(id, waiting);
     const [task] = await scene.tasks();
     const root = `/proc/${task?.pid}/root`;
     expect(() => readFileSync(`${root}/etc/passwd`)).toThrow('ENOENT');

@@ -201,6 +201,12 @@ export class Scene {
     return this.containerd.ctr(this.#runArguments(id, command, options), options);
   }
 
+  /** `ctr run --detach`, which must succeed. */
+  async start(id: string, command: readonly string[], options: RunContainerOptions = {}): Promise<void> {
+    const flags = ['--detach', ...(options.flags ?? [])];
+    await this.ctr(this.#runArguments(id, command, { ...options, flags }), options);
+  }
+
   /** `ctr run`, while it runs; its stdin stays open with `interactive`. */
   runStream(
     id: string,

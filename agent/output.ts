@@ -7,8 +7,8 @@
  * write(2). Nobody reading is the same as a slow reader: the bytes stay in the window and in the pipe, also after the
  * program's end.
  *
- * A program that writes a line at a time would wake this process for each line. What comes alone goes out at once; when
- * short reads follow each other closely the pipe is left alone for a moment, and collects them.
+ * A program that writes a little at a time would wake this process for each write. What comes alone goes out at once; when
+ * reads follow each other closely the pipe is left alone for a moment, and collects what comes.
  */
 import { closeSync } from 'node:fs';
 import type { Socket } from 'node:net';
@@ -26,10 +26,14 @@ export const chunkSize = 256 * 1024;
 /** Chunks that the host need not have delivered yet. */
 const windowChunks = 4;
 
-/** Bytes; a read below this that comes within `hurryMs` of the one before is followed by a rest of `restMs`. */
-const shortRead = 4096;
+/**
+ * A read that comes within `hurryMs` of the one before, or of the end of a rest, is followed by a rest: until half of the
+ * pipe would be full at the rate so far, and no longer than `restMs`. Below 1 ms there is none.
+ */
 const hurryMs = 2;
 const restMs = 4;
+/** What no clock is trusted to tell from nothing. */
+const momentMs = 0.01;
 
 /** So many bytes in front of the data of a message belong to the sink: for the frame it goes out in. */
 export const frameRoom = 16;
@@ -67,6 +71,7 @@ export class Output implements Disposable {
   /** When something was read last, by performance.now(). */
   #readAt = Number.NEGATIVE_INFINITY;
   #rest: NodeJS.Timeout | undefined;
+  #restedAt = Number.NEGATIVE_INFINITY;
   #ended = false;
   #disposed = false;
 
@@ -153,7 +158,11 @@ export class Output implements Disposable {
     this.#read += length;
     this.#send();
     const now = performance.now();
-    if (length < shortRead && now - this.#readAt < hurryMs) this.#takeRest();
+    if (now - Math.max(this.#readAt, this.#restedAt) < hurryMs) {
+      const msPerByte = Math.max(momentMs, now - this.#readAt) / length;
+      const ms = Math.min(restMs, Math.floor((chunkSize / 2) * msPerByte));
+      if (ms > 0) this.#takeRest(ms);
+    }
     this.#readAt = now;
     return this.#mayRead();
   }
@@ -162,11 +171,12 @@ export class Output implements Disposable {
     return this.#rest === undefined && this.#kept.length < windowChunks;
   }
 
-  #takeRest(): void {
+  #takeRest(ms: number): void {
     this.#rest = setTimeout(() => {
       this.#rest = undefined;
+      this.#restedAt = performance.now();
       if (this.#mayRead()) this.#source?.resume();
-    }, restMs);
+    }, ms);
   }
 
   #send(): void {

@@ -115,7 +115,7 @@ describe('the window', () => {
   });
 });
 
-describe('short reads', () => {
+describe('reads', () => {
   beforeEach(() => {
     vi.useFakeTimers({ toFake: ['performance', 'setTimeout', 'clearTimeout'] });
     cleanup.push(() => vi.useRealTimers());
@@ -144,8 +144,43 @@ describe('short reads', () => {
     await quiet();
     expect(sink.messages).toEqual(['one,', 'two,', 'three,four,five,']);
     vi.advanceTimersByTime(4);
-    await writeEach(made, 'six,');
-    expect(sink.messages.at(-1)).toBe('six,');
+    await writeEach(made, 'six,', 'seven,');
+    expect(sink.messages.slice(3)).toEqual(['six,']);
+    // One that comes alone again goes out at once.
+    output.acknowledge(16);
+    vi.advanceTimersByTime(100);
+    await quiet();
+    vi.advanceTimersByTime(100);
+    await writeEach(made, 'eight,');
+    expect(sink.messages.slice(4)).toEqual(['seven,', 'eight,']);
+  });
+
+  it('rest no longer than the pipe takes to be half full', async () => {
+    const made = piped();
+    const { output } = made;
+    const sink = new Sink();
+    output.relayTo(sink, 0);
+    const piece = 'x'.repeat(65_536);
+    await writeEach(made, piece);
+    vi.advanceTimersByTime(1);
+    await writeEach(made, piece, 'y');
+    expect(sink.messages).toEqual([piece, piece]);
+    vi.advanceTimersByTime(1);
+    await quiet();
+    expect(sink.messages.length).toBe(2);
+    vi.advanceTimersByTime(1);
+    await quiet();
+    expect(sink.messages).toEqual([piece, piece, 'y']);
+  });
+
+  it('do not rest where the pipe would be full at once', async () => {
+    const made = piped();
+    const sink = new Sink();
+    made.output.relayTo(sink, 0);
+    const piece = 'x'.repeat(65_536);
+    await writeEach(made, piece, piece, piece);
+    expect(sink.messages.length).toBe(3);
+    expect(vi.getTimerCount()).toBe(0);
   });
 
   it('do not outlive the output', async () => {

@@ -3,8 +3,9 @@
  * It runs twice, told apart by the name it is started under:
  *
  *   /init            (in the initrd, for a kernel whose drivers are modules) loads the modules listed in
- *                    /modules/order, finds the disk whose virtio serial is "guest", mounts it and starts the second
- *                    stage from it.
+ *                    /modules/order, finds the disk whose virtio serial is "guest" (or the one that
+ *                    kiln.image_serial=… on the kernel's command line names, for a VMM that chooses the serials
+ *                    itself), mounts it and starts the second stage from it.
  *   /sbin/kiln-init  (on the guest image; a kernel with everything built in starts here with
  *                    root=/dev/vda rootfstype=erofs ro init=/sbin/kiln-init) mounts the kernel's filesystems, opens
  *                    the cgroup controllers to containers, protects the agent from them, brings the loopback
@@ -41,12 +42,15 @@
 #include <time.h>
 #include <unistd.h>
 
-/* The serial the host gives the guest image's disk; virtio allows 20 bytes. */
-#define ROOT_SERIAL "guest"
+/* The serial of the guest image's disk, unless the host says otherwise; virtio allows 20 bytes. */
+#define DEFAULT_ROOT_SERIAL "guest"
+#define ROOT_SERIAL_WORD "kiln.image_serial="
+#define MAX_SERIAL 20
 /* How long the disk may take to appear. It is there at once on every VMM we know; this only bounds a wrong set-up. */
 #define ROOT_WAIT_MS 10000
 
 static bool tracing;
+static char root_serial[MAX_SERIAL + 1] = DEFAULT_ROOT_SERIAL;
 
 static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -87,6 +91,10 @@ static void read_command_line(void) {
   if (length < 0) fail("read /proc/cmdline");
   text[length] = '\0';
   tracing = strstr(text, "kiln.trace") != NULL;
+  for (char *rest = text, *word; (word = strsep(&rest, " \n")) != NULL;) {
+    if (strncmp(word, ROOT_SERIAL_WORD, strlen(ROOT_SERIAL_WORD)) == 0)
+      snprintf(root_serial, sizeof(root_serial), "%s", word + strlen(ROOT_SERIAL_WORD));
+  }
 }
 
 /* The kernel may already have mounted devtmpfs (CONFIG_DEVTMPFS_MOUNT): the same again is EBUSY and fine. */
@@ -151,7 +159,7 @@ static bool has_root_serial(const char *name) {
   if (length < 0) return false;
   serial[length] = '\0';
   serial[strcspn(serial, "\n")] = '\0';
-  return strcmp(serial, ROOT_SERIAL) == 0;
+  return strcmp(serial, root_serial) == 0;
 }
 
 static bool find_root_disk(char *device, size_t size) {
@@ -191,8 +199,10 @@ static void wait_for_root_disk(int events, char *device, size_t size) {
     int left = ROOT_WAIT_MS - milliseconds_since(&start);
     struct pollfd wait = {.fd = events, .events = POLLIN};
     if (left <= 0 || poll(&wait, 1, left) == 0) {
+      char what[64];
+      snprintf(what, sizeof(what), "find a disk with the serial \"%s\"", root_serial);
       errno = ENODEV;
-      fail("find a disk with the serial \"" ROOT_SERIAL "\"");
+      fail(what);
     }
   }
 }

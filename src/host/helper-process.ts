@@ -6,7 +6,7 @@ import { KilnError } from '../errors.ts';
 import { ProcessHandle } from '../sys/pidfd.ts';
 import { limitLog } from './log-limit.ts';
 import { resetOomScore } from './oom-score.ts';
-import { lastLines } from './printable.ts';
+import { lastLines, printable } from './printable.ts';
 import { identityOf, isAlive, type ProcessIdentity } from './process-identity.ts';
 
 /** How a process ended; both null of one that was not our child. */
@@ -30,8 +30,10 @@ export interface HelperProcess extends AsyncDisposable {
   readonly exited: Promise<ProcessExit>;
   /** Everything the program wrote to its fd 3 until it closed it; empty without a status pipe. */
   readonly status: Promise<string>;
-  /** The last lines that the program wrote to stdout or stderr. */
+  /** The last lines that the program wrote to stdout or stderr, on one. */
   lastWords(): string;
+  /** At most the last `maxBytes` of what it wrote, without what a terminal would obey. */
+  outputTail(maxBytes: number): string;
   /** SIGKILL, then waits for the end. Safe to call twice. */
   kill(): Promise<void>;
 }
@@ -97,7 +99,7 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
   const identity = identityOf(pid);
   const limit = limitLog(logFile);
   void exited.then(() => limit[Symbol.dispose]());
-  return { pid, identity, exited, status, lastWords: () => endOf(logFile), kill, [Symbol.asyncDispose]: kill };
+  return { pid, identity, exited, status, ...wordsIn(logFile), kill, [Symbol.asyncDispose]: kill };
 }
 
 /** Takes over a helper that an earlier kilnd has started; undefined when it has ended. */
@@ -125,7 +127,7 @@ export function adoptHelper(
     identity,
     exited,
     status: Promise.resolve(''),
-    lastWords: () => endOf(logFile),
+    ...wordsIn(logFile),
     kill,
     [Symbol.asyncDispose]: kill,
   };
@@ -158,15 +160,22 @@ export async function spawned(
   }
 }
 
+function wordsIn(logFile: string): Pick<HelperProcess, 'lastWords' | 'outputTail'> {
+  return {
+    lastWords: () => lastLines(endOf(logFile, lastWordsBytes)),
+    outputTail: (maxBytes) => printable(endOf(logFile, maxBytes)).trim(),
+  };
+}
+
 /** The end of a log, which can be long: a guest can make its VMM complain. */
-function endOf(logFile: string): string {
+function endOf(logFile: string, maxBytes: number): string {
   let fd: number | undefined;
   try {
     fd = openSync(logFile, 'r');
     const size = fstatSync(fd).size;
-    const bytes = Buffer.alloc(Math.min(size, lastWordsBytes));
+    const bytes = Buffer.alloc(Math.min(size, maxBytes));
     const length = readSync(fd, bytes, 0, bytes.length, size - bytes.length);
-    return lastLines(bytes.toString('utf8', 0, length));
+    return bytes.toString('utf8', 0, length);
   } catch {
     return ''; // The sandbox's directory is gone.
   } finally {

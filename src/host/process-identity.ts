@@ -1,13 +1,17 @@
 import { readFileSync } from 'node:fs';
+import { z } from 'zod';
+
+/** A ProcessIdentity as it is written down. */
+export const identityRecord = z.object({
+  pid: z.int().positive(),
+  /** Clock ticks between the host's boot and the process's start. proc_pid_stat(5), field 22. */
+  startTime: z.string(),
+  /** Of the host's boot: start times begin anew with each. random(4). */
+  bootId: z.string(),
+});
 
 /** A process that can be told from any other that has had the same pid, or will. */
-export interface ProcessIdentity {
-  readonly pid: number;
-  /** Clock ticks between the host's boot and the process's start. proc_pid_stat(5), field 22. */
-  readonly startTime: string;
-  /** Of the host's boot: start times begin anew with each. random(4). */
-  readonly bootId: string;
-}
+export type ProcessIdentity = Readonly<z.infer<typeof identityRecord>>;
 
 /** Flag of a process that has begun to end; set before its descriptors are closed. Linux include/linux/sched.h. */
 const PF_EXITING = 0x4;

@@ -2,7 +2,7 @@ import type { PreparedRootfs } from './store.ts';
 
 /** One mount of a container's root filesystem, in the guest's terms; done in the order of the list. */
 export interface RootfsMount {
-  /** A disk of the VM by its slot name, or any other source for mount(2). */
+  /** A disk of the VM by its serial, or any other source for mount(2). */
   readonly source: { readonly disk: string } | { readonly device: string };
   readonly target: string;
   readonly type: 'erofs' | 'ext4' | 'overlay';
@@ -11,8 +11,8 @@ export interface RootfsMount {
   readonly directories: readonly string[];
 }
 
-/** The slots (virtio serials) behind which the container's disks were put. */
-export interface RootfsSlots {
+/** The serials by which the guest knows the container's disks. */
+export interface RootfsSerials {
   readonly lower: string;
   /** Not looked at when the root filesystem has no writable disk. */
   readonly writable?: string | undefined;
@@ -27,23 +27,23 @@ export function guestRootDirectory(containerId: string): string {
 export function guestMounts(
   prepared: Pick<PreparedRootfs, 'lower' | 'writable'>,
   containerId: string,
-  slots: RootfsSlots,
+  serials: RootfsSerials,
 ): RootfsMount[] {
   const base = `/run/kiln/roots/${containerId}`;
   const root = guestRootDirectory(containerId);
   const erofs = (target: string): RootfsMount => ({
-    source: { disk: slots.lower },
+    source: { disk: serials.lower },
     target,
     type: 'erofs',
     options: ['ro'],
     directories: [],
   });
   if (prepared.writable === null) return [erofs(root)];
-  if (slots.writable === undefined) throw new Error(`the writable disk of container ${containerId} is behind no slot`);
+  if (serials.writable === undefined) throw new Error(`the writable disk of container ${containerId} is not attached`);
   return [
     erofs(`${base}/lower`),
     {
-      source: { disk: slots.writable },
+      source: { disk: serials.writable },
       target: `${base}/rw`,
       type: 'ext4',
       // noinit_itable: the file is sparse, so its inode tables are zero already; the kernel's background thread would

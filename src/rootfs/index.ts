@@ -1,4 +1,4 @@
-export { guestMounts, guestRootDirectory, type RootfsMount, type RootfsSlots } from './guest-mounts.ts';
+export { guestMounts, guestRootDirectory, type RootfsMount, type RootfsSerials } from './guest-mounts.ts';
 export {
   type BundleRoot,
   type LowerSource,

@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs';
 import path from 'node:path';
 import { z } from 'zod';
 import { KilnError } from '../errors.ts';
+import { identityRecord } from '../host/process-identity.ts';
 import { replaceFile } from '../host/replace-file.ts';
 import type { HookPlan } from './hooks.ts';
 
@@ -10,8 +11,6 @@ import type { HookPlan } from './hooks.ts';
  * one is killed. The file appears when the container is created; what was under way before that is undone by whoever
  * finds it without a record. It is replaced with every change, complete, by rename(2).
  */
-
-const identity = z.object({ pid: z.int().positive(), startTime: z.string(), bootId: z.string() });
 
 const containerRecord = z.object({
   version: z.literal(1),
@@ -26,7 +25,7 @@ const containerRecord = z.object({
   /** The VMM's own. */
   vmm: z.string(),
   vm: z.record(z.string(), z.unknown()),
-  standIn: identity,
+  standIn: identityRecord,
   /** For poststop. Kilnd itself has made it of a spec that was checked. */
   hooks: z.custom<HookPlan>((value) => typeof value === 'object' && value !== null),
   disks: z.object({ lower: z.string(), writable: z.string().nullable() }),

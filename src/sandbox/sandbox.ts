@@ -8,7 +8,6 @@ import { guestOverheadMib } from '../oci/vm-size.ts';
 import { abortable } from '../vmm/abortable.ts';
 import {
   readOnlySlots,
-  type SlotName,
   type Vm,
   type VmConfig,
   type VmExit,
@@ -134,11 +133,8 @@ export class Sandbox implements AsyncDisposable {
     return new Sandbox(vm, guest, { session, answerLimitMs: bootTimeoutMs });
   }
 
-  /** Puts a file behind a free drive slot and returns the slot, which is the disk's serial in the guest. */
-  async attachDisk(
-    disk: { readonly file: string; readonly readOnly: boolean },
-    signal: AbortSignal,
-  ): Promise<SlotName> {
+  /** Puts a file behind a free drive slot and returns the disk's serial in the guest. */
+  async attachDisk(disk: { readonly file: string; readonly readOnly: boolean }, signal: AbortSignal): Promise<string> {
     const slot = (disk.readOnly ? this.#freeSlots.ro : this.#freeSlots.rw).shift();
     if (slot === undefined) {
       const kind = disk.readOnly ? 'read-only' : 'writable';
@@ -146,14 +142,13 @@ export class Sandbox implements AsyncDisposable {
     }
     const timeout = AbortSignal.timeout(this.#answerLimitMs);
     try {
-      await abortable(this.vm.attachDisk(slot, disk.file), AbortSignal.any([signal, timeout]));
+      return await abortable(this.vm.attachDisk(slot, disk.file), AbortSignal.any([signal, timeout]));
     } catch (error) {
       if (signal.aborted) throw error;
       if (error === timeout.reason) throw vmmSilent({ name: 'VMM' }, `attach ${disk.file}`, this.#answerLimitMs);
       if (!(error instanceof KilnError && error.code === 'unavailable')) throw error;
       throw await this.#lostWhile(`${disk.file} was attached`, error);
     }
-    return slot;
   }
 
   /** As `Guest.createContainer`; when the VM ends meanwhile or the agent is silent, the error shows the console. */

@@ -5,7 +5,7 @@ import type net from 'node:net';
  * these types. What differs between VMMs is data, never an `if` on a name.
  */
 
-/** A drive that exists from the VM's start and gets a file put behind it later. The name is the guest's disk serial. */
+/** A drive that exists from the VM's start and gets a file put behind it later. */
 export type SlotName = `ro${number}` | `rw${number}`;
 
 /** Every VM has the same slots, so that a snapshot of one fits every container. */
@@ -64,10 +64,11 @@ export interface Vm extends AsyncDisposable {
    */
   acceptAgent(signal: AbortSignal): Promise<net.Socket>;
   /**
-   * Puts a file behind a slot. Precondition: the slot is empty. The guest sees the new content at its next read.
+   * Puts a file behind a slot, and returns the serial by which the guest knows that disk (at most 20 characters).
+   * Precondition: the slot is empty. The guest sees the new content at its next read.
    * Throws `failed-precondition` for a slot in use, `internal` with the VMM's words otherwise.
    */
-  attachDisk(slot: SlotName, file: string): Promise<void>;
+  attachDisk(slot: SlotName, file: string): Promise<string>;
   /** Resolves when nobody can reach the agent any more although the VM lives on; else never. */
   readonly channelLost: Promise<void>;
   /** Resolves when the VM has ended, for whatever reason; never rejects. */

@@ -1,25 +1,9 @@
-import { accessSync, constants, existsSync, readFileSync } from 'node:fs';
-import path from 'node:path';
+import { readFileSync } from 'node:fs';
 import { KilnError } from '../../errors.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
+import { kvmProblem } from '../kvm.ts';
 
 export type Accelerator = 'kvm' | 'tcg';
-
-/** KVM modules with hardware behind them. `kvm_pvm` is not one: stock guest kernels do not reach init under it. */
-const hardwareKvmModules = ['kvm_intel', 'kvm_amd'];
-
-function kvmProblem(devices: HostDevices): string | undefined {
-  // On arm64 KVM is part of the kernel and has no module directory of a vendor.
-  const isLoaded = (name: string) => existsSync(path.join(devices.modules, name));
-  const hardware = devices.arch === 'arm64' || hardwareKvmModules.some(isLoaded);
-  if (!hardware) return `none of the kernel modules ${hardwareKvmModules.join(', ')} is loaded`;
-  try {
-    accessSync(devices.kvm, constants.R_OK | constants.W_OK);
-    return undefined;
-  } catch (error) {
-    return `${devices.kvm} cannot be opened: ${(error as NodeJS.ErrnoException).code ?? String(error)}`;
-  }
-}
 
 /**
  * Chooses hardware virtualisation where it works, else software emulation, with the reason.

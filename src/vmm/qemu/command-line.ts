@@ -1,3 +1,4 @@
+import { commonKernelWords } from '../kernel-words.ts';
 import { agentPort, readOnlySlots, type SlotName, type VmConfig, writableSlots } from '../vmm.ts';
 import type { Accelerator } from './accelerator.ts';
 
@@ -29,15 +30,12 @@ export interface CommandLineOptions {
   readonly agentPort: number;
 }
 
-/** The kernel's command line. `panic=-1` reboots at once on a panic, and `-no-reboot` turns that into a stop. */
+/** The kernel's command line. `-no-reboot` turns a reboot into a stop. */
 export function kernelCommandLine(options: CommandLineOptions): string {
-  const words = ['console=ttyS0', 'quiet', 'panic=-1', 'reboot=t', 'random.trust_cpu=on', 'cryptomgr.notests'];
+  const words = commonKernelWords(options.config, 't');
   if (options.accelerator === 'tcg' && options.tscKhz !== undefined) words.push(`tsc_early_khz=${options.tscKhz}`);
   // The agent knows the usual one; any other is told to it here.
   if (options.agentPort !== agentPort) words.push(`kiln.agent_port=${options.agentPort}`);
-  // Without an initrd the kernel mounts the guest image itself: it is the first disk that it finds.
-  if (options.config.initrd === undefined)
-    words.push('root=/dev/vda', 'rootfstype=erofs', 'ro', 'init=/sbin/kiln-init');
   return words.join(' ');
 }
 

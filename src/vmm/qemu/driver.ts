@@ -1,4 +1,4 @@
-import { accessSync, closeSync, constants } from 'node:fs';
+import { closeSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import net from 'node:net';
 import path from 'node:path';
@@ -9,6 +9,7 @@ import { requireSocketPath } from '../../host/unix-socket.ts';
 import { listenForPeers } from '../../sys/unix-fd.ts';
 import { abortable } from '../abortable.ts';
 import { type AgentListener, type Channel, chooseChannel } from '../channel.ts';
+import { requireGuestFiles } from '../guest-files.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
 import { hostSocketFor, knock, listenHybrid } from '../hybrid-vsock.ts';
 import { listenKernel, randomCid } from '../kernel-vsock.ts';
@@ -51,9 +52,7 @@ async function bootQemu(
   config: VmConfig,
   signal: AbortSignal,
 ): Promise<Vm> {
-  requireReadable('the guest kernel', config.kernel);
-  if (config.initrd !== undefined) requireReadable('the guest initrd', config.initrd);
-  requireReadable('the guest image', config.guestImage);
+  requireGuestFiles(config);
   const { accelerator } = chooseAccelerator(options.accelerator, devices);
   const channel = chooseChannel(options.channel, devices);
   for (let attempt = 1; ; attempt++) {
@@ -63,18 +62,6 @@ async function bootQemu(
     } catch (error) {
       if (!(error instanceof KilnError && cidInUse.test(error.message)) || attempt === maxCidAttempts) throw error;
     }
-  }
-}
-
-function requireReadable(what: string, file: string): void {
-  try {
-    accessSync(file, constants.R_OK);
-  } catch (error) {
-    const reason = (error as NodeJS.ErrnoException).code ?? String(error);
-    throw new KilnError('failed-precondition', `${what} ${file} cannot be read: ${reason}`, {
-      hint: 'run `npm run setup` to build the guest, or correct the path in the [vm] section of the config file',
-      cause: error,
-    });
   }
 }
 

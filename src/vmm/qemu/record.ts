@@ -1,12 +1,11 @@
 import { z } from 'zod';
 import { KilnError } from '../../errors.ts';
+import { identityRecord } from '../../host/process-identity.ts';
 import { readOnlySlots, type VmRecord, writableSlots } from '../vmm.ts';
 
 /*
  * What is written down of a VM so that a later kilnd, which may be of another version, finds it again.
  */
-
-const identity = z.object({ pid: z.int().positive(), startTime: z.string(), bootId: z.string() });
 
 const channel = z.union([
   z.object({ kind: z.literal('hybrid-vsock') }),
@@ -15,8 +14,8 @@ const channel = z.union([
 
 const qemuRecord = z.object({
   version: z.literal(1),
-  qemu: identity,
-  backend: identity.optional(),
+  qemu: identityRecord,
+  backend: identityRecord.optional(),
   channel,
   usedSlots: z.array(z.enum([...readOnlySlots, ...writableSlots])),
 });

@@ -132,13 +132,15 @@ export class QemuVm implements Vm {
     await qmp.execute('query-status').catch(() => this.#exit.then(() => new Promise<never>(() => {})));
   }
 
-  async attachDisk(slot: SlotName, file: string): Promise<void> {
+  /** The serial is the slot's name, whatever file is behind it. */
+  async attachDisk(slot: SlotName, file: string): Promise<string> {
     if (this.#usedSlots.has(slot)) {
       throw new KilnError('failed-precondition', `drive slot ${slot} already has a file`);
     }
     this.#usedSlots.add(slot);
     try {
       await this.#putBehind(slot, file);
+      return slot;
     } catch (error) {
       this.#usedSlots.delete(slot);
       const { code, message } = KilnError.from(error);

@@ -1,11 +1,9 @@
-import { type FSWatcher, readFileSync, watch } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import path from 'node:path';
-import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../../errors.ts';
 import { describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
-import { abortable } from '../abortable.ts';
+import { AwaitedSocket } from '../socket-file.ts';
 
 /** The guest's own CID. Each VM has a backend process of its own, so the number need not differ between VMs. */
 const guestCid = 3;
@@ -43,7 +41,8 @@ export async function startVsockBackend(options: VsockBackendOptions, signal: Ab
   requireSocketPath(socket);
   signal.throwIfAborted();
   await using stack = new AsyncDisposableStack();
-  using created = awaitFile(socket);
+  // The backend says nothing when it is ready; that its socket is served is the event.
+  using awaited = new AwaitedSocket(socket);
   // Registered before the process, so removed after its end: a killed process leaves its sockets.
   for (const file of [socket, udsPath]) stack.defer(() => rm(file, { force: true }));
   const process = stack.use(
@@ -62,8 +61,7 @@ export async function startVsockBackend(options: VsockBackendOptions, signal: Ab
   const limit = AbortSignal.timeout(startLimitMs);
   try {
     const either = AbortSignal.any([signal, limit]);
-    await abortable(Promise.race([created.promise, ended]), either);
-    await Promise.race([untilListening(socket, either), ended]);
+    await awaited.listening(either, ended);
   } catch (error) {
     if (signal.aborted || !limit.aborted) throw error;
     const words = `made no socket within ${startLimitMs / 1000} s: ${process.lastWords()}`;
@@ -71,38 +69,4 @@ export async function startVsockBackend(options: VsockBackendOptions, signal: Ab
   }
   const resources = stack.move();
   return { process, socket, [Symbol.asyncDispose]: () => resources.disposeAsync() };
-}
-
-/**
- * Resolves when somebody listens on a Unix socket whose file is there. Between bind(2), which makes the file, and
- * listen(2) lie microseconds, or more where the backend was just then put aside; of the second there is no event, and
- * to try it out would take the backend's one connection. proc(5), /proc/net/unix: the flag is __SO_ACCEPTCON.
- */
-async function untilListening(socket: string, signal: AbortSignal): Promise<void> {
-  const accepts = (line: string) => line.endsWith(` ${socket}`) && line.split(' ')[3] === '00010000';
-  while (!readFileSync('/proc/net/unix', 'utf8').split('\n').some(accepts)) await delay(1, undefined, { signal });
-}
-
-/** Resolves when the file is made. The backend says nothing when it is ready; that it has bound its socket is the event. */
-function awaitFile(file: string): Disposable & { readonly promise: Promise<void> } {
-  const { promise, resolve, reject } = Promise.withResolvers<void>();
-  promise.catch(() => {});
-  const watcher = watchDirectory(path.dirname(file));
-  watcher.on('error', reject);
-  watcher.on('change', (_event, name) => {
-    if (name === path.basename(file)) resolve();
-  });
-  return { promise, [Symbol.dispose]: () => watcher.close() };
-}
-
-function watchDirectory(directory: string): FSWatcher {
-  try {
-    return watch(directory);
-  } catch (cause) {
-    // inotify(7): the numbers of instances and watches are limited per user.
-    throw new KilnError('resource-exhausted', `cannot watch ${directory}: ${(cause as Error).message}`, {
-      hint: 'raise fs.inotify.max_user_instances and fs.inotify.max_user_watches (sysctl)',
-      cause,
-    });
-  }
 }

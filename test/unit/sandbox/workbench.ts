@@ -70,9 +70,10 @@ export class ScriptedVm implements Vm {
     return ours;
   }
 
-  async attachDisk(slot: SlotName, file: string): Promise<void> {
+  async attachDisk(slot: SlotName, file: string): Promise<string> {
     await this.hooks.attachDisk?.();
     this.disks.push([slot, file]);
+    return slot;
   }
 
   record(): VmRecord {

@@ -14,7 +14,7 @@ import { closestMatch } from './suggest.ts';
 export interface KilnConfig {
   readonly vm: {
     /** The virtual machine monitor. */
-    readonly vmm: 'auto' | 'qemu';
+    readonly vmm: 'auto' | 'qemu' | 'firecracker';
     /** Guest memory in MiB, unless an annotation or the container's memory limit asks for more. */
     readonly memoryMib: number;
     /** Guest CPUs, unless an annotation or the container's CPU limit asks for more. */
@@ -28,6 +28,8 @@ export interface KilnConfig {
     readonly accelerator: 'auto' | 'kvm' | 'tcg';
     /** QEMU's program: a name on PATH or an absolute path. */
     readonly qemu: string;
+    /** Firecracker's program: a name on PATH or an absolute path. */
+    readonly firecracker: string;
     readonly channel: 'auto' | 'hybrid-vsock' | 'kernel-vsock';
   };
   readonly storage: {
@@ -148,6 +150,7 @@ function toConfig({ vm, storage, daemon }: ConfigFile): KilnConfig {
       bootTimeoutS: vm.boot_timeout_s,
       accelerator: vm.accelerator,
       qemu: vm.qemu,
+      firecracker: vm.firecracker,
       channel: vm.channel,
     },
     storage: { writableSizeGib: storage.writable_size_gib },

@@ -8,6 +8,13 @@ import { z } from 'zod';
 /** The sparse placeholder behind a drive slot has this size, and a guest never sees a disk grow beyond it. */
 const maxDiskGib = 1024;
 
+const program = (name: string) =>
+  z
+    .string()
+    .regex(/^(\/[^\0]*|[^/\0]+)$/)
+    .default(name)
+    .describe('the name of a program on PATH or an absolute path');
+
 const absolutePath = z.string().regex(/^\/[^\0]*$/);
 
 /** Settings that an annotation may override, shared by both so that they can never drift apart. */
@@ -25,7 +32,7 @@ export const allowed = {
 } as const;
 
 const vm = z.strictObject({
-  vmm: z.enum(['auto', 'qemu']).default('auto').describe('"auto" or "qemu"'),
+  vmm: z.enum(['auto', 'qemu', 'firecracker']).default('auto').describe('"auto", "qemu" or "firecracker"'),
   memory_mib: memoryMib.default(512).describe(allowed.memoryMib),
   vcpus: vcpus.default(1).describe(allowed.vcpus),
   kernel: z
@@ -35,11 +42,8 @@ const vm = z.strictObject({
   initrd: absolutePath.optional().describe('an absolute path'),
   boot_timeout_s: z.int().min(1).max(3600).default(60).describe('an integer from 1 to 3600 (seconds)'),
   accelerator: z.enum(['auto', 'kvm', 'tcg']).default('auto').describe('"auto", "kvm" or "tcg"'),
-  qemu: z
-    .string()
-    .regex(/^(\/[^\0]*|[^/\0]+)$/)
-    .default('qemu-system-x86_64')
-    .describe('the name of a program on PATH or an absolute path'),
+  qemu: program('qemu-system-x86_64'),
+  firecracker: program('firecracker'),
   channel: z
     .enum(['auto', 'hybrid-vsock', 'kernel-vsock'])
     .default('auto')

@@ -12,7 +12,7 @@ import type { RestoredTask, TaskProcess } from '../shim/task.ts';
 import { createRequestOf, execRequestsOf, type TaskState } from '../shim/task-record.ts';
 import { type Installation, openStdioOf, prepareExec } from './containers.ts';
 import type { ContainerContext } from './daemon.ts';
-import { selectVmm } from './vmm.ts';
+import { vmmNamed } from './vmm.ts';
 
 /**
  * The container of a task that an earlier kilnd has written down. When its VM is gone, or does not answer, or nothing was
@@ -33,7 +33,7 @@ export async function adoptContainer(
       const { id, stdin, stdout, stderr, terminal } = request;
       const openStdio = () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, id, adopt: true });
       const execs = [...execRequestsOf(state).values()].map((exec) => prepareExec(exec, { ...context, adopt: true }));
-      const vmm = selectVmm(load().config, logger);
+      const vmm = vmmNamed(record.vmm, load().config, logger);
       const adopted = await reattachContainer(
         host,
         { record, directory, vmm, openStdio, execs, timeline, logger },

@@ -1,5 +1,7 @@
 import type { KilnConfig } from '../config/config.ts';
+import { KilnError } from '../errors.ts';
 import type { Logger } from '../observe/logger.ts';
+import { createFirecracker } from '../vmm/firecracker/driver.ts';
 import { chooseAccelerator } from '../vmm/qemu/accelerator.ts';
 import { createQemu } from '../vmm/qemu/driver.ts';
 import type { Vmm } from '../vmm/vmm.ts';
@@ -7,17 +9,30 @@ import { vsockBackendProgram } from './installation.ts';
 
 let warnedOfEmulation = false;
 
+const drivers: Readonly<Record<string, (config: KilnConfig, logger: Logger) => Vmm>> = {
+  firecracker: ({ vm }) => createFirecracker({ firecracker: vm.firecracker }),
+  qemu({ vm }, logger) {
+    warnOfEmulation(vm.accelerator, logger);
+    const { qemu, accelerator, channel } = vm;
+    return createQemu({ qemu, vsockBackend: vsockBackendProgram, accelerator, channel });
+  },
+};
+
 /** The VMM that the configuration asks for. Says once at warning level when VMs run under software emulation. */
 export function selectVmm(config: KilnConfig, logger: Logger): Vmm {
-  const { accelerator, reason } = chooseAccelerator(config.vm.accelerator);
-  if (accelerator === 'tcg' && !warnedOfEmulation) {
-    warnedOfEmulation = true;
-    logger.warn({ reason }, 'no hardware virtualisation: VMs run under software emulation, 15 to 20 times slower');
-  }
-  return createQemu({
-    qemu: config.vm.qemu,
-    vsockBackend: vsockBackendProgram,
-    accelerator,
-    channel: config.vm.channel,
-  });
+  return vmmNamed(config.vm.vmm === 'auto' ? 'qemu' : config.vm.vmm, config, logger);
+}
+
+/** The VMM of a VM that was booted earlier, under another configuration maybe. @throws KilnError not-found */
+export function vmmNamed(name: string, config: KilnConfig, logger: Logger): Vmm {
+  const create = drivers[name];
+  if (create === undefined) throw new KilnError('not-found', `there is no virtual machine monitor "${name}"`);
+  return create(config, logger);
+}
+
+function warnOfEmulation(wanted: KilnConfig['vm']['accelerator'], logger: Logger): void {
+  const { accelerator, reason } = chooseAccelerator(wanted);
+  if (accelerator !== 'tcg' || warnedOfEmulation) return;
+  warnedOfEmulation = true;
+  logger.warn({ reason }, 'no hardware virtualisation: VMs run under software emulation, 15 to 20 times slower');
 }

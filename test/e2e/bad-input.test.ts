@@ -58,6 +58,11 @@ describe.runIf(underKiln)('a wrong configuration is told through ctr', () => {
     expect(message).toContain('kvm_intel');
   });
 
+  it.skipIf(hasKvm)('a demand for Firecracker where there is no KVM', async () => {
+    await scene.configure('[vm]\nvmm = "firecracker"\n');
+    expect(await failure(scene)).toContain('Firecracker needs hardware KVM, but none of the kernel modules kvm_intel');
+  });
+
   it.skipIf(hasKvm)('no /dev/kvm at all is no error: it runs under emulation, and the log says so once', async () => {
     await rm(scene.kilndLog, { force: true });
     await scene.configure('');

@@ -45,6 +45,7 @@ describe('the configuration file', () => {
         bootTimeoutS: 60,
         accelerator: 'auto',
         qemu: 'qemu-system-x86_64',
+        firecracker: 'firecracker',
         channel: 'auto',
       },
       storage: { writableSizeGib: 10 },
@@ -55,7 +56,7 @@ describe('the configuration file', () => {
   test('sets every key', () => {
     const text = `
       [vm]
-      vmm = "qemu"
+      vmm = "firecracker"
       memory_mib = 128
       vcpus = 4
       kernel = "/boot/vmlinux"
@@ -63,6 +64,7 @@ describe('the configuration file', () => {
       boot_timeout_s = 5
       accelerator = "tcg"
       qemu = "/opt/qemu"
+      firecracker = "/opt/firecracker"
       channel = "kernel-vsock"
       [storage]
       writable_size_gib = 1
@@ -71,7 +73,7 @@ describe('the configuration file', () => {
       log_level = "debug"`;
     expect(parseConfig(text, 'x')).toEqual({
       vm: {
-        vmm: 'qemu',
+        vmm: 'firecracker',
         memoryMib: 128,
         vcpus: 4,
         kernel: '/boot/vmlinux',
@@ -79,6 +81,7 @@ describe('the configuration file', () => {
         bootTimeoutS: 5,
         accelerator: 'tcg',
         qemu: '/opt/qemu',
+        firecracker: '/opt/firecracker',
         channel: 'kernel-vsock',
       },
       storage: { writableSizeGib: 1 },
@@ -102,7 +105,7 @@ describe('the configuration file', () => {
   test('with a misspelt key is refused, with the key that was probably meant', () => {
     expect(messageFor('[vm]\nmemory_mb = 64')).toBe(
       '/etc/kiln/config.toml: unknown key vm.memory_mb = 64, did you mean memory_mib?; keys of [vm] are ' +
-        'vmm, memory_mib, vcpus, kernel, initrd, boot_timeout_s, accelerator, qemu, channel',
+        'vmm, memory_mib, vcpus, kernel, initrd, boot_timeout_s, accelerator, qemu, firecracker, channel',
     );
     expect(messageFor('[storage]\ncolour = "red"')).toBe(
       '/etc/kiln/config.toml: unknown key storage.colour = "red"; keys of [storage] are writable_size_gib',
@@ -121,7 +124,7 @@ describe('the configuration file', () => {
     ['[vm]\nmemory_mib = 64', 'vm.memory_mib = 64: must be an integer from 128 to 16777216 (MiB)'],
     ['[vm]\nmemory_mib = 512.5', 'vm.memory_mib = 512.5: must be an integer from 128 to 16777216 (MiB)'],
     ['[vm]\nvcpus = 0', 'vm.vcpus = 0: must be an integer from 1 to 255'],
-    ['[vm]\nvmm = "xen"', 'vm.vmm = "xen": must be "auto" or "qemu"'],
+    ['[vm]\nvmm = "xen"', 'vm.vmm = "xen": must be "auto", "qemu" or "firecracker"'],
     ['[vm]\nkernel = "fast"', 'vm.kernel = "fast": must be "default", "minimal" or the absolute path of a kernel'],
     ['[vm]\ninitrd = "initrd.img"', 'vm.initrd = "initrd.img": must be an absolute path'],
     ['[vm]\nqemu = "bin/qemu"', 'vm.qemu = "bin/qemu": must be the name of a program on PATH or an absolute path'],

@@ -18,6 +18,7 @@ import type { HostDevices } from '../../../src/vmm/host-devices.ts';
 import type { VmConfig } from '../../../src/vmm/vmm.ts';
 
 const fakeQemu = fileURLToPath(new URL('./fake-qemu.ts', import.meta.url));
+const fakeFirecracker = fileURLToPath(new URL('./firecracker/fake-firecracker.ts', import.meta.url));
 
 export class Workspace implements Disposable {
   readonly folder = mkdtempSync(path.join(tmpdir(), 'kiln-v'));
@@ -58,8 +59,25 @@ export class Workspace implements Disposable {
 
   /** A program that does as fake-qemu.ts says for the mode. */
   qemu(mode: string): string {
-    const source = `#!${process.execPath}\nimport { main } from ${JSON.stringify(fakeQemu)};\nmain(${JSON.stringify(mode)}, import.meta.filename);\n`;
-    return this.program('qemu', source);
+    return this.#played('qemu', fakeQemu, mode);
+  }
+
+  /** A program that does as firecracker/fake-firecracker.ts says for the mode. */
+  firecracker(mode: string): string {
+    return this.#played('firecracker', fakeFirecracker, mode);
+  }
+
+  #played(name: string, module: string, mode: string): string {
+    const source = `#!${process.execPath}\nimport { main } from ${JSON.stringify(module)};\nmain(${JSON.stringify(mode)}, import.meta.filename);\n`;
+    return this.program(name, source);
+  }
+
+  /** What the program that `firecracker` made was asked, as `METHOD /path`, with each body. */
+  firecrackerRequests(): { name: string; body: unknown }[] {
+    return readFileSync(this.path('firecracker.requests'), 'utf8')
+      .trim()
+      .split('\n')
+      .map((line) => JSON.parse(line));
   }
 
   /** The arguments of every start of the program that `qemu` made. */

@@ -1,0 +1,121 @@
+/**
+ * Firecracker's API: HTTP/1.1 over a Unix socket (firecracker.yaml of v1.16; src/firecracker/src/api_server). Only the
+ * requests that Kiln makes, each with the fields that every version from `oldestVersion` on knows: an unknown field is
+ * refused (`deny_unknown_fields`).
+ */
+import http from 'node:http';
+import { KilnError } from '../../errors.ts';
+
+/** Body of each request, by method and path. Units and limits are those of firecracker.yaml. */
+export interface FirecrackerRequests {
+  'PUT /machine-config': { readonly vcpu_count: number; readonly mem_size_mib: number };
+  'PUT /boot-source': {
+    readonly kernel_image_path: string;
+    readonly initrd_path?: string;
+    readonly boot_args: string;
+  };
+  'PUT /drives': {
+    readonly drive_id: string;
+    readonly path_on_host: string;
+    readonly is_root_device: false;
+    readonly is_read_only: boolean;
+    /** `Unsafe`, the default, ignores the guest's flushes. */
+    readonly cache_type: 'Unsafe' | 'Writeback';
+  };
+  /** Swaps the backing file of a running VM's drive. */
+  'PATCH /drives': { readonly drive_id: string; readonly path_on_host: string };
+  'PUT /vsock': { readonly guest_cid: number; readonly uds_path: string };
+  'PUT /entropy': Readonly<Record<string, never>>;
+  'PUT /actions': { readonly action_type: 'InstanceStart' };
+}
+
+/** GET / */
+export interface InstanceInfo {
+  readonly state: 'Not started' | 'Running' | 'Paused';
+}
+
+export class FirecrackerApi implements Disposable {
+  readonly #socketPath: string;
+  /** One connection: Firecracker handles one request after the other anyway. */
+  readonly #agent = new http.Agent({ keepAlive: true, maxSockets: 1 });
+
+  constructor(socketPath: string) {
+    this.#socketPath = socketPath;
+  }
+
+  /** As in "1.16.1"; a build of a developer may have a suffix. */
+  async version(signal?: AbortSignal): Promise<string> {
+    const answer = (await this.#request('GET', '/version', undefined, signal)) as { firecracker_version?: unknown };
+    return String(answer?.firecracker_version);
+  }
+
+  async describe(signal?: AbortSignal): Promise<InstanceInfo> {
+    return (await this.#request('GET', '/', undefined, signal)) as InstanceInfo;
+  }
+
+  /**
+   * Makes one request. The id of a drive goes into the path, too.
+   *
+   * @throws KilnError internal with Firecracker's words when it refuses, unavailable when it does not answer, the signal's
+   * reason when that aborts
+   */
+  async call<Name extends keyof FirecrackerRequests>(
+    name: Name,
+    body: FirecrackerRequests[Name],
+    signal?: AbortSignal,
+  ): Promise<void> {
+    const [method = '', path = ''] = name.split(' ');
+    const id = 'drive_id' in body ? `/${body.drive_id}` : '';
+    await this.#request(method, `${path}${id}`, body, signal);
+  }
+
+  #request(method: string, path: string, body?: object, signal?: AbortSignal): Promise<unknown> {
+    const text = body === undefined ? undefined : JSON.stringify(body);
+    const { promise, resolve, reject } = Promise.withResolvers<unknown>();
+    const lost = (error: Error) => {
+      if (signal?.aborted) reject(signal.reason);
+      else {
+        const message = `Firecracker did not answer ${method} ${path}: ${error.message}`;
+        reject(new KilnError('unavailable', message, { cause: error }));
+      }
+    };
+    const request = http.request({
+      ...{ socketPath: this.#socketPath, agent: this.#agent, method, path },
+      ...(signal === undefined ? {} : { signal }),
+      // A body without its length, which Node sends in chunks, counts as none.
+      headers:
+        text === undefined ? {} : { 'Content-Type': 'application/json', 'Content-Length': Buffer.byteLength(text) },
+    });
+    request.on('error', lost);
+    request.on('response', (response) => {
+      const chunks: Buffer[] = [];
+      response.on('data', (chunk: Buffer) => chunks.push(chunk));
+      response.on('error', lost);
+      response.on('end', () => {
+        const answer = Buffer.concat(chunks).toString();
+        const status = response.statusCode ?? 0;
+        if (status < 300) resolve(answer === '' ? undefined : parse(answer));
+        else reject(new KilnError('internal', `Firecracker refused ${method} ${path}: ${faultOf(answer)}`));
+      });
+    });
+    request.end(text);
+    return promise;
+  }
+
+  [Symbol.dispose](): void {
+    this.#agent.destroy();
+  }
+}
+
+function faultOf(answer: string): string {
+  const { fault_message: fault } = (parse(answer) ?? {}) as { fault_message?: unknown };
+  return typeof fault === 'string' ? fault.trim() : answer.trim() || '(without a reason)';
+}
+
+function parse(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}

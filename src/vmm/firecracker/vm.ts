@@ -1,0 +1,121 @@
+import type net from 'node:net';
+import { KilnError } from '../../errors.ts';
+import type { HelperProcess, ProcessExit } from '../../host/helper-process.ts';
+import type { FirstConnection } from '../channel.ts';
+import type { SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
+import type { FirecrackerApi } from './api.ts';
+import { serialOf } from './drives.ts';
+
+/** Bytes of console kept for an exit report: what fits an error message. */
+const consoleTailBytes = 4096;
+
+/** Exit codes that are no guest's doing: v1.16 src/vmm/src/lib.rs, FcExitCode. */
+const exitReasons: Readonly<Record<number, string>> = {
+  148: 'a system call that its seccomp filter forbids',
+  149: 'SIGBUS: the host has no memory or no huge pages left',
+  150: 'SIGSEGV',
+  151: 'SIGXFSZ: a file became longer than its limit',
+  152: 'a configuration that it does not accept',
+  153: 'arguments that it does not know',
+  154: 'SIGXCPU',
+  155: 'SIGPIPE',
+  156: 'SIGHUP',
+  157: 'SIGILL',
+};
+
+/** "(SIGKILL)", "(exit code 1)" or "(exit code 148: …)". */
+export function describeFirecrackerExit({ code, signal }: ProcessExit): string {
+  if (code === null && signal === null) return '(nobody knows how)';
+  const reason = exitReasons[code ?? 0];
+  return `(${signal ?? `exit code ${code}`}${reason === undefined ? '' : `: ${reason}`})`;
+}
+
+/** What a running VM is made of. */
+export interface FirecrackerParts {
+  readonly firecracker: HelperProcess;
+  readonly api: FirecrackerApi;
+  /** Where the agent calls. */
+  readonly agent: Pick<FirstConnection, 'accept'>;
+  /** Drive slots that have a file already. */
+  readonly usedSlots?: readonly SlotName[];
+  /** Releases all of the above. */
+  readonly resources: AsyncDisposableStack;
+}
+
+export class FirecrackerVm implements Vm {
+  readonly pid: number;
+  readonly memoryGrowth = null;
+  /** Firecracker is itself the other end of the guest's vsock. */
+  readonly channelLost = new Promise<never>(() => {});
+  readonly #parts: FirecrackerParts;
+  readonly #exit: Promise<VmExit>;
+  readonly #usedSlots: Set<SlotName>;
+  #killed: Promise<void> | undefined;
+
+  constructor(parts: FirecrackerParts) {
+    this.pid = parts.firecracker.pid;
+    this.#parts = parts;
+    this.#usedSlots = new Set(parts.usedSlots);
+    this.#exit = this.#awaitExit();
+  }
+
+  /** A guest that reboots, or panics and so reboots, ends Firecracker with 0. */
+  async #awaitExit(): Promise<VmExit> {
+    const { code, signal } = await this.#parts.firecracker.exited;
+    return { code, signal, guestStopped: code === 0, consoleTail: await this.consoleTail(consoleTailBytes) };
+  }
+
+  record(): VmRecord {
+    // Without an identity it has ended, which whoever adopts the VM will find.
+    return { version: 1, firecracker: this.#parts.firecracker.identity, usedSlots: [...this.#usedSlots] };
+  }
+
+  async acceptAgent(signal: AbortSignal): Promise<net.Socket> {
+    const ended = this.#endedBeforeCall();
+    ended.catch(() => {});
+    return Promise.race([this.#parts.agent.accept(signal), ended]);
+  }
+
+  async #endedBeforeCall(): Promise<never> {
+    const exit = await this.#exit;
+    const how = exit.guestStopped ? 'the guest stopped' : `Firecracker ended ${describeFirecrackerExit(exit)}`;
+    throw new KilnError(
+      'unavailable',
+      `${how} before the agent called; last output:\n${exit.consoleTail || '(nothing)'}`,
+    );
+  }
+
+  async attachDisk(slot: SlotName, file: string): Promise<string> {
+    if (this.#usedSlots.has(slot)) {
+      throw new KilnError('failed-precondition', `drive slot ${slot} already has a file`);
+    }
+    this.#usedSlots.add(slot);
+    try {
+      const serial = await serialOf(file);
+      await this.#parts.api.call('PATCH /drives', { drive_id: slot, path_on_host: file });
+      return serial;
+    } catch (error) {
+      this.#usedSlots.delete(slot);
+      const { code, message } = KilnError.from(error);
+      throw new KilnError(code, `cannot put ${file} behind drive slot ${slot}: ${message}`, { cause: error });
+    }
+  }
+
+  wait(): Promise<VmExit> {
+    return this.#exit;
+  }
+
+  /** The guest's serial port is Firecracker's own output. */
+  async consoleTail(maxBytes: number): Promise<string> {
+    return this.#parts.firecracker.outputTail(maxBytes);
+  }
+
+  kill(): Promise<void> {
+    this.#killed ??= this.#parts.resources.disposeAsync();
+    return this.#killed;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.kill();
+  }
+}

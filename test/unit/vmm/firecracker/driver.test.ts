@@ -1,0 +1,283 @@
+import { once } from 'node:events';
+import { mkdirSync, statSync, symlinkSync } from 'node:fs';
+import net from 'node:net';
+import path from 'node:path';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { createFirecracker, type FirecrackerOptions } from '../../../../src/vmm/firecracker/driver.ts';
+import { readOnlySlots, type Vm, type VmConfig, type VmRecord, writableSlots } from '../../../../src/vmm/vmm.ts';
+import { Workspace } from '../workspace.ts';
+
+/** The driver, with Firecracker played by a program of ours; for the real one see test/integration/vmm. */
+let workspace: Workspace;
+let vms: Vm[];
+beforeEach(() => {
+  workspace = new Workspace();
+  vms = [];
+});
+afterEach(async () => {
+  for (const vm of vms) await vm.kill();
+  workspace[Symbol.dispose]();
+});
+
+const never = new AbortController().signal;
+
+interface Host {
+  readonly options?: Partial<FirecrackerOptions>;
+  readonly config?: Partial<VmConfig>;
+  readonly kvm?: boolean;
+}
+
+function vmm(mode: string, { options, kvm = true }: Host = {}) {
+  if (kvm) {
+    mkdirSync(workspace.path('modules/kvm_intel'), { recursive: true });
+    workspace.file('kvm');
+  }
+  return createFirecracker({ firecracker: workspace.firecracker(mode), ...options }, workspace.devices());
+}
+
+async function boot(mode: string, host: Host = {}, signal = never): Promise<Vm> {
+  const vm = await vmm(mode, host).boot(workspace.vm(host.config), signal);
+  vms.push(vm);
+  return vm;
+}
+
+function expectNothingLeft(): void {
+  expect(workspace.processes()).toEqual([]);
+  expect(workspace.files()).toEqual([]);
+}
+
+/** As Firecracker makes it of a file. */
+function serialOf(file: string): string {
+  const { dev, rdev, ino } = statSync(file, { bigint: true });
+  return `${dev}${rdev}${ino}`.slice(0, 20);
+}
+
+describe('a start', () => {
+  test('configures the VM, drives and vsock included, and starts it; the agent calls', async () => {
+    const vm = await boot('running', { config: { id: 'my_c.1', memoryMib: 256, vcpus: 2 } });
+    const agent = await vm.acceptAgent(never);
+    expect(String(await once(agent, 'data'))).toBe('hello');
+    agent.destroy();
+    const requests = workspace.firecrackerRequests();
+    const slots = [...readOnlySlots, ...writableSlots];
+    expect(requests.map(({ name }) => name)).toEqual([
+      ...['GET /version', 'PUT /machine-config', 'PUT /boot-source', 'PUT /drives/guest'],
+      ...slots.map((slot) => `PUT /drives/${slot}`),
+      ...['PUT /vsock', 'PUT /entropy', 'PUT /actions'],
+    ]);
+    const bodyOf = (name: string) => requests.find((request) => request.name === name)?.body;
+    expect(bodyOf('PUT /machine-config')).toEqual({ vcpu_count: 2, mem_size_mib: 256 });
+    expect(bodyOf('PUT /boot-source')).toMatchObject({
+      kernel_image_path: workspace.path('vmlinux'),
+      initrd_path: workspace.path('initrd'),
+    });
+    const { boot_args: words } = bodyOf('PUT /boot-source') as { boot_args: string };
+    // FAQ.md: an x86 guest ends Firecracker by a reboot through the keyboard controller, not by a power-off.
+    for (const word of ['reboot=k', 'panic=-1', `kiln.image_serial=${serialOf(workspace.path('guest.erofs'))}`]) {
+      expect(words.split(' ')).toContain(word);
+    }
+    expect(bodyOf('PUT /drives/guest')).toMatchObject({ is_read_only: true, is_root_device: false });
+    expect(bodyOf('PUT /drives/ro7')).toMatchObject({ is_read_only: true });
+    expect(bodyOf('PUT /drives/rw1')).toMatchObject({ is_read_only: false, cache_type: 'Writeback' });
+    const { path_on_host: empty } = bodyOf('PUT /drives/rw1') as { path_on_host: string };
+    expect(statSync(empty)).toMatchObject({ size: 2 ** 40, blocks: 0 });
+  });
+
+  test('of a kernel with everything built in lets it mount the first disk', async () => {
+    await boot('running', { config: { initrd: undefined } });
+    const { body } = workspace.firecrackerRequests().find(({ name }) => name === 'PUT /boot-source') ?? {};
+    expect(body).not.toHaveProperty('initrd_path');
+    expect((body as { boot_args: string }).boot_args).toContain('root=/dev/vda rootfstype=erofs ro');
+  });
+});
+
+describe('a start that fails', () => {
+  test.each([
+    ['the guest kernel', 'kernel'],
+    ['the guest initrd', 'initrd'],
+    ['the guest image', 'guestImage'],
+  ])('because %s is missing names the file, and starts nothing', async (what, key) => {
+    await expect(boot('running', { config: { [key]: '/no/such/file' } })).rejects.toMatchObject({
+      code: 'failed-precondition',
+      message: `${what} /no/such/file cannot be read: ENOENT`,
+    });
+    expectNothingLeft();
+  });
+
+  test('because there is no hardware KVM says what is missing, and what to do', async () => {
+    await expect(boot('running', { kvm: false })).rejects.toMatchObject({
+      code: 'failed-precondition',
+      message: 'Firecracker needs hardware KVM, but none of the kernel modules kvm_intel, kvm_amd is loaded',
+      hint: 'load the KVM module, or set vm.vmm = "qemu" in the config file',
+    });
+    expectNothingLeft();
+  });
+
+  test('because it is not installed names vm.firecracker', async () => {
+    await expect(boot('running', { options: { firecracker: '/no/firecracker' } })).rejects.toMatchObject({
+      code: 'failed-precondition',
+      message: 'cannot run Firecracker (vm.firecracker in the config file) "/no/firecracker": ENOENT',
+      hint: 'install Firecracker, or set vm.vmm = "qemu"',
+    });
+    expectNothingLeft();
+  });
+
+  test.each(['1.12.1', '0.25.0', '2.0.0', 'undefined'])(
+    'because it is version %s says which would do',
+    async (version) => {
+      await expect(boot(`version=${version}`)).rejects.toMatchObject({
+        code: 'failed-precondition',
+        message: `Firecracker ${version} is not supported`,
+        hint: 'install version 1.13 or newer, or set vm.vmm = "qemu" in the config file',
+      });
+      expectNothingLeft();
+    },
+  );
+
+  test('because more vCPUs are asked for than it has', async () => {
+    await expect(boot('running', { config: { vcpus: 33 } })).rejects.toThrow("33 vCPUs are more than Firecracker's 32");
+    expectNothingLeft();
+  });
+
+  test('because it ends at once carries its exit and its words', async () => {
+    await expect(boot('exit=1')).rejects.toMatchObject({
+      code: 'internal',
+      message: 'Firecracker ended at start (exit code 1): Firecracker panicked at start',
+    });
+    expectNothingLeft();
+  });
+
+  test('because it ends in the middle carries its exit and what it means', async () => {
+    const why = 'exit code 148: a system call that its seccomp filter forbids';
+    await expect(boot('die=PUT /vsock')).rejects.toMatchObject({
+      code: 'internal',
+      message: `Firecracker ended at start (${why}): Shutting down VM after bad syscall`,
+    });
+    expectNothingLeft();
+  });
+
+  test.each(['PUT /machine-config', 'PUT /boot-source', 'PUT /drives/rw0', 'PUT /vsock', 'PUT /actions'])(
+    'because it refuses %s carries its reason',
+    async (request) => {
+      await expect(boot(`refuse=${request}`)).rejects.toMatchObject({
+        code: 'internal',
+        message: `Firecracker refused ${request}: not in the mood`,
+      });
+      expectNothingLeft();
+    },
+  );
+
+  test('because its socket would have too long a path says so before anything is started', async () => {
+    const directory = workspace.path('x'.repeat(100));
+    mkdirSync(directory);
+    await expect(boot('running', { config: { directory } })).rejects.toThrow("the system's limit is 107");
+    expectNothingLeft();
+  });
+
+  test.each(['idle', 'hang=PUT /drives/ro3'])(
+    'because nobody wants it any more ends one that is at %s',
+    async (mode) => {
+      const giveUp = new AbortController();
+      const booting = boot(mode, {}, giveUp.signal);
+      const gaveUp = expect(booting).rejects.toThrow('enough');
+      while (workspace.processes().length === 0) await new Promise((resolve) => setImmediate(resolve));
+      giveUp.abort(new Error('enough'));
+      await gaveUp;
+      expectNothingLeft();
+    },
+  );
+});
+
+describe('a running VM', () => {
+  test('gets a file behind a slot, and the serial is the one that Firecracker gives the disk', async () => {
+    const vm = await boot('running');
+    const disk = workspace.file('disk', 'x');
+    expect(await vm.attachDisk('ro0', disk)).toBe(serialOf(disk));
+    expect(workspace.firecrackerRequests().at(-1)).toEqual({
+      name: 'PATCH /drives/ro0',
+      body: { drive_id: 'ro0', path_on_host: disk },
+    });
+    // Of a link it is the file's.
+    symlinkSync(disk, workspace.path('link'));
+    expect(await vm.attachDisk('ro1', workspace.path('link'))).toBe(serialOf(disk));
+    await expect(vm.attachDisk('ro0', disk)).rejects.toMatchObject({
+      code: 'failed-precondition',
+      message: 'drive slot ro0 already has a file',
+    });
+  });
+
+  test('has a slot free again whose file could not be put there', async () => {
+    const vm = await boot('refuse=PATCH /drives/rw0');
+    const refused =
+      'cannot put /dev/null behind drive slot rw0: Firecracker refused PATCH /drives/rw0: not in the mood';
+    for (const _ of [1, 2]) await expect(vm.attachDisk('rw0', '/dev/null')).rejects.toThrow(refused);
+    await expect(vm.attachDisk('rw1', '/no/disk')).rejects.toThrow('cannot put /no/disk behind drive slot rw1: ENOENT');
+    expect(await vm.attachDisk('rw1', workspace.file('disk'))).not.toBe('');
+  });
+
+  test('whose guest reboots has stopped by itself, with the last of its console', async () => {
+    const vm = await boot('guest-stops');
+    await expect(vm.acceptAgent(never)).rejects.toMatchObject({
+      code: 'unavailable',
+      message: 'the guest stopped before the agent called; last output:\nKernel panic - not syncing',
+    });
+    expect(await vm.wait()).toEqual({
+      ...{ code: 0, signal: null, guestStopped: true, consoleTail: 'Kernel panic - not syncing' },
+    });
+  });
+
+  test('that is killed from outside says so', async () => {
+    const vm = await boot('running');
+    (await vm.acceptAgent(never)).destroy();
+    process.kill(vm.pid, 'SIGKILL');
+    expect(await vm.wait()).toMatchObject({ code: null, signal: 'SIGKILL', guestStopped: false });
+    await expect(vm.attachDisk('ro0', '/dev/null')).rejects.toMatchObject({ code: 'unavailable' });
+  });
+
+  test('is gone with its sockets and slots when it was killed, for everybody who kills it', async () => {
+    const vm = await boot('running');
+    expect(workspace.files()).toContain('slots');
+    await Promise.all([vm.kill(), vm.kill()]);
+    expectNothingLeft();
+    expect(await vm.wait()).toMatchObject({ signal: 'SIGKILL' });
+  });
+});
+
+describe('a VM of an earlier kilnd', () => {
+  test('is taken over: its agent is asked to call again, and its slots are known', async () => {
+    const made = vmm('running');
+    const first = await made.boot(workspace.vm(), never);
+    vms.push(first);
+    (await first.acceptAgent(never)).destroy();
+    await first.attachDisk('ro0', workspace.file('disk'));
+    const record = JSON.parse(JSON.stringify(first.record())) as VmRecord;
+    const second = await made.adopt(record, workspace.sandbox, never);
+    vms.push(second);
+    expect(second.pid).toBe(first.pid);
+    const calling = second.acceptAgent(never);
+    await workspace.appears('firecracker.connects');
+    const agent = net.connect(path.join(workspace.sandbox, 'vsock_1024'));
+    expect(await calling).toBeInstanceOf(net.Socket);
+    agent.destroy();
+    await expect(second.attachDisk('ro0', '/dev/null')).rejects.toThrow('drive slot ro0 already has a file');
+    await second.kill();
+    expect(await second.wait()).toMatchObject({ code: null, signal: null, guestStopped: false });
+    expectNothingLeft();
+  });
+
+  test('that has ended is not found, and a record that is none is refused', async () => {
+    const made = vmm('running');
+    const vm = await made.boot(workspace.vm(), never);
+    const record = vm.record();
+    await vm.kill();
+    await expect(made.adopt(record, workspace.sandbox, never)).rejects.toMatchObject({
+      code: 'not-found',
+      message: `Firecracker (pid ${vm.pid}) has ended`,
+    });
+    await expect(made.adopt({ version: 1 }, workspace.sandbox, never)).rejects.toMatchObject({
+      code: 'invalid-argument',
+      message: expect.stringContaining('not a record of a Firecracker VM: firecracker:'),
+    });
+    expectNothingLeft();
+  });
+});

@@ -1,0 +1,180 @@
+/**
+ * Plays Firecracker as far as its documents promise, as a process of its own under the driver's eyes: everything but the
+ * machine is real. What it insists on is what v1.16 does:
+ *
+ * - the API socket must not exist yet; a body without Content-Length is no body (micro-http, src/connection.rs);
+ * - an unknown field, a missing one or a wrong type is 400 with `fault_message` (`deny_unknown_fields`, src/vmm/src/
+ *   vmm_config); the id in a drive's path is the one in its body (src/firecracker/src/api_server/request/drive.rs);
+ * - configuration comes before the start, PATCH /drives after it, InstanceStart once (src/vmm/src/rpc_interface.rs);
+ * - PUT /vsock binds `uds_path`, which must not exist; a guest's call to port P arrives at `<uds_path>_P`, and
+ *   "CONNECT P\n" must come in one piece (docs/vsock.md; src/vmm/src/devices/virtio/vsock/unix/muxer.rs);
+ * - neither socket is removed at the end, and a guest that reboots ends it with 0 (FAQ.md).
+ */
+import { appendFileSync, existsSync } from 'node:fs';
+import http from 'node:http';
+import net from 'node:net';
+import { z } from 'zod';
+
+const file = z.string().refine((path) => existsSync(path), { error: 'No such file or directory (os error 2)' });
+const driveId = z.string().regex(/^[A-Za-z0-9_]+$/);
+const bodies: Readonly<Record<string, z.ZodType>> = {
+  'PUT /machine-config': z.strictObject({
+    vcpu_count: z.int().min(1).max(32),
+    mem_size_mib: z.int().min(1),
+    smt: z.boolean().optional(),
+    track_dirty_pages: z.boolean().optional(),
+    huge_pages: z.enum(['None', '2M']).optional(),
+  }),
+  'PUT /boot-source': z.strictObject({
+    kernel_image_path: file,
+    initrd_path: file.optional(),
+    boot_args: z.string().max(2048).optional(),
+  }),
+  'PUT /drives': z.strictObject({
+    drive_id: driveId,
+    path_on_host: file,
+    is_root_device: z.boolean(),
+    is_read_only: z.boolean().optional(),
+    cache_type: z.enum(['Unsafe', 'Writeback']).optional(),
+    partuuid: z.string().optional(),
+  }),
+  'PATCH /drives': z.strictObject({ drive_id: driveId, path_on_host: file.optional() }),
+  'PUT /vsock': z.strictObject({
+    guest_cid: z.int().min(3),
+    uds_path: z.string(),
+    vsock_id: z.string().optional(),
+  }),
+  'PUT /entropy': z.strictObject({}),
+  'PUT /actions': z.strictObject({ action_type: z.enum(['InstanceStart', 'FlushMetrics', 'SendCtrlAltDel']) }),
+};
+
+class Refusal extends Error {}
+
+export function main(mode: string, self: string): void {
+  const [name = '', detail = ''] = mode.split('=');
+  const args = process.argv.slice(2);
+  const argument = (flag: string): string => args[args.indexOf(flag) + 1] ?? '';
+  if (!/^[A-Za-z0-9-]{1,64}$/.test(argument('--id'))) end('Invalid instance ID', 153);
+  if (name === 'exit') end('Firecracker panicked at start', Number(detail));
+  if (name === 'idle') setInterval(() => {}, 1 << 30);
+  else new Firecracker(name, detail, self).serve(argument('--api-sock'));
+}
+
+function end(words: string, code: number): never {
+  process.stderr.write(`${words}\n`);
+  process.exit(code);
+}
+
+class Firecracker {
+  readonly #mode: string;
+  readonly #detail: string;
+  readonly #self: string;
+  readonly #drives = new Set<string>();
+  #udsPath: string | undefined;
+  #started = false;
+
+  constructor(mode: string, detail: string, self: string) {
+    this.#mode = mode;
+    this.#detail = detail;
+    this.#self = self;
+  }
+
+  serve(socket: string): void {
+    const server = http.createServer((request, response) => {
+      const chunks: Buffer[] = [];
+      request.on('data', (chunk: Buffer) => chunks.push(chunk));
+      request.on('end', () => {
+        const text = request.headers['content-length'] === undefined ? '' : Buffer.concat(chunks).toString();
+        this.#answer(request.method ?? '', request.url ?? '', text, response);
+      });
+    });
+    server.on('error', (error) => end(`Failed to open the API socket: ${error.message}`, 1));
+    server.listen(socket);
+  }
+
+  #answer(method: string, url: string, text: string, response: http.ServerResponse): void {
+    const body: unknown = text === '' ? undefined : JSON.parse(text);
+    appendFileSync(`${this.#self}.requests`, `${JSON.stringify({ name: `${method} ${url}`, body })}\n`);
+    const asked = this.#detail === `${method} ${url}`;
+    if (asked && this.#mode === 'die') end('Shutting down VM after bad syscall', 148);
+    if (asked && this.#mode === 'hang') return;
+    const reply = (status: number, answer?: object) => {
+      response.writeHead(status, { 'Content-Type': 'application/json' });
+      response.end(answer === undefined ? undefined : JSON.stringify(answer));
+    };
+    try {
+      if (asked && this.#mode === 'refuse') throw new Refusal('not in the mood');
+      const answer = this.#act(method, url, body);
+      reply(answer === undefined ? 204 : 200, answer);
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
+      reply(400, { fault_message: error.message });
+    }
+  }
+
+  /** The body of the answer, if it has one. */
+  #act(method: string, url: string, body: unknown): object | undefined {
+    const version = this.#mode === 'version' ? this.#detail : '1.16.1';
+    if (method === 'GET' && url === '/version') return { firecracker_version: version };
+    if (method === 'GET' && url === '/') return { state: this.#started ? 'Running' : 'Not started', id: 'x' };
+    const [, resource = '', id] = url.split('/');
+    const name = `${method} /${resource}`;
+    const fields = this.#fieldsOf(name, id, body);
+    if (name === 'PUT /drives') this.#drives.add(id ?? '');
+    else if (name === 'PATCH /drives' && !this.#drives.has(id ?? '')) throw new Refusal(`Invalid device ID: ${id}`);
+    else if (name === 'PUT /vsock') this.#bindVsock(fields.uds_path ?? '');
+    else if (name === 'PUT /actions') this.#start();
+    return undefined;
+  }
+
+  /** The body, checked as to its form and its moment. */
+  #fieldsOf(name: string, id: string | undefined, body: unknown): Record<string, string> {
+    const schema = bodies[name];
+    if (schema === undefined) throw new Refusal(`Invalid request method and/or path: ${name}.`);
+    if (body === undefined) throw new Refusal(`Empty ${name.split(' ')[0]} request.`);
+    const result = schema.safeParse(body);
+    if (!result.success) {
+      throw new Refusal(`An error occurred when deserializing the json body of a request: ${result.error.message}`);
+    }
+    const fields = result.data as Record<string, string>;
+    if (id !== undefined && id !== fields.drive_id) {
+      throw new Refusal('The id from the path does not match the id from the body!');
+    }
+    if (name.startsWith('PATCH') !== this.#started) {
+      const when = this.#started ? 'after' : 'before';
+      throw new Refusal(`The requested operation is not supported ${when} starting the microVM.`);
+    }
+    return fields;
+  }
+
+  #bindVsock(udsPath: string): void {
+    if (existsSync(udsPath)) throw new Refusal('Cannot create backend for vsock device: Address in use (os error 98)');
+    this.#udsPath = udsPath;
+    const server = net.createServer((socket) => {
+      socket.on('error', () => {});
+      socket.once('data', (line) => {
+        if (!/^connect \d+\n/i.test(line.toString())) {
+          socket.destroy();
+          return;
+        }
+        appendFileSync(`${this.#self}.connects`, line.toString());
+        socket.write(`OK ${2 ** 30}\n`);
+      });
+    });
+    server.listen(udsPath);
+  }
+
+  #start(): void {
+    this.#started = true;
+    if (this.#mode === 'guest-stops') {
+      process.stdout.write('Kernel panic - not syncing\u001b[2J\r\n');
+      setImmediate(() => process.exit(0));
+    } else if (this.#udsPath !== undefined) {
+      // The agent, which dials when it is up.
+      net
+        .connect(`${this.#udsPath}_1024`)
+        .on('error', () => {})
+        .write('hello');
+    }
+  }
+}

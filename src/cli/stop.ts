@@ -6,6 +6,6 @@ export function stopCommand(): Command {
   return new Command('stop')
     .description('ask kilnd to stop once no container runs; ask a second time to end the containers too')
     .action(async () => {
-      process.stdout.write(await ask('stop'));
+      process.stdout.write(await ask({ kind: 'stop' }));
     });
 }

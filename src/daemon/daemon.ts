@@ -6,9 +6,16 @@ import { forLog, KilnError } from '../errors.ts';
 import type { DaemonLog, Logger } from '../observe/logger.ts';
 import { TaskLog } from '../observe/task-log.ts';
 import { Timeline } from '../observe/timeline.ts';
+import { Timelines } from '../observe/timelines.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
 import { type Bootstrap, encodeStartAnswer, readBootstrap } from '../shim/control/bootstrap.ts';
-import type { ControlReply, ControlRequest, LauncherContext, StartRequest } from '../shim/control/request.ts';
+import type {
+  ControlReply,
+  ControlRequest,
+  LauncherContext,
+  StartRequest,
+  TimelineRequest,
+} from '../shim/control/request.ts';
 import { ControlServer } from '../shim/control/server.ts';
 import { Endpoint } from '../shim/endpoint.ts';
 import { EventPublisher } from '../shim/publisher.ts';
@@ -64,6 +71,9 @@ export interface DaemonOptions {
   readonly onStopped: () => void;
 }
 
+/** Timelines that `kiln timeline` can ask for: some 200 bytes each. */
+const timelinesKept = 500;
+
 interface Served {
   readonly endpoint: Endpoint;
   /** When the launcher was started that the endpoint was made for; relays that are older are an earlier endpoint's. */
@@ -87,6 +97,7 @@ export class Daemon {
   readonly #turns = new Turns();
   readonly #publishers = new Map<string, EventPublisher>();
   readonly #endings = new Endings();
+  readonly #timelines = new Timelines(timelinesKept);
   #relays: RelayServer | undefined;
   #control: ControlServer | undefined;
   #idleTimer: NodeJS.Timeout | undefined;
@@ -156,6 +167,8 @@ export class Daemon {
         return this.#turns.take(keyOf(request), () => this.#deleteEndpoint(keyOf(request), request.launcherStartedNs));
       case 'status':
         return text(0, `${JSON.stringify(this.#status())}\n`);
+      case 'timeline':
+        return this.#timelineOf(request);
       case 'stop':
         // After this answer is sent, since closing waits for it.
         setImmediate(() => void this.stop());
@@ -168,6 +181,16 @@ export class Daemon {
       return { namespace, id, hasTask, relayPid, connections: connectionCount };
     });
     return { version: kilnVersion, pid: process.pid, draining: this.#draining, containers };
+  }
+
+  #timelineOf({ namespace, id }: TimelineRequest): ControlReply {
+    const timeline = this.#timelines.find(namespace, id);
+    if (timeline === undefined) {
+      throw new KilnError('not-found', `kilnd knows no start of a container ${id} in the namespace ${namespace}`, {
+        hint: `it keeps those of the last ${timelinesKept} containers that it started itself`,
+      });
+    }
+    return text(0, `${JSON.stringify({ namespace, id, ...timeline.toJSON() })}\n`);
   }
 
   #endpoints(): Endpoint[] {
@@ -227,7 +250,7 @@ export class Daemon {
       onDeleted: () => taskLog.close(),
       prepareExec: (exec) => prepareExec(exec, this.#contextOf(key, launcher, endpoint)),
       createContainer: (create, signal) => {
-        const timeline = new Timeline();
+        const timeline = this.#timelines.begin(namespace, id);
         timeline.mark('launcher', served.launchedAtMs);
         return createContainer(create, { ...this.#contextOf(key, launcher, endpoint), timeline }, signal);
       },

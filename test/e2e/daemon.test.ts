@@ -205,6 +205,24 @@ describe.runIf(underKiln)('kilnd', () => {
     expect(await other.exit).toBe(0);
   });
 
+  it('shows where the time of a start went, while the container runs and afterwards', async () => {
+    const id = scene.id();
+    const env = { ...process.env, ...scene.kilnEnv };
+    const timeline = (...args: string[]) => run(join(distBin, 'kiln'), ['timeline', id, ...args], { env });
+    const marks = async (): Promise<string[]> => {
+      const { stdout } = await timeline('--json');
+      return (JSON.parse(stdout.toString()) as { marks: { name: string }[] }).marks.map(({ name }) => name);
+    };
+    await scene.start(id, ['sleep', '1000']);
+    expect((await marks()).at(-1)).toBe('started');
+    await scene.remove(id);
+    expect((await marks()).slice(-2)).toEqual(['exited', 'deleted']);
+    const drawn = (await timeline()).stdout.toString();
+    expect(drawn).toMatch(new RegExp(`^default/${id}: \\d+ ms\n`));
+    expect(drawn).toMatch(/^kernel-up +[\d.]+ +[\d.]+ +█+$/m);
+    expect((await timeline('--html')).stdout.toString()).toContain('<th>kernel-up</th>');
+  });
+
   it('shows its state and stops on command', async () => {
     await scene.run(scene.id(), ['true']);
     const env = { ...process.env, ...scene.kilnEnv };

@@ -8,7 +8,7 @@
  *
  * NUL ends a field because it is the one byte that no argument, path or environment variable can hold: the launcher,
  * in C, needs no escaping. Every request has `protocol` (2) and `action`: `start` and `delete` come from containerd by
- * way of the launcher, `status` and `stop` from the command line. Unknown keys are skipped, so that a newer launcher can
+ * way of the launcher, `status`, `stop` and `timeline` from the command line. Unknown keys are skipped, so that a newer launcher can
  * say more to an older kilnd; a key said twice, or one that is missing, is an error. The payload is what containerd
  * wrote to the launcher's stdin; bootstrap.ts tells what that is.
  * A reply with a path asks the launcher to have a relay listen there before it prints anything (native/relay.c).
@@ -61,7 +61,17 @@ export interface DeleteRequest extends LauncherContext {
   readonly kind: 'delete';
 }
 
-export type ControlRequest = StartRequest | DeleteRequest | { readonly kind: 'status' } | { readonly kind: 'stop' };
+/** Asks for the timeline of a container, which may have ended. */
+export interface TimelineRequest {
+  readonly kind: 'timeline';
+  readonly namespace: string;
+  readonly id: string;
+}
+
+/** What the `kiln` command asks for. */
+export type OperatorRequest = { readonly kind: 'status' } | { readonly kind: 'stop' } | TimelineRequest;
+
+export type ControlRequest = StartRequest | DeleteRequest | OperatorRequest;
 
 export interface ControlReply {
   /** 0 to 255. */
@@ -99,6 +109,8 @@ export function parseControlRequest(bytes: Uint8Array): ControlRequest {
     case 'status':
     case 'stop':
       return { kind: action };
+    case 'timeline':
+      return { kind: action, namespace: identifierOf(fields, 'namespace'), id: identifierOf(fields, 'id') };
     default:
       throw new KilnError('unimplemented', `control request has the unknown action ${quote(action)}`);
   }
@@ -126,6 +138,7 @@ export function encodeControlRequest(request: ControlRequest): Uint8Array {
       ['launcher_started_ns', request.launcherStartedNs.toString()],
     );
   }
+  if (request.kind === 'timeline') fields.push(['namespace', request.namespace], ['id', request.id]);
   for (const [key, value] of fields) {
     if (value.includes('\0')) throw invalid(`field "${key}" must not hold a NUL byte`);
   }

@@ -21,17 +21,17 @@ it('the answer of kilnd is passed on as it is', async () => {
     exitCode: 0,
     stdout: Buffer.from(`{"asked":"${kind}"}\n`),
   }));
-  expect(Buffer.from(await ask('status')).toString()).toBe('{"asked":"status"}\n');
+  expect(Buffer.from(await ask({ kind: 'status' })).toString()).toBe('{"asked":"status"}\n');
 });
 
 it('what kilnd refuses is an error with its words, not output', async () => {
   await using _server = await ControlServer.listen(stateDir, async () => {
     throw new KilnError('internal', 'no');
   });
-  await expect(ask('stop')).rejects.toThrow('no');
+  await expect(ask({ kind: 'stop' })).rejects.toThrow('no');
 });
 
 it('a kilnd that is stopping and gives no answer is unavailable', async () => {
   await using _server = await ControlServer.listen(stateDir, async () => null);
-  await expect(ask('status')).rejects.toMatchObject({ code: 'unavailable' });
+  await expect(ask({ kind: 'status' })).rejects.toMatchObject({ code: 'unavailable' });
 });

@@ -93,6 +93,15 @@ describe.skipIf(process.getuid?.() !== 0)('kilnd', () => {
     expect(log().map(({ msg }) => msg)).toEqual(['kilnd starts', 'stopping', 'stopped']);
   });
 
+  it('has no timeline of a container that it has not started, and says so', async () => {
+    await running();
+    const { code, stdout, stderr } = await kiln('timeline', 'nobody', '--namespace', 'other');
+    expect([code, stdout]).toEqual([1, '']);
+    expect(stderr).toContain('kiln: kilnd knows no start of a container nobody in the namespace other');
+    expect((await kiln('timeline', '../x')).stderr).toContain('field "id" must be');
+    expect((await kiln('timeline', 'c1', '--json', '--html')).stderr).toContain("cannot be used with option '--html'");
+  });
+
   it('with an unknown key in its configuration says which, and ends with 1', async () => {
     const { said, stderr, ended } = startKilnd('[vm]\nmemory_mb = 1\n');
     const message = await said;

@@ -49,6 +49,7 @@ const anyRequest: fc.Arbitrary<ControlRequest> = fc.oneof(
   fc.record({ kind: fc.constant('start' as const), ...context, payload: fc.uint8Array() }),
   fc.record({ kind: fc.constant('delete' as const), ...context }),
   fc.record({ kind: fc.constantFrom('status' as const, 'stop' as const) }),
+  fc.record({ kind: fc.constant('timeline' as const), namespace: context.namespace, id: context.id }),
 );
 
 describe('control request', () => {

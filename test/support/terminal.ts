@@ -63,12 +63,13 @@ export class Terminal implements AsyncDisposable {
   }
 
   /** Waits until the screen shows this; returns the screen. */
-  async waitFor(wanted: RegExp, timeout = 60_000): Promise<string> {
+  async waitFor(wanted: RegExp | ((screen: string) => boolean), timeout = 60_000): Promise<string> {
+    const isThere = typeof wanted === 'function' ? wanted : (screen: string) => wanted.test(screen);
     const deadline = Date.now() + timeout;
     for (;;) {
       const seen = this.#outputs();
       const screen = await this.screen();
-      if (wanted.test(screen)) return screen;
+      if (isThere(screen)) return screen;
       const what = `${wanted} on the screen, which is:\n${screen}\n`;
       await this.#lines.waitFor(() => this.#outputs() > seen, what, deadline - Date.now());
     }

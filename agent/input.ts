@@ -3,7 +3,7 @@ import { closeSync } from 'node:fs';
 import type { Socket } from 'node:net';
 import { countRelayed } from '../src/sys/garbage.ts';
 import { socketFromFd } from '../src/sys/pipe.ts';
-import { socketFromTerminal } from '../src/sys/terminal.ts';
+import { socketFromDevice } from '../src/sys/terminal.ts';
 import { AgentError } from './errors.ts';
 
 export class Input implements Disposable {
@@ -57,7 +57,7 @@ export class Input implements Disposable {
   }
 
   #open(): Socket {
-    const sink = this.#kind === 'pipe' ? socketFromFd(this.#fd, 'write') : socketFromTerminal(this.#fd, 'write');
+    const sink = this.#kind === 'pipe' ? socketFromFd(this.#fd, 'write') : socketFromDevice(this.#fd, 'write');
     return sink.on('error', () => {});
   }
 

@@ -21,10 +21,12 @@ import { Containers } from './containers.ts';
 import { Crun } from './crun.ts';
 import { describe } from './errors.ts';
 import { Reaper } from './reaper.ts';
+import { dialSerialPort } from './serial-port.ts';
 import { createService } from './service.ts';
 
 /** Where the host listens for its guests, unless it says otherwise: `kiln.agent_port=N` on the kernel's command line. */
 const HOST_PORT = 1024;
+const portWord = 'kiln.agent_port=';
 
 /**
  * Where the agent listens for a knock of its host. A vsock whose other end is a Unix socket (vhost-device-vsock) does not
@@ -43,11 +45,19 @@ const PROBE_LIMIT = 2000;
 const FIRST_RETRY = 10;
 const LAST_RETRY = 200;
 
-async function dial(socketPath: string | undefined): Promise<Socket> {
-  if (socketPath === undefined) {
-    const port = /(?:^|\s)kiln\.agent_port=(\d+)/.exec(readFileSync('/proc/cmdline', 'utf8'))?.[1];
-    return connectVsock(VMADDR_CID_HOST, port === undefined ? HOST_PORT : Number(port));
-  }
+/** How the host is reached, by its Unix socket in tests, or else by what it says on the kernel's command line. */
+function dialer(socketPath: string | undefined): { dial: () => Promise<Socket>; knocked: boolean } {
+  if (socketPath !== undefined) return { dial: () => dialUnix(socketPath), knocked: false };
+  const words = readFileSync('/proc/cmdline', 'utf8').trim().split(' ');
+  if (words.includes('kiln.channel=virtio-serial')) return { dial: dialSerialPort, knocked: false };
+  const port = words.find((word) => word.startsWith(portWord))?.slice(portWord.length);
+  return {
+    dial: async () => connectVsock(VMADDR_CID_HOST, port === undefined ? HOST_PORT : Number(port)),
+    knocked: true,
+  };
+}
+
+async function dialUnix(socketPath: string): Promise<Socket> {
   const socket = connect(socketPath);
   await once(socket, 'connect');
   return socket;
@@ -66,7 +76,8 @@ async function main(): Promise<never> {
   let retry = FIRST_RETRY;
   let served: ServedSocket | undefined;
   let dialAtOnce = () => {};
-  if (socketPath === undefined) {
+  const { dial, knocked } = dialer(socketPath);
+  if (knocked) {
     answerKnocks(() => {
       dialAtOnce();
       void hangUpIfDead(served);
@@ -74,7 +85,7 @@ async function main(): Promise<never> {
   }
   for (;;) {
     try {
-      const socket = await dial(socketPath);
+      const socket = await dial();
       const onHello = () => {
         retry = FIRST_RETRY;
       };

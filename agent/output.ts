@@ -13,7 +13,7 @@
 import { closeSync } from 'node:fs';
 import type { Socket } from 'node:net';
 import { bytesInPipe, growPipe, socketFromFd } from '../src/sys/pipe.ts';
-import { socketFromTerminal } from '../src/sys/terminal.ts';
+import { socketFromDevice } from '../src/sys/terminal.ts';
 import { AgentError } from './errors.ts';
 
 /**
@@ -139,7 +139,7 @@ export class Output implements Disposable {
   #open(): Socket {
     const into = { buffer: () => this.#nextMemory(), callback: (length: number) => this.#onRead(length) };
     const source =
-      this.#kind === 'pipe' ? socketFromFd(this.#fd, 'read', into) : socketFromTerminal(this.#fd, 'read', into);
+      this.#kind === 'pipe' ? socketFromFd(this.#fd, 'read', into) : socketFromDevice(this.#fd, 'read', into);
     // 'close' follows the end of a pipe, and an error: of a pipe there is none, of a terminal EIO is the end.
     source.on('error', () => {});
     return source.on('close', () => {

@@ -30,7 +30,7 @@ export interface KilnConfig {
     readonly qemu: string;
     /** Firecracker's program: a name on PATH or an absolute path. */
     readonly firecracker: string;
-    readonly channel: 'auto' | 'hybrid-vsock' | 'kernel-vsock';
+    readonly channel: 'auto' | 'hybrid-vsock' | 'kernel-vsock' | 'virtio-serial';
   };
   readonly storage: {
     /** Size limit of a container's writable layer in GiB. */

@@ -45,9 +45,9 @@ const vm = z.strictObject({
   qemu: program('qemu-system-x86_64'),
   firecracker: program('firecracker'),
   channel: z
-    .enum(['auto', 'hybrid-vsock', 'kernel-vsock'])
+    .enum(['auto', 'hybrid-vsock', 'kernel-vsock', 'virtio-serial'])
     .default('auto')
-    .describe('"auto", "hybrid-vsock" or "kernel-vsock"'),
+    .describe('"auto", "hybrid-vsock", "kernel-vsock" or "virtio-serial"'),
 });
 
 const storage = z.strictObject({

@@ -34,20 +34,20 @@ interface PipeWrap {
 }
 
 /**
- * The master of a pseudo-terminal as a stream in epoll; takes the descriptor over. Node would make a tty.WriteStream of
- * it, which blocks; libuv's pipe handle works on whatever epoll takes.
+ * A character device that epoll takes, such as the master of a pseudo-terminal, as a stream; takes the descriptor over,
+ * which must not block. Node would make a file or a tty.WriteStream of it, which block; libuv's pipe handle does not.
  *
  * @param into as in `socketFromFd`
  */
-export function socketFromTerminal(fd: number, direction: 'read' | 'write', into?: ReadInto): Socket {
+export function socketFromDevice(fd: number, direction: 'read' | 'write' | 'both', into?: ReadInto): Socket {
   const binding = (process as unknown as { binding(name: 'pipe_wrap'): PipeWrap }).binding('pipe_wrap');
   const handle = new binding.Pipe(binding.constants.SOCKET);
   const status = handle.open(fd);
-  if (status !== 0) throw new Error(`cannot open the terminal as a stream: libuv's error ${status}`);
+  if (status !== 0) throw new Error(`cannot open the device as a stream: libuv's error ${status}`);
   const options = {
     handle,
-    readable: direction === 'read',
-    writable: direction === 'write',
+    readable: direction !== 'write',
+    writable: direction !== 'read',
     ...(into === undefined ? {} : { onread: into }),
   };
   // `handle` is net.Socket's own option, which the types leave out (vsock.ts uses it, too).

@@ -5,17 +5,18 @@ import { abortable } from './abortable.ts';
 import { type HostDevices, hostDevices } from './host-devices.ts';
 
 /**
- * The ways a guest reaches its host. Both end in a socket on which the agent speaks gRPC; they differ in who carries the
- * bytes: a helper program with Unix sockets (hybrid-vsock.ts), or the host's kernel (kernel-vsock.ts).
+ * The ways a guest reaches its host. All end in a socket on which the agent speaks gRPC; they differ in who carries the
+ * bytes: a helper program with Unix sockets (hybrid-vsock.ts), the host's kernel (kernel-vsock.ts), or the VMM itself
+ * (virtio-serial.ts).
  */
-export type Channel = 'hybrid-vsock' | 'kernel-vsock';
+export type Channel = 'hybrid-vsock' | 'kernel-vsock' | 'virtio-serial';
 
 /**
  * Chooses the kernel's vsock where it is there, since it needs no process per VM, else hybrid vsock.
  * Throws `failed-precondition` when the kernel's is demanded and missing.
  */
 export function chooseChannel(wanted: 'auto' | Channel, devices: HostDevices = hostDevices): Channel {
-  if (wanted === 'hybrid-vsock') return wanted;
+  if (wanted === 'hybrid-vsock' || wanted === 'virtio-serial') return wanted;
   const problem = openProblem(devices.vhostVsock);
   if (problem === undefined) return 'kernel-vsock';
   if (wanted === 'auto') return 'hybrid-vsock';

@@ -17,15 +17,17 @@ const lastTransport = 23;
 /** The descriptor on which QEMU gets its listening control socket: the first after the standard ones. */
 export const qmpFd = 3;
 
-export type VsockDevice =
+/** The guest's end of the channel. */
+export type ChannelDevice =
   | { readonly kind: 'vhost-user'; readonly socket: string }
+  | { readonly kind: 'serial'; readonly socket: string }
   | { readonly kind: 'vhost-kernel'; readonly cid: number };
 
 export interface CommandLineOptions {
   readonly config: VmConfig;
   readonly accelerator: Accelerator;
   readonly tscKhz: number | undefined;
-  readonly vsock: VsockDevice;
+  readonly channel: ChannelDevice;
   /** The vsock port on which the host awaits the agent's call. */
   readonly agentPort: number;
 }
@@ -34,6 +36,7 @@ export interface CommandLineOptions {
 export function kernelCommandLine(options: CommandLineOptions): string {
   const words = commonKernelWords(options.config, 't');
   if (options.accelerator === 'tcg' && options.tscKhz !== undefined) words.push(`tsc_early_khz=${options.tscKhz}`);
+  if (options.channel.kind === 'serial') words.push('kiln.channel=virtio-serial');
   // The agent knows the usual one; any other is told to it here.
   if (options.agentPort !== agentPort) words.push(`kiln.agent_port=${options.agentPort}`);
   return words.join(' ');
@@ -69,9 +72,28 @@ function emptySlot(name: SlotName, readOnly: boolean, transport: number): string
   return drive(name, readOnly, nothing, name, transport);
 }
 
+function channelDevice(channel: ChannelDevice, bus: string): string[] {
+  switch (channel.kind) {
+    case 'vhost-user':
+      return [
+        ...['-chardev', `socket,id=vsock,path=${optionValue(channel.socket)}`],
+        ...['-device', `vhost-user-vsock-device,chardev=vsock,bus=${bus}`],
+      ];
+    case 'vhost-kernel':
+      return ['-device', `vhost-vsock-device,guest-cid=${channel.cid},bus=${bus}`];
+    case 'serial':
+      return [
+        ...['-chardev', `socket,id=agent,path=${optionValue(channel.socket)},server=on,wait=off`],
+        ...['-device', `virtio-serial-device,id=serial,bus=${bus}`],
+        // Port 0 is for consoles; the name is what the agent looks for (agent/serial-port.ts).
+        ...['-device', 'virtserialport,bus=serial.0,nr=1,chardev=agent,name=kiln.agent'],
+      ];
+  }
+}
+
 /** QEMU's arguments for a microvm with placeholder drives, a console ring buffer, and a QMP server on `qmpFd`. */
 export function qemuArguments(options: CommandLineOptions): string[] {
-  const { config, accelerator, vsock } = options;
+  const { config, accelerator } = options;
   const machine =
     accelerator === 'kvm'
       ? 'microvm,accel=kvm,acpi=on,rtc=on,memory-backend=mem'
@@ -84,15 +106,7 @@ export function qemuArguments(options: CommandLineOptions): string[] {
     ...readOnlySlots.flatMap((name) => emptySlot(name, true, transport--)),
     ...writableSlots.flatMap((name) => emptySlot(name, false, transport--)),
   ];
-  const vsockDevice =
-    vsock.kind === 'vhost-user'
-      ? [
-          '-chardev',
-          `socket,id=vsock,path=${optionValue(vsock.socket)}`,
-          '-device',
-          `vhost-user-vsock-device,chardev=vsock,bus=virtio-mmio-bus.${transport--}`,
-        ]
-      : ['-device', `vhost-vsock-device,guest-cid=${vsock.cid},bus=virtio-mmio-bus.${transport--}`];
+  const channel = channelDevice(options.channel, `virtio-mmio-bus.${transport--}`);
   return [
     ...[
       '-name',
@@ -114,6 +128,6 @@ export function qemuArguments(options: CommandLineOptions): string[] {
     ...['-chardev', `ringbuf,id=console,size=${consoleBufferBytes}`, '-serial', 'chardev:console'],
     ...['-chardev', `socket,id=qmp,fd=${qmpFd},server=on,wait=off`, '-mon', 'chardev=qmp,mode=control'],
     ...disks,
-    ...vsockDevice,
+    ...channel,
   ];
 }

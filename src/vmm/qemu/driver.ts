@@ -8,14 +8,15 @@ import type { ProcessIdentity } from '../../host/process-identity.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
 import { listenForPeers } from '../../sys/unix-fd.ts';
 import { abortable } from '../abortable.ts';
-import { type AgentListener, type Channel, chooseChannel } from '../channel.ts';
+import { type AgentListener, type Channel, chooseChannel, type FirstConnection } from '../channel.ts';
 import { requireGuestFiles } from '../guest-files.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
 import { hostSocketFor, knock, listenHybrid } from '../hybrid-vsock.ts';
 import { listenKernel, randomCid } from '../kernel-vsock.ts';
+import { serialConnection } from '../virtio-serial.ts';
 import { agentPort, type Vm, type VmConfig, type Vmm, type VmRecord } from '../vmm.ts';
 import { type Accelerator, chooseAccelerator, hostTscKhz } from './accelerator.ts';
-import { qemuArguments, type VsockDevice } from './command-line.ts';
+import { type ChannelDevice, qemuArguments } from './command-line.ts';
 import { QmpClient } from './qmp.ts';
 import { type ChannelRecord, parseQemuRecord } from './record.ts';
 import { QemuVm } from './vm.ts';
@@ -79,7 +80,7 @@ async function launch(request: Launch, signal: AbortSignal): Promise<Vm> {
   const qmpSocket = qmpSocketIn(config.directory);
   stack.defer(() => rm(qmpSocket, { force: true }));
   const { agent, device, backend } = await openChannel(request, stack, signal);
-  const args = { config, accelerator, tscKhz, vsock: device, agentPort: agent.port };
+  const args = { config, accelerator, tscKhz, channel: device, agentPort: agent.port };
   requireSocketPath(qmpSocket);
   const listener = listenForPeers(qmpSocket);
   let qemu: HelperProcess;
@@ -105,7 +106,7 @@ async function launch(request: Launch, signal: AbortSignal): Promise<Vm> {
 
 interface OpenChannel {
   readonly agent: AgentListener;
-  readonly device: VsockDevice;
+  readonly device: ChannelDevice;
   readonly backend: HelperProcess | undefined;
 }
 
@@ -118,6 +119,13 @@ async function openChannel(
   if (channel === 'kernel-vsock') {
     const cid = randomCid();
     return { agent: stack.use(listenKernel(cid)), device: { kind: 'vhost-kernel', cid }, backend: undefined };
+  }
+  if (channel === 'virtio-serial') {
+    const socket = serialSocketIn(config.directory);
+    requireSocketPath(socket);
+    stack.defer(() => rm(socket, { force: true }));
+    const agent = { port: agentPort, ...stack.use(serialConnection(socket)) };
+    return { agent, device: { kind: 'serial', socket }, backend: undefined };
   }
   const udsPath = udsPathIn(config.directory);
   const agent = stack.use(await listenHybrid(udsPath, agentPort));
@@ -161,7 +169,8 @@ async function connectQmp(
 async function adoptQemu(given: VmRecord, directory: string, signal: AbortSignal): Promise<Vm> {
   const record = parseQemuRecord(given);
   await using stack = new AsyncDisposableStack();
-  for (const file of [udsPathIn(directory), path.join(directory, vsockSocketName), qmpSocketIn(directory)]) {
+  const vsockSocket = path.join(directory, vsockSocketName);
+  for (const file of [udsPathIn(directory), vsockSocket, serialSocketIn(directory), qmpSocketIn(directory)]) {
     stack.defer(() => rm(file, { force: true }));
   }
   const backend = record.backend && adoptHelper(record.backend, { directory, logName: vsockLogName });
@@ -184,15 +193,23 @@ function hasEnded(what: string, { pid }: ProcessIdentity): KilnError {
   return new KilnError('not-found', `${what} (pid ${pid}) has ended`);
 }
 
-async function listenAgain(channel: ChannelRecord, directory: string): Promise<AgentListener> {
+async function listenAgain(channel: ChannelRecord, directory: string): Promise<FirstConnection> {
   if (channel.kind === 'kernel-vsock') return listenKernel(channel.cid, channel.port);
+  if (channel.kind === 'virtio-serial') return serialConnection(serialSocketIn(directory));
   const udsPath = udsPathIn(directory);
   await rm(hostSocketFor(udsPath, agentPort), { force: true });
   return listenHybrid(udsPath, agentPort);
 }
 
-function channelRecord(device: VsockDevice, { port }: AgentListener): ChannelRecord {
-  return device.kind === 'vhost-user' ? { kind: 'hybrid-vsock' } : { kind: 'kernel-vsock', cid: device.cid, port };
+function channelRecord(device: ChannelDevice, { port }: AgentListener): ChannelRecord {
+  switch (device.kind) {
+    case 'vhost-user':
+      return { kind: 'hybrid-vsock' };
+    case 'vhost-kernel':
+      return { kind: 'kernel-vsock', cid: device.cid, port };
+    case 'serial':
+      return { kind: 'virtio-serial' };
+  }
 }
 
 const vmmLogName = 'vmm.log';
@@ -200,6 +217,11 @@ const vmmLogName = 'vmm.log';
 /** Where QEMU takes its commands. */
 function qmpSocketIn(directory: string): string {
   return path.join(directory, 'qmp.sock');
+}
+
+/** See virtio-serial.ts. */
+function serialSocketIn(directory: string): string {
+  return path.join(directory, 'agent.sock');
 }
 
 /** See hybrid-vsock.ts. */

@@ -9,6 +9,7 @@ import { readOnlySlots, type VmRecord, writableSlots } from '../vmm.ts';
 
 const channel = z.union([
   z.object({ kind: z.literal('hybrid-vsock') }),
+  z.object({ kind: z.literal('virtio-serial') }),
   z.object({ kind: z.literal('kernel-vsock'), cid: z.int().positive(), port: z.int().positive() }),
 ]);
 

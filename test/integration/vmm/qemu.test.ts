@@ -109,7 +109,7 @@ describe('a guest in QEMU', () => {
       config: { id: 'one', directory, memoryMib: 256, vcpus: 1, ...guest },
       accelerator: chooseAccelerator('auto').accelerator,
       tscKhz: hostTscKhz(),
-      vsock: { kind: 'vhost-user', socket: backend.socket },
+      channel: { kind: 'vhost-user', socket: backend.socket },
       agentPort: 40_000,
     });
     const control = listenForPeers(path.join(directory, 'qmp.sock'));

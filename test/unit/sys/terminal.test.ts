@@ -6,7 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { bytesInPipe, pipe2 } from '../../../src/sys/pipe.ts';
-import { duplicate, setWindowSize, socketFromTerminal } from '../../../src/sys/terminal.ts';
+import { duplicate, setWindowSize, socketFromDevice } from '../../../src/sys/terminal.ts';
 import { listenForPeers, receiveFd } from '../../../src/sys/unix-fd.ts';
 import { compileFakeConsole } from '../agent/agent.ts';
 import { hasGcc } from '../native/harness.ts';
@@ -93,7 +93,7 @@ describe.skipIf(!hasGcc)('a terminal', () => {
     const master = terminal('read -r line; stty size');
     setWindowSize(master, 132, 43);
     writeSync(master, 'go\n');
-    const reader = socketFromTerminal(duplicate(master), 'read');
+    const reader = socketFromDevice(duplicate(master), 'read');
     let output = '';
     reader.on('data', (data) => {
       output += data;
@@ -109,7 +109,7 @@ describe.skipIf(!hasGcc)('a terminal', () => {
     let output = '';
     const memory = Buffer.alloc(4096);
     const ready = Promise.withResolvers<void>();
-    const reader = socketFromTerminal(duplicate(master), 'read', {
+    const reader = socketFromDevice(duplicate(master), 'read', {
       buffer: () => memory,
       callback: (length) => {
         output += memory.toString('utf8', 0, length);
@@ -122,7 +122,7 @@ describe.skipIf(!hasGcc)('a terminal', () => {
     const closed = new Promise((resolve) => reader.on('close', resolve));
     reader.resume();
     await ready.promise;
-    const writer = socketFromTerminal(duplicate(master), 'write');
+    const writer = socketFromDevice(duplicate(master), 'write');
     writer.write('a line\n');
     await closed;
     writer.destroy();

@@ -13,7 +13,7 @@ const options: CommandLineOptions = {
   },
   accelerator: 'tcg',
   tscKhz: 2_799_998,
-  vsock: { kind: 'vhost-user', socket: '/run/kiln/c/1/vu.sock' },
+  channel: { kind: 'vhost-user', socket: '/run/kiln/c/1/vu.sock' },
   agentPort: 1024,
 };
 
@@ -90,16 +90,28 @@ test('tells the agent its port only where it is not the usual one', () => {
 
 test('uses the vsock device of the channel', () => {
   expect(devicesOf().at(-1)).toBe('vhost-user-vsock-device,chardev=vsock,bus=virtio-mmio-bus.12');
-  const kernel = qemuArguments({ ...options, vsock: { kind: 'vhost-kernel', cid: 77 } });
+  const kernel = qemuArguments({ ...options, channel: { kind: 'vhost-kernel', cid: 77 } });
   expect(valuesOf(kernel, '-device').at(-1)).toBe('vhost-vsock-device,guest-cid=77,bus=virtio-mmio-bus.12');
   expect(valuesOf(kernel, '-chardev').join()).not.toContain('id=vsock');
+});
+
+test('has a serial port for the agent where that is the channel, and tells it', () => {
+  const serial = { ...options, channel: { kind: 'serial', socket: '/r,1/agent.sock' } } as const;
+  const args = qemuArguments(serial);
+  expect(valuesOf(args, '-chardev')).toContain('socket,id=agent,path=/r,,1/agent.sock,server=on,wait=off');
+  expect(valuesOf(args, '-device').slice(-2)).toEqual([
+    'virtio-serial-device,id=serial,bus=virtio-mmio-bus.12',
+    'virtserialport,bus=serial.0,nr=1,chardev=agent,name=kiln.agent',
+  ]);
+  expect(kernelCommandLine(serial)).toContain(' kiln.channel=virtio-serial');
+  expect(kernelCommandLine(options)).not.toContain('kiln.channel');
 });
 
 test('doubles the commas of paths and names inside of option lists, and nowhere else', () => {
   const args = qemuArguments({
     ...options,
     config: { ...options.config, id: 'a,b', kernel: '/g,1/vmlinux', initrd: '/g,1/initrd', guestImage: '/g,1/image' },
-    vsock: { kind: 'vhost-user', socket: '/r,1/vu.sock' },
+    channel: { kind: 'vhost-user', socket: '/r,1/vu.sock' },
   });
   expect(valuesOf(args, '-name')).toEqual(['kiln-a,,b,debug-threads=on']);
   expect(valuesOf(args, '-kernel')).toEqual(['/g,1/vmlinux']);

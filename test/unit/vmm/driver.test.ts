@@ -229,6 +229,47 @@ describe('the channel of a VM', () => {
     expectNothingLeft();
   });
 
+  const serial = { options: { channel: 'virtio-serial', vsockBackend: '/no/backend' } } as const;
+
+  test('is a serial port where that is asked for: no backend is needed, and no socket left', async () => {
+    const vm = await boot('running', serial);
+    expect(workspace.processes()).toEqual([String(vm.pid)]);
+    const agent = await vm.acceptAgent(never);
+    agent.resume();
+    expect(String((await once(agent, 'data'))[0])).toBe('hello');
+    await vm.kill();
+    expectNothingLeft();
+  });
+
+  test('by a serial port is taken over: the agent answers the next host, too', async () => {
+    const first = await boot('running', serial);
+    (await first.acceptAgent(never)).destroy();
+    const options = { qemu: '/nowhere', vsockBackend: '/nowhere', accelerator: 'auto', channel: 'auto' } as const;
+    const second = await createQemu(options, workspace.devices()).adopt(
+      JSON.parse(JSON.stringify(first.record())),
+      workspace.sandbox,
+      never,
+    );
+    vms.push(second);
+    const agent = await second.acceptAgent(never);
+    agent.resume();
+    expect(String((await once(agent, 'data'))[0])).toBe('hello');
+    await second.kill();
+    expectNothingLeft();
+  });
+
+  test('by a serial port on which nobody answers ends with the VM, or when nobody wants it any more', async () => {
+    const vm = await boot('running=deaf', serial);
+    const giveUp = new AbortController();
+    const gaveUp = expect(vm.acceptAgent(giveUp.signal)).rejects.toThrow('enough');
+    giveUp.abort(new Error('enough'));
+    await gaveUp;
+    const accepting = expect(vm.acceptAgent(never)).rejects.toMatchObject({ code: 'unavailable' });
+    await vm.kill();
+    await accepting;
+    expectNothingLeft();
+  });
+
   describe.skipIf(!hasVsock)('by the kernel (needs AF_VSOCK)', () => {
     const cidOf = (args: readonly string[]) => Number(/guest-cid=(\d+),/.exec(args.join(' '))?.[1]);
     const portOf = (args: readonly string[]) => Number(/kiln\.agent_port=(\d+)/.exec(args.join(' '))?.[1]);

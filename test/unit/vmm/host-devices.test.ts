@@ -82,9 +82,11 @@ describe('the channel', () => {
     expect(chooseChannel('kernel-vsock', workspace.devices())).toBe('kernel-vsock');
   });
 
-  test('is hybrid vsock where that is asked for', () => {
+  test('is hybrid vsock, or virtio-serial, where that is asked for', () => {
     workspace.file('vhost-vsock');
-    expect(chooseChannel('hybrid-vsock', workspace.devices())).toBe('hybrid-vsock');
+    for (const channel of ['hybrid-vsock', 'virtio-serial'] as const) {
+      expect(chooseChannel(channel, workspace.devices())).toBe(channel);
+    }
   });
 
   test('that is demanded and missing is an error that names device and module', () => {

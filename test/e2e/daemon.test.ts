@@ -28,6 +28,15 @@ async function readLines(fifo: string, count: number): Promise<string> {
   return read;
 }
 
+/**
+ * Waits until the container's shell has made the file /ready, after its traps. Before they are set a signal is lost: an
+ * init without a handler does not get it.
+ */
+async function untilReady(scene: Scene, id: string): Promise<void> {
+  const ready = ['sh', '-c', 'until [ -e /ready ]; do usleep 1000; done'];
+  await scene.ctr(['task', 'exec', '--fifo-dir', scene.fifoDir, '--exec-id', 'ready', id, ...ready]);
+}
+
 describe.each(containerdVersions)('a restart of containerd %s', (version) => {
   const scene = useScene({ version });
 
@@ -35,7 +44,8 @@ describe.each(containerdVersions)('a restart of containerd %s', (version) => {
     'by %s leaves a running task running, and its exit is delivered',
     async (how) => {
       const id = scene.id();
-      await scene.start(id, ['sh', '-c', 'trap "exit 44" TERM; sleep 1000 & wait']);
+      await scene.start(id, ['sh', '-c', 'trap "exit 44" TERM; : >/ready; sleep 1000 & wait']);
+      await untilReady(scene, id);
       const [before] = await scene.tasks();
 
       if (how === 'SIGKILL') await scene.containerd.kill();
@@ -76,8 +86,10 @@ describe.each(containerdVersions)('a restart of containerd %s', (version) => {
   it('keeps the output of a task that runs on', async () => {
     const id = scene.id();
     const file = join(scene.dir, 'restart.log');
-    const script = 'echo before; trap "echo after; exit 0" TERM; sleep 1000 & wait';
+    const script = 'trap "echo after; exit 0" TERM; echo before; sleep 1000 & wait';
     await scene.start(id, ['sh', '-c', script], { flags: ['--log-uri', `file://${file}`] });
+    // Its trap is set by then.
+    await expect.poll(() => readFile(file, 'utf8'), { timeout: 30_000 }).toBe('before\n');
     await scene.containerd.restart();
     await using events = await scene.events();
     await scene.ctr(['task', 'kill', '--signal', 'SIGTERM', id]);
@@ -95,9 +107,7 @@ describe.each(containerdVersions)('a restart of containerd %s', (version) => {
     ].join('; ');
     // Not ctr's own copying, which ends with ctr.
     await scene.start(id, ['sh', '-c', script]);
-    // Before its traps are set, a signal is lost: an init without a handler does not get it.
-    const ready = ['sh', '-c', 'until [ -e /ready ]; do usleep 1000; done'];
-    await scene.ctr(['task', 'exec', '--fifo-dir', scene.fifoDir, '--exec-id', 'ready', id, ...ready]);
+    await untilReady(scene, id);
     await scene.ctr(['task', 'kill', '--signal', 'SIGUSR1', id]);
     const names = await readdir(scene.fifoDir, { recursive: true });
     const fifo = join(scene.fifoDir, names.find((name) => name.endsWith(`/${id}-stdout`)) ?? '');

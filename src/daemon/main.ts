@@ -1,10 +1,12 @@
 import { mkdirSync, openSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { loadConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
 import { createLogger, type DaemonLog } from '../observe/logger.ts';
 import { RootfsStore } from '../rootfs/index.ts';
+import { BootSlots } from '../sandbox/boot-slots.ts';
 import { Readiness } from '../shim/control/readiness.ts';
 import { controlSocketIsServed } from '../shim/control/server.ts';
 import { flock } from '../sys/lock.ts';
@@ -19,6 +21,9 @@ import { defaultGuestDir, standInProgram } from './installation.ts';
  * not read its output, may take some ten seconds. The launcher waits for a minute.
  */
 const lockPatienceMs = 30_000;
+
+/** Virtual machines that boot at a time: two, since one may wait for its disk while the other has the CPU. */
+const bootsPerCpu = 2;
 
 const readiness = Readiness.take(process.env);
 
@@ -41,7 +46,8 @@ async function main(): Promise<void> {
   });
   process.on('SIGHUP', () => reopen(log));
   const rootfs = new RootfsStore({ cacheDir: paths.cacheDir, logger });
-  const installation = { host: { rootfs, standInProgram }, load };
+  const bootSlots = new BootSlots(bootsPerCpu * availableParallelism());
+  const installation = { host: { rootfs, standInProgram, bootSlots }, load };
   const daemon = new Daemon({
     paths,
     idleTimeoutMs: config.daemon.idleTimeoutS * 1000,

@@ -7,6 +7,7 @@ import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import type { PreparedRootfs, RootfsPlan, RootfsStore } from '../rootfs/index.ts';
 import type { VmConfig, Vmm } from '../vmm/vmm.ts';
+import type { BootSlots } from './boot-slots.ts';
 import type { ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
 import type { HookPlan } from './hooks.ts';
@@ -18,6 +19,7 @@ import type { ContainerStdio } from './stdio.ts';
 export interface HostServices {
   readonly rootfs: RootfsStore;
   readonly standInProgram: string;
+  readonly bootSlots: BootSlots;
 }
 
 export interface ContainerRequest {
@@ -81,7 +83,7 @@ export async function acquire(
     guard(request.openStdio()),
     guard(startStandIn({ program: host.standInProgram, id: request.id, directory: request.directory })),
     guard(prepareRootfs(host, request, either)),
-    guard(bootSandbox(request, either)),
+    guard(bootSandbox(host, request, either)),
   ]);
   if (stdio.status === 'fulfilled') stack.defer(() => stdio.value.dispose());
   if (standIn.status === 'fulfilled') stack.use(standIn.value);
@@ -113,9 +115,10 @@ async function prepareRootfs(host: HostServices, request: ContainerRequest, sign
   return prepared;
 }
 
-function bootSandbox(request: ContainerRequest, signal: AbortSignal): Promise<Sandbox> {
+async function bootSandbox(host: HostServices, request: ContainerRequest, signal: AbortSignal): Promise<Sandbox> {
+  using _slot = await host.bootSlots.take(signal);
   const { id, directory, memoryMib, vcpus, files, vmm, timeline, logger, config } = request;
-  return Sandbox.boot(
+  return await Sandbox.boot(
     {
       vmm,
       vm: { id, directory, memoryMib, vcpus, ...files },

@@ -14,6 +14,7 @@ import { startStandIn } from '../../../src/host/stand-in.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { Timeline } from '../../../src/observe/timeline.ts';
 import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
+import { BootSlots } from '../../../src/sandbox/boot-slots.ts';
 import type { Container } from '../../../src/sandbox/container.ts';
 import { bootContainer, reattachContainer } from '../../../src/sandbox/create.ts';
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
@@ -216,7 +217,7 @@ export class Workbench implements AsyncDisposable {
 
   async create(signal: AbortSignal = new AbortController().signal): Promise<Container> {
     this.container = await bootContainer(
-      { rootfs: this.#rootfs(), standInProgram: this.#standIn() },
+      { rootfs: this.#rootfs(), standInProgram: this.#standIn(), bootSlots: new BootSlots(1) },
       this.#request(),
       signal,
     );
@@ -250,7 +251,7 @@ export class Workbench implements AsyncDisposable {
     };
     const scripted: Vmm = { name: 'scripted', boot: () => Promise.reject(new Error('nothing boots')), adopt, ...vmm };
     const adopted = await reattachContainer(
-      { rootfs: this.#rootfs(), standInProgram: '/nowhere' },
+      { rootfs: this.#rootfs(), standInProgram: '/nowhere', bootSlots: new BootSlots(0) },
       { record, directory, vmm: scripted, openStdio, execs, timeline, logger },
       new AbortController().signal,
     );

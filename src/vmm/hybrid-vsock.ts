@@ -1,4 +1,6 @@
+import { rm } from 'node:fs/promises';
 import net from 'node:net';
+import path from 'node:path';
 import { listenUnix } from '../host/unix-socket.ts';
 import { type AgentListener, firstConnection } from './channel.ts';
 
@@ -24,7 +26,7 @@ export function hostSocketFor(udsPath: string, port: number): string {
  * Tells the agent of a VM that was taken over that somebody waits for its call (agent/main.ts, KNOCK_PORT). Resolves when
  * the backend has passed that on, or cannot; never rejects: an agent that has noticed itself dials anyway.
  */
-export async function knock(udsPath: string): Promise<void> {
+async function knock(udsPath: string): Promise<void> {
   const socket = net.connect(udsPath);
   await new Promise<void>((resolve) => {
     socket.on('error', () => {});
@@ -34,6 +36,19 @@ export async function knock(udsPath: string): Promise<void> {
     // In one piece: the backend reads the line once.
     socket.write(`CONNECT ${knockPort}\n`);
   });
+}
+
+/** Where a VM's socket U is, in its directory. */
+export function udsPathIn(directory: string): string {
+  return path.join(directory, 'vsock');
+}
+
+/** Listens in an earlier kilnd's place for the agent, and asks it to call. Throws as `listenHybrid`. */
+export async function listenHybridAgain(udsPath: string, port: number): Promise<AgentListener> {
+  await rm(hostSocketFor(udsPath, port), { force: true });
+  const listener = await listenHybrid(udsPath, port);
+  void knock(udsPath);
+  return listener;
 }
 
 /** Listens for the agent. Throws `failed-precondition` when the socket's path is too long. */

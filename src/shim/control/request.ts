@@ -8,9 +8,9 @@
  *
  * NUL ends a field because it is the one byte that no argument, path or environment variable can hold: the launcher,
  * in C, needs no escaping. Every request has `protocol` (2) and `action`: `start` and `delete` come from containerd by
- * way of the launcher, `status`, `stop` and `timeline` from the command line. Unknown keys are skipped, so that a newer launcher can
- * say more to an older kilnd; a key said twice, or one that is missing, is an error. The payload is what containerd
- * wrote to the launcher's stdin; bootstrap.ts tells what that is.
+ * way of the launcher, `status`, `stop` and `timeline` from the command line. Unknown keys are skipped, so that a newer
+ * launcher can say more to an older kilnd; a key said twice, or one that is missing, is an error. The payload is what
+ * containerd wrote to the launcher's stdin; bootstrap.ts tells what that is.
  * A reply with a path asks the launcher to have a relay listen there before it prints anything (native/relay.c).
  * A connection that ends before the first reply byte means "I was stopping": the launcher asks a fresh kilnd.
  */

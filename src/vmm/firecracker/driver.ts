@@ -5,7 +5,7 @@ import { adoptHelper, type HelperProcess, startHelper } from '../../host/helper-
 import { requireSocketPath } from '../../host/unix-socket.ts';
 import { requireGuestFiles } from '../guest-files.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
-import { hostSocketFor, knock, listenHybrid } from '../hybrid-vsock.ts';
+import { listenHybrid, listenHybridAgain, udsPathIn } from '../hybrid-vsock.ts';
 import { commonKernelWords } from '../kernel-words.ts';
 import { kvmProblem } from '../kvm.ts';
 import { AwaitedSocket } from '../socket-file.ts';
@@ -162,10 +162,7 @@ async function adoptFirecracker(given: VmRecord, directory: string, signal: Abor
   if (state !== 'Running') throw new KilnError('internal', `the VM does not run; Firecracker says "${state}"`);
   const resources = stack.move();
   const accept = async (accepting: AbortSignal) => {
-    await rm(hostSocketFor(udsPath, agentPort), { force: true });
-    const listener = resources.use(await listenHybrid(udsPath, agentPort));
-    void knock(udsPath);
-    return listener.accept(accepting);
+    return resources.use(await listenHybridAgain(udsPath, agentPort)).accept(accepting);
   };
   return new FirecrackerVm({ firecracker, api, agent: { accept }, usedSlots: record.usedSlots, resources });
 }
@@ -177,11 +174,6 @@ function vmId(id: string): string {
 
 function apiSocketIn(directory: string): string {
   return path.join(directory, 'fc.sock');
-}
-
-/** See hybrid-vsock.ts. */
-function udsPathIn(directory: string): string {
-  return path.join(directory, 'vsock');
 }
 
 function slotsIn(directory: string): string {

@@ -1,7 +1,8 @@
 import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
-import type { HelperProcess, ProcessExit } from '../../host/helper-process.ts';
+import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
 import type { FirstConnection } from '../channel.ts';
+import { DriveSlots } from '../drive-slots.ts';
 import type { SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
 import type { FirecrackerApi } from './api.ts';
 import { serialOf } from './drives.ts';
@@ -24,10 +25,9 @@ const exitReasons: Readonly<Record<number, string>> = {
 };
 
 /** "(SIGKILL)", "(exit code 1)" or "(exit code 148: …)". */
-export function describeFirecrackerExit({ code, signal }: ProcessExit): string {
-  if (code === null && signal === null) return '(nobody knows how)';
-  const reason = exitReasons[code ?? 0];
-  return `(${signal ?? `exit code ${code}`}${reason === undefined ? '' : `: ${reason}`})`;
+export function describeFirecrackerExit(exit: ProcessExit): string {
+  const reason = exitReasons[exit.code ?? 0];
+  return reason === undefined ? describeExit(exit) : `(exit code ${exit.code}: ${reason})`;
 }
 
 /** What a running VM is made of. */
@@ -49,13 +49,13 @@ export class FirecrackerVm implements Vm {
   readonly channelLost = new Promise<never>(() => {});
   readonly #parts: FirecrackerParts;
   readonly #exit: Promise<VmExit>;
-  readonly #usedSlots: Set<SlotName>;
+  readonly #slots: DriveSlots;
   #killed: Promise<void> | undefined;
 
   constructor(parts: FirecrackerParts) {
     this.pid = parts.firecracker.pid;
     this.#parts = parts;
-    this.#usedSlots = new Set(parts.usedSlots);
+    this.#slots = new DriveSlots(parts.usedSlots);
     this.#exit = this.#awaitExit();
   }
 
@@ -67,7 +67,7 @@ export class FirecrackerVm implements Vm {
 
   record(): VmRecord {
     // Without an identity it has ended, which whoever adopts the VM will find.
-    return { version: 1, firecracker: this.#parts.firecracker.identity, usedSlots: [...this.#usedSlots] };
+    return { version: 1, firecracker: this.#parts.firecracker.identity, usedSlots: this.#slots.used };
   }
 
   async acceptAgent(signal: AbortSignal): Promise<net.Socket> {
@@ -85,20 +85,12 @@ export class FirecrackerVm implements Vm {
     );
   }
 
-  async attachDisk(slot: SlotName, file: string): Promise<string> {
-    if (this.#usedSlots.has(slot)) {
-      throw new KilnError('failed-precondition', `drive slot ${slot} already has a file`);
-    }
-    this.#usedSlots.add(slot);
-    try {
+  attachDisk(slot: SlotName, file: string): Promise<string> {
+    return this.#slots.fill(slot, file, async () => {
       const serial = await serialOf(file);
       await this.#parts.api.call('PATCH /drives', { drive_id: slot, path_on_host: file });
       return serial;
-    } catch (error) {
-      this.#usedSlots.delete(slot);
-      const { code, message } = KilnError.from(error);
-      throw new KilnError(code, `cannot put ${file} behind drive slot ${slot}: ${message}`, { cause: error });
-    }
+    });
   }
 
   wait(): Promise<VmExit> {

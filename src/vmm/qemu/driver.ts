@@ -11,7 +11,7 @@ import { abortable } from '../abortable.ts';
 import { type AgentListener, type Channel, chooseChannel, type FirstConnection } from '../channel.ts';
 import { requireGuestFiles } from '../guest-files.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
-import { hostSocketFor, knock, listenHybrid } from '../hybrid-vsock.ts';
+import { listenHybrid, listenHybridAgain, udsPathIn } from '../hybrid-vsock.ts';
 import { listenKernel, randomCid } from '../kernel-vsock.ts';
 import { serialConnection } from '../virtio-serial.ts';
 import { agentPort, type Vm, type VmConfig, type Vmm, type VmRecord } from '../vmm.ts';
@@ -182,9 +182,7 @@ async function adoptQemu(given: VmRecord, directory: string, signal: AbortSignal
   const { channel, usedSlots } = record;
   const resources = stack.move();
   const accept = async (accepting: AbortSignal) => {
-    const listener = resources.use(await listenAgain(channel, directory));
-    if (channel.kind === 'hybrid-vsock') void knock(udsPathIn(directory));
-    return listener.accept(accepting);
+    return resources.use(await listenAgain(channel, directory)).accept(accepting);
   };
   return new QemuVm({ qemu, qmp, agent: { accept }, channel, usedSlots, backend, resources });
 }
@@ -196,9 +194,7 @@ function hasEnded(what: string, { pid }: ProcessIdentity): KilnError {
 async function listenAgain(channel: ChannelRecord, directory: string): Promise<FirstConnection> {
   if (channel.kind === 'kernel-vsock') return listenKernel(channel.cid, channel.port);
   if (channel.kind === 'virtio-serial') return serialConnection(serialSocketIn(directory));
-  const udsPath = udsPathIn(directory);
-  await rm(hostSocketFor(udsPath, agentPort), { force: true });
-  return listenHybrid(udsPath, agentPort);
+  return listenHybridAgain(udsPathIn(directory), agentPort);
 }
 
 function channelRecord(device: ChannelDevice, { port }: AgentListener): ChannelRecord {
@@ -222,9 +218,4 @@ function qmpSocketIn(directory: string): string {
 /** See virtio-serial.ts. */
 function serialSocketIn(directory: string): string {
   return path.join(directory, 'agent.sock');
-}
-
-/** See hybrid-vsock.ts. */
-function udsPathIn(directory: string): string {
-  return path.join(directory, 'vsock');
 }

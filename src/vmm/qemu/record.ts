@@ -1,11 +1,7 @@
 import { z } from 'zod';
-import { KilnError } from '../../errors.ts';
 import { identityRecord } from '../../host/process-identity.ts';
-import { readOnlySlots, type VmRecord, writableSlots } from '../vmm.ts';
-
-/*
- * What is written down of a VM so that a later kilnd, which may be of another version, finds it again.
- */
+import { parseVmRecord, usedSlots } from '../record.ts';
+import type { VmRecord } from '../vmm.ts';
 
 const channel = z.union([
   z.object({ kind: z.literal('hybrid-vsock') }),
@@ -18,7 +14,7 @@ const qemuRecord = z.object({
   qemu: identityRecord,
   backend: identityRecord.optional(),
   channel,
-  usedSlots: z.array(z.enum([...readOnlySlots, ...writableSlots])),
+  usedSlots,
 });
 
 export type ChannelRecord = z.infer<typeof channel>;
@@ -26,8 +22,5 @@ export type QemuRecord = z.infer<typeof qemuRecord>;
 
 /** @throws KilnError invalid-argument */
 export function parseQemuRecord(record: VmRecord): QemuRecord {
-  const result = qemuRecord.safeParse(record);
-  if (result.success) return result.data;
-  const [issue] = result.error.issues;
-  throw new KilnError('invalid-argument', `not a record of a QEMU VM: ${issue?.path.join('.')}: ${issue?.message}`);
+  return parseVmRecord(qemuRecord, 'a QEMU VM', record);
 }

@@ -2,6 +2,7 @@ import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
 import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
 import type { FirstConnection } from '../channel.ts';
+import { DriveSlots } from '../drive-slots.ts';
 import type { SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
 import { slotNode } from './command-line.ts';
 import { GuestConsole } from './console.ts';
@@ -36,13 +37,13 @@ export class QemuVm implements Vm {
   readonly #parts: QemuParts;
   readonly #console: GuestConsole;
   readonly #exit: Promise<VmExit>;
-  readonly #usedSlots: Set<SlotName>;
+  readonly #slots: DriveSlots;
   #killed: Promise<void> | undefined;
 
   constructor(parts: QemuParts) {
     this.pid = parts.qemu.pid;
     this.#parts = parts;
-    this.#usedSlots = new Set(parts.usedSlots);
+    this.#slots = new DriveSlots(parts.usedSlots);
     this.#console = new GuestConsole(parts.qmp);
     this.#exit = this.#awaitExit();
     this.channelLost = this.#awaitBackendLoss();
@@ -98,7 +99,7 @@ export class QemuVm implements Vm {
   record(): VmRecord {
     const { qemu, backend, channel } = this.#parts;
     // Without an identity it has ended, which whoever adopts the VM will find.
-    return { version: 1, qemu: qemu.identity, backend: backend?.identity, channel, usedSlots: [...this.#usedSlots] };
+    return { version: 1, qemu: qemu.identity, backend: backend?.identity, channel, usedSlots: this.#slots.used };
   }
 
   async acceptAgent(signal: AbortSignal): Promise<net.Socket> {
@@ -133,19 +134,11 @@ export class QemuVm implements Vm {
   }
 
   /** The serial is the slot's name, whatever file is behind it. */
-  async attachDisk(slot: SlotName, file: string): Promise<string> {
-    if (this.#usedSlots.has(slot)) {
-      throw new KilnError('failed-precondition', `drive slot ${slot} already has a file`);
-    }
-    this.#usedSlots.add(slot);
-    try {
+  attachDisk(slot: SlotName, file: string): Promise<string> {
+    return this.#slots.fill(slot, file, async () => {
       await this.#putBehind(slot, file);
       return slot;
-    } catch (error) {
-      this.#usedSlots.delete(slot);
-      const { code, message } = KilnError.from(error);
-      throw new KilnError(code, `cannot put ${file} behind drive slot ${slot}: ${message}`, { cause: error });
-    }
+    });
   }
 
   async #putBehind(slot: SlotName, file: string): Promise<void> {

@@ -3,6 +3,7 @@ import { chmodSync, existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs'
 import net from 'node:net';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
+import { isAlive, type ProcessIdentity } from '../../../src/host/process-identity.ts';
 import { createQemu, type QemuOptions } from '../../../src/vmm/qemu/driver.ts';
 import type { Vm, VmConfig, VmRecord } from '../../../src/vmm/vmm.ts';
 import { hasVsock } from './vsock.ts';
@@ -387,9 +388,11 @@ describe('a VM that is taken over', () => {
 
   test('whose backend has ended is not found, and QEMU is ended', async () => {
     const first = await boot('running');
-    const record = recordOf(first) as { backend: { pid: number } };
+    const record = recordOf(first) as { backend: ProcessIdentity };
     process.kill(record.backend.pid, 'SIGKILL');
-    await vi.waitFor(() => expect(workspace.processes()).toEqual([String(first.pid)]), { interval: 5 });
+    // It has no environment any more a moment before it has ended.
+    await vi.waitFor(() => expect(isAlive(record.backend)).toBe(false), { interval: 5 });
+    expect(workspace.processes()).toEqual([String(first.pid)]);
     await expect(adopt(record)).rejects.toMatchObject({
       code: 'not-found',
       message: `the vsock backend (pid ${record.backend.pid}) has ended`,

@@ -4,17 +4,23 @@
  */
 import { readFileSync } from 'node:fs';
 import { availableParallelism, release, totalmem } from 'node:os';
-import { type HelloRequest, type HelloResponse, Protocol } from '../gen/kiln/agent/v1/agent.ts';
+import {
+  type AdjustClockResponse,
+  type HelloRequest,
+  type HelloResponse,
+  Protocol,
+} from '../gen/kiln/agent/v1/agent.ts';
 import { CLOCK_BOOTTIME, CLOCK_REALTIME, clockGettime, clockSettime } from '../src/sys/clock.ts';
 import { sethostname } from '../src/sys/process.ts';
 import { kilnVersion } from '../src/version.ts';
 import { AgentError } from './errors.ts';
+import { takeIdentity } from './identity.ts';
 
 /** proc_pid_stat(5): `starttime` counts in these, whatever the kernel's own tick is (USER_HZ is 100 everywhere). */
 const NANOSECONDS_PER_TICK = 10_000_000n;
 
 /** What this agent can do beyond the protocol number. */
-const features: string[] = ['resources'];
+const features: string[] = ['resources', 'identity'];
 
 /** What the first Hello called the sandbox's session. */
 let session = '';
@@ -34,6 +40,7 @@ export function hello(request: HelloRequest, owner: boolean): HelloResponse {
   if (owner) {
     if (request.realtimeNs > 0n) clockSettime(CLOCK_REALTIME, request.realtimeNs);
     if (request.hostname !== '') sethostname(request.hostname);
+    if (request.identity !== undefined) takeIdentity(request.identity);
   }
   const told = session;
   if (session === '') session = request.session;
@@ -42,13 +49,20 @@ export function hello(request: HelloRequest, owner: boolean): HelloResponse {
     kilnVersion,
     features,
     kernelRelease: release(),
-    bootId: readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim(),
+    bootId: request.becomesTemplate ? '' : readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim(),
     agentStartedNs: startedNs(),
     answeredNs: clockGettime(CLOCK_BOOTTIME),
     memoryBytes: BigInt(totalmem()),
     vcpus: availableParallelism(),
     session: told,
+    realtimeNs: clockGettime(CLOCK_REALTIME),
   };
+}
+
+/** Moves the wall clock, and tells what it says then. */
+export function adjustClock(deltaNs: bigint, owner: boolean): AdjustClockResponse {
+  if (owner && deltaNs !== 0n) clockSettime(CLOCK_REALTIME, clockGettime(CLOCK_REALTIME) + deltaNs);
+  return { realtimeNs: clockGettime(CLOCK_REALTIME) };
 }
 
 /** When the kernel has started this process, CLOCK_BOOTTIME in nanoseconds, to a hundredth of a second. */

@@ -13,7 +13,8 @@ import {
 import { FramedMessage, framePrefix } from '../src/rpc/grpc/framed-message.ts';
 import type { Containers } from './containers.ts';
 import { AgentError, grpcStatusOf } from './errors.ts';
-import { hello } from './hello.ts';
+import { adjustClock, hello } from './hello.ts';
+import { sampleRandomness } from './identity.ts';
 import type { Output, OutputSink } from './output.ts';
 
 /** Protobuf's key of field 1, length-delimited, and where the bits of a longer length begin. */
@@ -79,6 +80,8 @@ export function createService({ containers, ownsGuest, onHello }: ServiceOptions
         done(grpcStatusOf(error));
       }
     },
+    adjustClock: unary(({ deltaNs }) => adjustClock(deltaNs, ownsGuest)),
+    sampleRandomness: unary(sampleRandomness),
     createContainer: unary(async (request) => ({ pid: await containers.create(request) })),
     startContainer: unary(async ({ id }) => {
       await containers.start(id);

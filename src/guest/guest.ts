@@ -1,12 +1,22 @@
+import { randomBytes } from 'node:crypto';
 import type net from 'node:net';
 import type { Readable, Writable } from 'node:stream';
 import { setTimeout as delay } from 'node:timers/promises';
-import { AgentClient, AgentService, type Mount, Protocol, type Stdio } from '../../gen/kiln/agent/v1/agent.ts';
+import {
+  AgentClient,
+  AgentService,
+  type Identity,
+  type Mount,
+  Protocol,
+  type SampleRandomnessResponse,
+  type Stdio,
+} from '../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../errors.ts';
 import { printable } from '../host/printable.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
 import { kilnVersion } from '../version.ts';
 import { type CallOptions, toKilnError, type UnaryMethod, unary } from './call.ts';
+import { type ClockReading, setClock } from './clock.ts';
 import { type ContainerStats, toContainerStats } from './stats.ts';
 import { type OutputName, type OutputRequest, pipeOutput, pipeStdin } from './streams.ts';
 
@@ -85,6 +95,8 @@ export interface GuestOptions {
   readonly session: string;
   /** True when the agent was told the session on an earlier connection. */
   readonly returning?: boolean;
+  /** The guest is about to be saved as a template: it gets no identity, and no session (which is empty). */
+  readonly becomesTemplate?: boolean;
 }
 
 /**
@@ -101,6 +113,9 @@ const maxTextChars = 128;
 
 /** PID_MAX_LIMIT, linux/threads.h. */
 const largestPid = 2 ** 22;
+
+/** Bytes of entropy that a guest gets: twice what its generator is seeded with. */
+const entropyBytes = 64;
 
 const rebuildHint = 'build the guest image again with `npm run setup`';
 
@@ -121,13 +136,13 @@ export class Guest implements Disposable {
   }
 
   /**
-   * Speaks Hello on a connection that the agent dialled; the guest's clock is right afterwards.
-   * Takes the socket over, also when it throws: `failed-precondition` when host and guest speak different protocols,
+   * Speaks Hello on a connection that the agent dialled; the guest has an identity of its own and the right time
+   * afterwards. Takes the socket over, also when it throws: `failed-precondition` when host and guest speak different protocols,
    * `permission-denied` when the caller is not the agent that was told the session.
    */
   static async connect(
     socket: net.Socket,
-    { hostname, answerLimitMs, session, returning = false }: GuestOptions,
+    { hostname, answerLimitMs, session, returning = false, becomesTemplate = false }: GuestOptions,
   ): Promise<Guest> {
     const connection = clientOverSocket(AgentClient, socket, { peer: 'the guest' });
     try {
@@ -138,7 +153,10 @@ export class Guest implements Disposable {
         realtimeNs: BigInt(Date.now()) * 1_000_000n,
         hostname,
         session,
+        identity: returning || becomesTemplate ? undefined : newIdentity(),
+        becomesTemplate,
       };
+      const askedAt = Date.now();
       const answer = await unary(connection.client, AgentService.hello, hello, { limitMs: answerLimitMs });
       const answeredAt = Date.now();
       if (answer.protocol !== Protocol.PROTOCOL_CURRENT) {
@@ -161,7 +179,10 @@ export class Guest implements Disposable {
         // No time in the future, nor before there were clocks.
         agentStartedAtMs: answeredAt - Math.min(Math.max(ageMs, 0), answeredAt),
       };
-      return new Guest(connection, facts, answerLimitMs);
+      const guest = new Guest(connection, facts, answerLimitMs);
+      const first = { askedAt, answeredAt, guestMs: toMs(answer.realtimeNs) };
+      await setClock(first, (byMs) => guest.#readClock(byMs));
+      return guest;
     } catch (error) {
       connection.close();
       // The agent found the mismatch: its message names both versions, and the remedy is the same.
@@ -282,6 +303,11 @@ export class Guest implements Disposable {
     }
   }
 
+  /** Random bytes of each of the guest's generators, for tests. */
+  sampleRandomness(): Promise<SampleRandomnessResponse> {
+    return this.#call(AgentService.sampleRandomness, {});
+  }
+
   /** Removes a container and unmounts its filesystems, so that what it wrote is on the disk when this resolves. */
   async removeContainer(id: string, options: { readonly force: boolean; readonly guestEnds: boolean }): Promise<void> {
     const limitMs = Math.max(this.#answerLimitMs, removalLimitMs);
@@ -298,6 +324,12 @@ export class Guest implements Disposable {
     return pipeStdin(this.#client, ref, source);
   }
 
+  async #readClock(byMs: number): Promise<ClockReading> {
+    const askedAt = Date.now();
+    const { realtimeNs } = await this.#call(AgentService.adjustClock, { deltaNs: BigInt(Math.round(byMs * 1e6)) });
+    return { askedAt, answeredAt: Date.now(), guestMs: toMs(realtimeNs) };
+  }
+
   #call<Req, Res>(method: UnaryMethod<Req, Res>, request: Req, options: CallOptions = {}): Promise<Res> {
     return unary(this.#client, method, request, { limitMs: this.#answerLimitMs, ...options });
   }
@@ -305,6 +337,14 @@ export class Guest implements Disposable {
   [Symbol.dispose](): void {
     this.#connection.close();
   }
+}
+
+function toMs(ns: bigint): number {
+  return Number(ns) / 1e6;
+}
+
+function newIdentity(): Identity {
+  return { entropy: randomBytes(entropyBytes), machineId: randomBytes(16).toString('hex') };
 }
 
 function toStdio({ size, ...stdio }: GuestStdio): Stdio {

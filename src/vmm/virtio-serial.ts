@@ -1,4 +1,5 @@
 import net from 'node:net';
+import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
 import { openSerialSession } from '../rpc/serial-session.ts';
 import { abortable } from './abortable.ts';
@@ -10,27 +11,86 @@ import type { FirstConnection } from './channel.ts';
  * stream and no connections: see rpc/serial-session.ts.
  */
 
-/** The agent's connection at the VMM's socket, once the agent is there. */
-export function serialConnection(socketPath: string): FirstConnection {
+export interface SerialConnection extends FirstConnection {
+  /**
+   * Takes the host's end now. The agent of a clone waits with its end open, and would be told that it is closed, and
+   * have to open it again, if nobody held the host's when the clone begins to run.
+   */
+  open(): void;
+}
+
+/** How long an agent that had a host before may take to answer the next one, in ms; then that hangs up. */
+const answerMs = 200;
+
+/** How long the host's end then stays closed, in ms: the agent has to see it. Twice as long each time, to a limit. */
+const firstPauseMs = 50;
+const lastPauseMs = 800;
+
+/**
+ * The agent's connection at the VMM's socket, once the agent is there; the next one when the first has been closed.
+ *
+ * @param hadHost the agent has spoken with a host before
+ */
+export function serialConnection(socketPath: string, { hadHost = false } = {}): SerialConnection {
   const stopped = new AbortController();
-  let socket: net.Socket | undefined;
+  /** Opened, and not accepted yet. */
+  let waiting: net.Socket | undefined;
+  let accepted: net.Socket | undefined;
+  const open = () => {
+    if (waiting !== undefined) return waiting;
+    waiting = net.connect(socketPath);
+    // Until somebody uses it, a connection that breaks must not end kilnd.
+    waiting.on('error', () => {});
+    return waiting;
+  };
+  const session = async (signal: AbortSignal) => {
+    const socket = open();
+    try {
+      await abortable(openSerialSession(socket), signal);
+      return socket;
+    } catch (error) {
+      socket.destroy();
+      throw error;
+    } finally {
+      waiting = undefined;
+    }
+  };
   return {
+    open: () => void open(),
     async accept(signal) {
-      socket = net.connect(socketPath);
-      // Until somebody uses it, a connection that breaks must not end kilnd.
-      socket.on('error', () => {});
+      const either = AbortSignal.any([signal, stopped.signal]);
       try {
-        await abortable(openSerialSession(socket), AbortSignal.any([signal, stopped.signal]));
-        return socket;
+        accepted = hadHost ? await hangingUp(session, either) : await session(either);
+        hadHost = true;
+        return accepted;
       } catch (cause) {
-        socket.destroy();
         if (signal.aborted || cause instanceof KilnError) throw cause;
         throw new KilnError('unavailable', 'the VM closed its end of the virtio-serial port', { cause });
       }
     },
     async [Symbol.asyncDispose]() {
       stopped.abort(new KilnError('unavailable', 'the VM was stopped before the connection of the agent'));
-      socket?.destroy();
+      waiting?.destroy();
+      accepted?.destroy();
     },
   };
+}
+
+/**
+ * Tries until the agent answers, with pauses. An agent whose host's end was closed and opened again before it looked does
+ * not know it, and takes what the new host says for garbage of the old one.
+ */
+async function hangingUp(
+  session: (signal: AbortSignal) => Promise<net.Socket>,
+  signal: AbortSignal,
+): Promise<net.Socket> {
+  for (let pauseMs = firstPauseMs; ; pauseMs = Math.min(2 * pauseMs, lastPauseMs)) {
+    const limit = AbortSignal.timeout(answerMs + pauseMs);
+    try {
+      return await session(AbortSignal.any([signal, limit]));
+    } catch (error) {
+      if (error !== limit.reason) throw error;
+    }
+    await delay(pauseMs, undefined, { signal });
+  }
 }

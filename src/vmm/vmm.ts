@@ -79,8 +79,37 @@ export interface Vm extends AsyncDisposable {
   kill(): Promise<void>;
 }
 
+/** A running VM that can be saved as a template. */
+export interface SavableVm extends Vm {
+  /** Stops the VM for good and writes all that it is into its template's files, complete when this resolves. */
+  save(signal: AbortSignal): Promise<void>;
+}
+
+/**
+ * Saving and restoring VMs. A template is a directory with the files of one saved VM, from which any number of clones can
+ * be started: each has its state, and shares its memory's pages until it writes to them.
+ */
+export interface TemplateDriver {
+  /** The files that a template consists of. */
+  readonly files: readonly string[];
+  /**
+   * What a template depends on beside its config, as text: the VMM's program and how it is told to run. One that was
+   * made under another value cannot be restored. Throws `failed-precondition` when there is no such program.
+   */
+  fingerprint(): readonly string[];
+  /** As `Vmm.boot`, of a VM that can be saved into an existing directory. */
+  boot(config: VmConfig, template: string, signal: AbortSignal): Promise<SavableVm>;
+  /**
+   * Starts a clone, which has not run since it was saved: its agent waits for the host's call. `config` is the
+   * template's, but for id and directory. Fails as `Vmm.boot` does, also for files that are no template.
+   */
+  restore(config: VmConfig, template: string, signal: AbortSignal): Promise<Vm>;
+}
+
 export interface Vmm {
   readonly name: string;
+  /** Undefined where this VMM cannot save VMs, as it is configured. */
+  readonly templates?: TemplateDriver;
   /**
    * Starts a VM. Resolves as soon as the VMM takes commands; the guest is still booting then.
    * On failure nothing is left behind, and the error carries the VMM's own last words.

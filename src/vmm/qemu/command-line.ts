@@ -17,17 +17,29 @@ const lastTransport = 23;
 /** The descriptor on which QEMU gets its listening control socket: the first after the standard ones. */
 export const qmpFd = 3;
 
+/** And, of a clone, the state that was saved. */
+export const stateFd = 4;
+
 /** The guest's end of the channel. */
 export type ChannelDevice =
   | { readonly kind: 'vhost-user'; readonly socket: string }
   | { readonly kind: 'serial'; readonly socket: string }
   | { readonly kind: 'vhost-kernel'; readonly cid: number };
 
+/** What is behind the guest's memory. */
+export type GuestMemory =
+  | { readonly kind: 'anonymous' }
+  /** A file that gets all that the guest writes. */
+  | { readonly kind: 'kept'; readonly file: string }
+  /** A file of which the guest gets a private copy, page by page as it writes; its state comes by migration. */
+  | { readonly kind: 'cloned'; readonly file: string };
+
 export interface CommandLineOptions {
   readonly config: VmConfig;
   readonly accelerator: Accelerator;
   readonly tscKhz: number | undefined;
   readonly channel: ChannelDevice;
+  readonly memory: GuestMemory;
   /** The vsock port on which the host awaits the agent's call. */
   readonly agentPort: number;
 }
@@ -91,14 +103,32 @@ function channelDevice(channel: ChannelDevice, bus: string): string[] {
   }
 }
 
+/** The machine and its CPU: what else a VM can be restored on depends on them. */
+export function machineOptions(accelerator: Accelerator): string[] {
+  if (accelerator === 'kvm') return ['-M', 'microvm,accel=kvm,acpi=on,rtc=on,memory-backend=mem', '-cpu', 'host'];
+  // Under TCG the guest needs the legacy timers to calibrate against.
+  return ['-M', 'microvm,accel=tcg,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem', '-cpu', 'max'];
+}
+
+function memoryBackend(memory: GuestMemory, sizeMib: number): string[] {
+  const common = `id=mem,size=${sizeMib}M`;
+  switch (memory.kind) {
+    case 'anonymous':
+      // memfd and share=on: vhost-user backends map the guest's memory.
+      return ['-object', `memory-backend-memfd,${common},share=on`];
+    case 'kept':
+      return ['-object', `memory-backend-file,${common},share=on,mem-path=${optionValue(memory.file)}`];
+    case 'cloned':
+      return [
+        ...['-object', `memory-backend-file,${common},share=off,mem-path=${optionValue(memory.file)}`],
+        ...['-incoming', 'defer'],
+      ];
+  }
+}
+
 /** QEMU's arguments for a microvm with placeholder drives, a console ring buffer, and a QMP server on `qmpFd`. */
 export function qemuArguments(options: CommandLineOptions): string[] {
   const { config, accelerator } = options;
-  const machine =
-    accelerator === 'kvm'
-      ? 'microvm,accel=kvm,acpi=on,rtc=on,memory-backend=mem'
-      : // Under TCG the guest needs the legacy timers to calibrate against.
-        'microvm,accel=tcg,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem';
   let transport = lastTransport;
   const guestImage = { driver: 'file', filename: config.guestImage, 'read-only': true };
   const disks = [
@@ -119,10 +149,10 @@ export function qemuArguments(options: CommandLineOptions): string[] {
     // A stopped guest is kept until we have read its console; then we end QEMU ourselves.
     ...['-no-reboot', '-action', 'shutdown=pause,panic=pause'],
     ...['-sandbox', 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'],
-    ...['-M', machine, '-cpu', accelerator === 'kvm' ? 'host' : 'max', '-smp', String(config.vcpus)],
+    ...machineOptions(accelerator),
+    ...['-smp', String(config.vcpus)],
     ...['-m', `${config.memoryMib}M`],
-    // memfd and share=on: vhost-user backends map the guest's memory.
-    ...['-object', `memory-backend-memfd,id=mem,size=${config.memoryMib}M,share=on`],
+    ...memoryBackend(options.memory, config.memoryMib),
     ...['-kernel', config.kernel, ...(config.initrd === undefined ? [] : ['-initrd', config.initrd])],
     ...['-append', kernelCommandLine(options)],
     ...['-chardev', `ringbuf,id=console,size=${consoleBufferBytes}`, '-serial', 'chardev:console'],

@@ -1,10 +1,11 @@
-import { closeSync } from 'node:fs';
+import { closeSync, openSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import net from 'node:net';
 import path from 'node:path';
 import { KilnError } from '../../errors.ts';
 import { adoptHelper, describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
 import type { ProcessIdentity } from '../../host/process-identity.ts';
+import { programIdentity } from '../../host/program.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
 import { listenForPeers } from '../../sys/unix-fd.ts';
 import { abortable } from '../abortable.ts';
@@ -13,13 +14,14 @@ import { requireGuestFiles } from '../guest-files.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
 import { listenHybrid, listenHybridAgain, udsPathIn } from '../hybrid-vsock.ts';
 import { listenKernel, randomCid } from '../kernel-vsock.ts';
-import { serialConnection } from '../virtio-serial.ts';
-import { agentPort, type Vm, type VmConfig, type Vmm, type VmRecord } from '../vmm.ts';
+import { type SerialConnection, serialConnection } from '../virtio-serial.ts';
+import { agentPort, type TemplateDriver, type Vm, type VmConfig, type Vmm, type VmRecord } from '../vmm.ts';
 import { type Accelerator, chooseAccelerator, hostTscKhz } from './accelerator.ts';
-import { type ChannelDevice, qemuArguments } from './command-line.ts';
+import { type ChannelDevice, type GuestMemory, machineOptions, qemuArguments, stateFd } from './command-line.ts';
+import { loadState } from './migration.ts';
 import { QmpClient } from './qmp.ts';
 import { type ChannelRecord, parseQemuRecord } from './record.ts';
-import { QemuVm } from './vm.ts';
+import { type QemuParts, QemuVm, SavableQemuVm } from './vm.ts';
 import { startVsockBackend, vsockLogName, vsockSocketName } from './vsock-backend.ts';
 
 export interface QemuOptions {
@@ -44,7 +46,49 @@ export function createQemu(options: QemuOptions, devices: HostDevices = hostDevi
     name: 'qemu',
     boot: (config, signal) => bootQemu(options, devices, config, signal),
     adopt: adoptQemu,
+    ...(options.channel === 'virtio-serial' ? { templates: templatesOf(options, devices) } : {}),
   };
+}
+
+/** Only virtio-serial can be saved: vhost-user-vsock has state in a program beside QEMU, which QEMU refuses to save. */
+function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver {
+  const launchWith = (config: VmConfig, extra: Pick<Launch, 'memory' | 'state'>, signal: AbortSignal) => {
+    requireGuestFiles(config);
+    const { accelerator } = chooseAccelerator(options.accelerator, devices);
+    const tscKhz = hostTscKhz(devices);
+    return launch({ options, config, accelerator, channel: 'virtio-serial', tscKhz, ...extra }, signal);
+  };
+  return {
+    files: [memoryName, stateName],
+    fingerprint() {
+      const { accelerator } = chooseAccelerator(options.accelerator, devices);
+      return ['qemu', programIdentity(options.qemu), accelerator, ...machineOptions(accelerator)];
+    },
+    async boot(config, template, signal) {
+      const file = path.join(template, memoryName);
+      // Made here, since QEMU would let everybody read it.
+      closeSync(openSync(file, 'wx', 0o600));
+      const parts = await launchWith(config, { memory: { kind: 'kept', file } }, signal);
+      return new SavableQemuVm(parts, path.join(template, stateName), migrationSocketIn(config.directory));
+    },
+    async restore(config, template, signal) {
+      const memory = { kind: 'cloned', file: path.join(template, memoryName) } as const;
+      const state = openTemplateFile(path.join(template, stateName));
+      try {
+        return new QemuVm(await launchWith(config, { memory, state }, signal));
+      } finally {
+        closeSync(state);
+      }
+    },
+  };
+}
+
+function openTemplateFile(file: string): number {
+  try {
+    return openSync(file, 'r');
+  } catch (cause) {
+    throw new KilnError('not-found', `${file} of the template cannot be read: ${(cause as Error).message}`, { cause });
+  }
 }
 
 async function bootQemu(
@@ -59,7 +103,10 @@ async function bootQemu(
   for (let attempt = 1; ; attempt++) {
     signal.throwIfAborted();
     try {
-      return await launch({ options, config, accelerator, channel, tscKhz: hostTscKhz(devices) }, signal);
+      const memory = { kind: 'anonymous' } as const;
+      return new QemuVm(
+        await launch({ options, config, accelerator, channel, tscKhz: hostTscKhz(devices), memory }, signal),
+      );
     } catch (error) {
       if (!(error instanceof KilnError && cidInUse.test(error.message)) || attempt === maxCidAttempts) throw error;
     }
@@ -72,15 +119,18 @@ interface Launch {
   readonly accelerator: Accelerator;
   readonly channel: Channel;
   readonly tscKhz: number | undefined;
+  readonly memory: GuestMemory;
+  /** A clone's: the descriptor of the saved state. */
+  readonly state?: number;
 }
 
-async function launch(request: Launch, signal: AbortSignal): Promise<Vm> {
-  const { options, config, accelerator, tscKhz } = request;
+async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> {
+  const { options, config, accelerator, tscKhz, memory, state } = request;
   await using stack = new AsyncDisposableStack();
   const qmpSocket = qmpSocketIn(config.directory);
   stack.defer(() => rm(qmpSocket, { force: true }));
   const { agent, device, backend } = await openChannel(request, stack, signal);
-  const args = { config, accelerator, tscKhz, channel: device, agentPort: agent.port };
+  const args = { config, accelerator, tscKhz, channel: device, memory, agentPort: agent.port };
   requireSocketPath(qmpSocket);
   const listener = listenForPeers(qmpSocket);
   let qemu: HelperProcess;
@@ -93,19 +143,34 @@ async function launch(request: Launch, signal: AbortSignal): Promise<Vm> {
         logName: vmmLogName,
         title: 'QEMU (vm.qemu in the config file)',
         hint: 'install the package qemu-system-x86, or run `npm run setup`',
-        inherit: [listener],
+        inherit: state === undefined ? [listener] : [listener, state],
       }),
     );
   } finally {
     closeSync(listener);
   }
   const qmp = await connectQmp(qmpSocket, qemu, stack, signal);
+  if (state !== undefined) {
+    agent.open?.();
+    await unlessEnded(qemu, 'at the restore of its state', loadState(qmp, stateFd, signal));
+  }
   const channel = channelRecord(device, agent);
-  return new QemuVm({ qemu, qmp, agent, channel, backend, resources: stack.move() });
+  return { qemu, qmp, agent, channel, backend, resources: stack.move() };
+}
+
+/** What `step` gives. When it fails because QEMU has ended, the error says how, in QEMU's own last words. */
+async function unlessEnded<T>(qemu: HelperProcess, when: string, step: Promise<T>): Promise<T> {
+  try {
+    return await step;
+  } catch (error) {
+    if (!(error instanceof KilnError && error.code === 'unavailable')) throw error;
+    const exit = await qemu.exited;
+    throw new KilnError('internal', `QEMU ended ${when} ${describeExit(exit)}: ${qemu.lastWords()}`, { cause: error });
+  }
 }
 
 interface OpenChannel {
-  readonly agent: AgentListener;
+  readonly agent: AgentListener & Partial<Pick<SerialConnection, 'open'>>;
   readonly device: ChannelDevice;
   readonly backend: HelperProcess | undefined;
 }
@@ -193,7 +258,7 @@ function hasEnded(what: string, { pid }: ProcessIdentity): KilnError {
 
 async function listenAgain(channel: ChannelRecord, directory: string): Promise<FirstConnection> {
   if (channel.kind === 'kernel-vsock') return listenKernel(channel.cid, channel.port);
-  if (channel.kind === 'virtio-serial') return serialConnection(serialSocketIn(directory));
+  if (channel.kind === 'virtio-serial') return serialConnection(serialSocketIn(directory), { hadHost: true });
   return listenHybridAgain(udsPathIn(directory), agentPort);
 }
 
@@ -208,11 +273,20 @@ function channelRecord(device: ChannelDevice, { port }: AgentListener): ChannelR
   }
 }
 
+/** The files of a template: the guest's memory, as large as it is but for holes, and all else that QEMU knows of it. */
+const memoryName = 'memory';
+const stateName = 'state';
+
 const vmmLogName = 'vmm.log';
 
 /** Where QEMU takes its commands. */
 function qmpSocketIn(directory: string): string {
   return path.join(directory, 'qmp.sock');
+}
+
+/** Through which QEMU's state comes when it is saved. */
+function migrationSocketIn(directory: string): string {
+  return path.join(directory, 'save.sock');
 }
 
 /** See virtio-serial.ts. */

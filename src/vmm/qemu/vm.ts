@@ -3,9 +3,10 @@ import { KilnError } from '../../errors.ts';
 import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
 import type { FirstConnection } from '../channel.ts';
 import { DriveSlots } from '../drive-slots.ts';
-import type { SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
+import type { SavableVm, SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
 import { slotNode } from './command-line.ts';
 import { GuestConsole } from './console.ts';
+import { saveState } from './migration.ts';
 import type { QmpClient } from './qmp.ts';
 import type { ChannelRecord } from './record.ts';
 
@@ -171,5 +172,24 @@ export class QemuVm implements Vm {
 
   [Symbol.asyncDispose](): Promise<void> {
     return this.kill();
+  }
+}
+
+/** A VM whose memory is a template's file. */
+export class SavableQemuVm extends QemuVm implements SavableVm {
+  readonly #qmp: QmpClient;
+  readonly #stateFile: string;
+  readonly #socket: string;
+
+  /** @param socket a free place for a Unix socket */
+  constructor(parts: QemuParts, stateFile: string, socket: string) {
+    super(parts);
+    this.#qmp = parts.qmp;
+    this.#stateFile = stateFile;
+    this.#socket = socket;
+  }
+
+  save(signal: AbortSignal): Promise<void> {
+    return saveState(this.#qmp, this.#stateFile, this.#socket, signal);
   }
 }

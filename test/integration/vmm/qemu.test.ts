@@ -110,6 +110,7 @@ describe('a guest in QEMU', () => {
       accelerator: chooseAccelerator('auto').accelerator,
       tscKhz: hostTscKhz(),
       channel: { kind: 'vhost-user', socket: backend.socket },
+      memory: { kind: 'anonymous' },
       agentPort: 40_000,
     });
     const control = listenForPeers(path.join(directory, 'qmp.sock'));

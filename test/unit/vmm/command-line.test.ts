@@ -14,6 +14,7 @@ const options: CommandLineOptions = {
   accelerator: 'tcg',
   tscKhz: 2_799_998,
   channel: { kind: 'vhost-user', socket: '/run/kiln/c/1/vu.sock' },
+  memory: { kind: 'anonymous' },
   agentPort: 1024,
 };
 

@@ -32,6 +32,14 @@ export interface KilnConfig {
     readonly firecracker: string;
     readonly channel: 'auto' | 'hybrid-vsock' | 'kernel-vsock' | 'virtio-serial';
   };
+  readonly template: {
+    /** Restore virtual machines from templates, where the VMM can. */
+    readonly enabled: boolean;
+    /** Days after its last use for which a template is kept. */
+    readonly keepDays: number;
+    /** Room that all templates may take on the disk, in MiB. */
+    readonly maxTotalMib: number;
+  };
   readonly storage: {
     /** Size limit of a container's writable layer in GiB. */
     readonly writableSizeGib: number;
@@ -139,7 +147,7 @@ function isTable(value: unknown): value is Record<string, unknown> {
   return typeof value === 'object' && value !== null && !Array.isArray(value);
 }
 
-function toConfig({ vm, storage, daemon }: ConfigFile): KilnConfig {
+function toConfig({ vm, template, storage, daemon }: ConfigFile): KilnConfig {
   return {
     vm: {
       vmm: vm.vmm,
@@ -153,6 +161,7 @@ function toConfig({ vm, storage, daemon }: ConfigFile): KilnConfig {
       firecracker: vm.firecracker,
       channel: vm.channel,
     },
+    template: { enabled: template.enabled, keepDays: template.keep_days, maxTotalMib: template.max_total_mib },
     storage: { writableSizeGib: storage.writable_size_gib },
     daemon: { idleTimeoutS: daemon.idle_timeout_s, logLevel: daemon.log_level },
   };

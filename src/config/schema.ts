@@ -50,6 +50,17 @@ const vm = z.strictObject({
     .describe('"auto", "hybrid-vsock", "kernel-vsock" or "virtio-serial"'),
 });
 
+const template = z.strictObject({
+  enabled: z.boolean().default(true).describe('true or false'),
+  keep_days: z.int().min(1).max(3650).default(7).describe('an integer from 1 to 3650 (days)'),
+  max_total_mib: z
+    .int()
+    .min(1)
+    .max(2 ** 30)
+    .default(4096)
+    .describe('an integer from 1 to 1073741824 (MiB)'),
+});
+
 const storage = z.strictObject({
   writable_size_gib: writableSizeGib.default(10).describe(allowed.writableSizeGib),
 });
@@ -68,10 +79,11 @@ const daemon = z.strictObject({
 });
 
 /** The sections of the file. A missing section is a section of defaults. */
-export const sections = { vm, storage, daemon } as const;
+export const sections = { vm, template, storage, daemon } as const;
 
 export const configFile = z.strictObject({
   vm: vm.prefault({}).describe('a table'),
+  template: template.prefault({}).describe('a table'),
   storage: storage.prefault({}).describe('a table'),
   daemon: daemon.prefault({}).describe('a table'),
 });

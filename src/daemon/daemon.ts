@@ -66,6 +66,8 @@ export interface DaemonOptions {
   readonly prepareExec: (request: ExecTaskRequest, context: Omit<ContainerContext, 'timeline'>) => ExecRequest;
   /** Removes what no snapshot needs any more; called after each container. */
   readonly collectGarbage: () => Promise<unknown>;
+  /** What else `kiln status` shows. */
+  readonly status: () => Readonly<Record<string, unknown>>;
   readonly log: DaemonLog;
   /** Called once, when everything is closed and the process may end. */
   readonly onStopped: () => void;
@@ -180,7 +182,7 @@ export class Daemon {
     const containers = this.#endpoints().map(({ namespace, id, hasTask, relayPid, connectionCount }) => {
       return { namespace, id, hasTask, relayPid, connections: connectionCount };
     });
-    return { version: kilnVersion, pid: process.pid, draining: this.#draining, containers };
+    return { version: kilnVersion, pid: process.pid, draining: this.#draining, containers, ...this.#options.status() };
   }
 
   #timelineOf({ namespace, id }: TimelineRequest): ControlReply {

@@ -10,6 +10,7 @@ import { BootSlots } from '../sandbox/boot-slots.ts';
 import { Readiness } from '../shim/control/readiness.ts';
 import { controlSocketIsServed } from '../shim/control/server.ts';
 import { flock } from '../sys/lock.ts';
+import { TemplateStore } from '../template/store.ts';
 import { kilnVersion } from '../version.ts';
 import { adoptContainer } from './adopt.ts';
 import { createContainer, prepareExec } from './containers.ts';
@@ -47,14 +48,17 @@ async function main(): Promise<void> {
   process.on('SIGHUP', () => reopen(log));
   const rootfs = new RootfsStore({ cacheDir: paths.cacheDir, logger });
   const bootSlots = new BootSlots(bootsPerCpu * availableParallelism());
-  const installation = { host: { rootfs, standInProgram, bootSlots }, load };
+  const takeTurn = (signal: AbortSignal) => bootSlots.take(signal);
+  const templates = new TemplateStore({ cacheDir: paths.cacheDir, logger, takeTurn });
+  const installation = { host: { rootfs, standInProgram, bootSlots, templates }, load };
   const daemon = new Daemon({
     paths,
     idleTimeoutMs: config.daemon.idleTimeoutS * 1000,
     createContainer: (request, context, signal) => createContainer(installation, request, context, signal),
     adoptContainer: (state, context, signal) => adoptContainer(installation, state, context, signal),
     prepareExec,
-    collectGarbage: () => rootfs.collectGarbage(),
+    collectGarbage: () => Promise.all([rootfs.collectGarbage(), templates.collectGarbage(config.template)]),
+    status: () => ({ templates: templates.counts }),
     log,
     onStopped: () => {
       // Only where the stop came before the end of the start.

@@ -11,9 +11,11 @@ let warnedOfEmulation = false;
 
 const drivers: Readonly<Record<string, (config: KilnConfig, logger: Logger) => Vmm>> = {
   firecracker: ({ vm }) => createFirecracker({ firecracker: vm.firecracker }),
-  qemu({ vm }, logger) {
+  qemu({ vm, template }, logger) {
     warnOfEmulation(vm.accelerator, logger);
-    const { qemu, accelerator, channel } = vm;
+    const { qemu, accelerator } = vm;
+    // The only one that can be saved.
+    const channel = vm.channel === 'auto' && template.enabled ? 'virtio-serial' : vm.channel;
     return createQemu({ qemu, vsockBackend: vsockBackendProgram, accelerator, channel });
   },
 };

@@ -3,6 +3,7 @@ export const timelineMarks = [
   'launcher',
   'request',
   'vmm-spawned',
+  'vm-restored',
   'kernel-up',
   'agent-connected',
   'rootfs-ready',

@@ -49,7 +49,8 @@ export function thisHost(): HostSize {
 
 function memory(config: KilnConfig, spec: Spec, annotated: number | undefined, host: HostSize): number {
   const limitMib = memoryLimitMib(spec);
-  const forLimit = limitMib === undefined ? 0 : limitMib + guestOverheadMib;
+  const needed = limitMib === undefined ? 0 : limitMib + guestOverheadMib;
+  const forLimit = config.template.enabled ? shapeFor(needed, host.memoryMib) : needed;
   const wanted = annotated ?? Math.max(config.vm.memoryMib, forLimit);
   if (wanted <= host.memoryMib) return wanted;
   let reason: string;
@@ -57,6 +58,16 @@ function memory(config: KilnConfig, spec: Spec, annotated: number | undefined, h
   else if (wanted === config.vm.memoryMib) reason = `vm.memory_mib = ${wanted} in Kiln's configuration`;
   else reason = `the memory limit of ${limitMib} MiB and ${guestOverheadMib} MiB for the guest itself`;
   throw new KilnError('resource-exhausted', `${reason}: more than the host's ${host.memoryMib} MiB of memory`);
+}
+
+/**
+ * The size of the few that there are templates for: a power of two. What a VM has beyond its container's limit costs the
+ * host little, since it takes what the guest touches, and the container's control group is held to the limit.
+ */
+function shapeFor(neededMib: number, hostMib: number): number {
+  if (neededMib === 0) return 0;
+  const shape = 2 ** Math.ceil(Math.log2(neededMib));
+  return shape <= hostMib ? shape : neededMib;
 }
 
 function cpus(config: KilnConfig, spec: Spec, annotated: number | undefined, host: HostSize): number {

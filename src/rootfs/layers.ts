@@ -4,6 +4,7 @@ import { mkdir, open, opendir, readFile, rm, stat, writeFile } from 'node:fs/pro
 import { basename, join } from 'node:path';
 import type { Logger } from 'pino';
 import { KilnError } from '../errors.ts';
+import { SingleFlight } from '../host/single-flight.ts';
 import { convertToErofs, type Tree } from './convert.ts';
 import { errnoCode, fileError } from './file-error.ts';
 import { chainKey, type DirectoryIdentity, identifyDirectory, isStillThere } from './identity.ts';
@@ -11,7 +12,6 @@ import { type Lease, lease } from './lease.ts';
 import { submountBelow } from './mountinfo.ts';
 import { ownerIsGone, ownerTag, uniqueSuffix } from './owner.ts';
 import type { LowerSource } from './plan.ts';
-import { SingleFlight } from './single-flight.ts';
 
 /** What lies beside each image as `<name>.json`. */
 interface LayerRecord {

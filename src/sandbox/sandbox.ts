@@ -5,6 +5,7 @@ import { Guest, type GuestContainer } from '../guest/guest.ts';
 import type { Logger } from '../observe/logger.ts';
 import { tooMuchMemory } from '../oci/limits-check.ts';
 import { guestOverheadMib } from '../oci/vm-size.ts';
+import type { Template } from '../template/store.ts';
 import { abortable } from '../vmm/abortable.ts';
 import {
   readOnlySlots,
@@ -28,7 +29,7 @@ export interface SandboxOptions {
   readonly bootTimeoutMs: number;
   readonly logger: Logger;
   /** Called with the moments of the start as they pass. */
-  readonly mark: (name: 'vmm-spawned' | 'kernel-up' | 'agent-connected', atMs?: number) => void;
+  readonly mark: (name: 'vmm-spawned' | 'vm-restored' | 'kernel-up' | 'agent-connected', atMs?: number) => void;
 }
 
 /** What a later kilnd needs to take a sandbox over. */
@@ -105,7 +106,33 @@ export class Sandbox implements AsyncDisposable {
 
   /** Boots the VM and waits for its agent. A failure carries the guest's last console lines and leaves nothing. */
   static async boot(options: SandboxOptions, signal: AbortSignal): Promise<Sandbox> {
-    const { vmm, mark, bootTimeoutMs } = options;
+    const { vmm, vm, mark } = options;
+    const boot = async (either: AbortSignal) => {
+      const booted = await vmm.boot(vm, either);
+      mark('vmm-spawned');
+      return booted;
+    };
+    const sandbox = await Sandbox.#start(boot, options, signal);
+    mark('kernel-up', sandbox.guest.facts.agentStartedAtMs);
+    return sandbox;
+  }
+
+  /** As `boot`, of a VM that is a template's clone. */
+  static restore(template: Template, options: SandboxOptions, signal: AbortSignal): Promise<Sandbox> {
+    const { vm, mark } = options;
+    const restore = async (either: AbortSignal) => {
+      const restored = await template.driver.restore(vm, template.directory, either);
+      mark('vm-restored');
+      return restored;
+    };
+    return Sandbox.#start(restore, options, signal);
+  }
+
+  static async #start(
+    startVm: (signal: AbortSignal) => Promise<Vm>,
+    { vmm, mark, bootTimeoutMs, logger }: SandboxOptions,
+    signal: AbortSignal,
+  ): Promise<Sandbox> {
     const session = randomUUID();
     await using stack = new AsyncDisposableStack();
     const timeout = AbortSignal.timeout(bootTimeoutMs);
@@ -113,8 +140,7 @@ export class Sandbox implements AsyncDisposable {
     let vm: Vm | undefined;
     let guest: Guest;
     try {
-      vm = stack.use(await vmm.boot(options.vm, either));
-      mark('vmm-spawned');
+      vm = stack.use(await startVm(either));
       faultPoint('vm-boot');
       const socket = await vm.acceptAgent(either);
       mark('agent-connected');
@@ -126,9 +152,8 @@ export class Sandbox implements AsyncDisposable {
       if (vm === undefined) throw vmmSilent(vmm, 'start', bootTimeoutMs);
       throw await agentSilent(vm, bootTimeoutMs);
     }
-    mark('kernel-up', guest.facts.agentStartedAtMs);
     faultPoint('agent-connect');
-    options.logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is up');
+    logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is up');
     stack.move();
     return new Sandbox(vm, guest, { session, answerLimitMs: bootTimeoutMs });
   }

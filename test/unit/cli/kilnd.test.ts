@@ -200,7 +200,8 @@ describe.skipIf(process.getuid?.() !== 0)('kilnd', () => {
     const { child, ended } = await running();
     const status = await kiln('status');
     expect(status).toMatchObject({ code: 0, stderr: '' });
-    const expected = { version: kilnVersion, pid: child.pid, draining: false, containers: [] };
+    const templates = { restored: 0, restoresFailed: 0, built: 0, buildsFailed: 0, damaged: 0 };
+    const expected = { version: kilnVersion, pid: child.pid, draining: false, containers: [], templates };
     expect(JSON.parse(status.stdout)).toEqual(expected);
     const stop = await kiln('stop');
     expect(stop).toMatchObject({ code: 0, stderr: '' });

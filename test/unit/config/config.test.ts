@@ -48,6 +48,7 @@ describe('the configuration file', () => {
         firecracker: 'firecracker',
         channel: 'auto',
       },
+      template: { enabled: true, keepDays: 7, maxTotalMib: 4096 },
       storage: { writableSizeGib: 10 },
       daemon: { idleTimeoutS: 300, logLevel: 'info' },
     });
@@ -66,6 +67,10 @@ describe('the configuration file', () => {
       qemu = "/opt/qemu"
       firecracker = "/opt/firecracker"
       channel = "kernel-vsock"
+      [template]
+      enabled = false
+      keep_days = 30
+      max_total_mib = 1000
       [storage]
       writable_size_gib = 1
       [daemon]
@@ -84,6 +89,7 @@ describe('the configuration file', () => {
         firecracker: '/opt/firecracker',
         channel: 'kernel-vsock',
       },
+      template: { enabled: false, keepDays: 30, maxTotalMib: 1000 },
       storage: { writableSizeGib: 1 },
       daemon: { idleTimeoutS: 0, logLevel: 'debug' },
     });
@@ -114,7 +120,7 @@ describe('the configuration file', () => {
 
   test('with a key outside its section is refused, with the section it belongs to', () => {
     expect(messageFor('memory_mib = 512')).toBe(
-      '/etc/kiln/config.toml: unknown key memory_mib, did you mean vm.memory_mib?; sections are vm, storage, daemon',
+      '/etc/kiln/config.toml: unknown key memory_mib, did you mean vm.memory_mib?; sections are vm, template, storage, daemon',
     );
     expect(messageFor('[deamon]')).toContain('unknown section deamon, did you mean daemon?');
   });

@@ -73,6 +73,7 @@ class Bench {
         return container;
       },
       adoptContainer: () => Promise.reject(new Error('these tests leave no task behind')),
+      status: () => ({}),
       prepareExec: () => {
         throw new KilnError('invalid-argument', 'these tests run one process');
       },

@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import { SingleFlight } from '../../../src/rootfs/single-flight.ts';
+import { SingleFlight } from '../../../src/host/single-flight.ts';
 
 const never = new AbortController().signal;
 

@@ -15,12 +15,24 @@ describe("the virtual machine's memory", () => {
   test.each<[string, object, number]>([
     ['as configured without a limit', {}, 512],
     ['as configured for a small limit', { memory: { limit: 64 * mib } }, 512],
-    ['limit and overhead for a large limit', { memory: { limit: 1024 * mib } }, 1152],
-    ['rounded up to whole MiB', { memory: { limit: 1024 * mib + 1 } }, 1153],
+    ['the next power of two for limit and overhead', { memory: { limit: 1024 * mib } }, 2048],
+    ['that, rounded up to whole MiB first', { memory: { limit: 896 * mib } }, 1024],
+    ['more than that for a byte more', { memory: { limit: 896 * mib + 1 } }, 2048],
     ['as configured for -1, no limit', { memory: { limit: -1 } }, 512],
     ["as configured for v1's number for no limit", { memory: { limit: 9223372036854771712n } }, 512],
   ])('is %s', (_name, resources, expected) => {
     expect(vmSize(defaultConfig, limits(resources), host).memoryMib).toBe(expected);
+  });
+
+  test('is limit and overhead where the host has less than the power of two', () => {
+    const spec = limits({ memory: { limit: 5000 * mib } });
+    expect(vmSize(defaultConfig, spec, { memoryMib: 8000, cpus: 4 }).memoryMib).toBe(5128);
+  });
+
+  test('is limit and overhead, rounded up to whole MiB, without templates', () => {
+    const config = parseConfig('[template]\nenabled = false', 'x');
+    expect(vmSize(config, limits({ memory: { limit: 1024 * mib } }), host).memoryMib).toBe(1152);
+    expect(vmSize(config, limits({ memory: { limit: 1024 * mib + 1 } }), host).memoryMib).toBe(1153);
   });
 
   test('is what the annotation says, whatever the limit', () => {

@@ -20,8 +20,9 @@ import { bootContainer, reattachContainer } from '../../../src/sandbox/create.ts
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import type { HookPlan } from '../../../src/sandbox/hooks.ts';
 import { type ContainerRecord, writeContainerRecord } from '../../../src/sandbox/record.ts';
-import type { ContainerRequest } from '../../../src/sandbox/resources.ts';
+import type { ContainerRequest, HostServices } from '../../../src/sandbox/resources.ts';
 import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
+import type { Template } from '../../../src/template/store.ts';
 import type { MemoryGrowth, SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../../../src/vmm/vmm.ts';
 import { type Script, ScriptedAgent, socketPair } from '../guest/scripted-agent.ts';
 
@@ -202,6 +203,8 @@ export class Workbench implements AsyncDisposable {
   releaseRootfs: () => Promise<void> = async () => {};
   beforeBoot: (signal: AbortSignal) => Promise<void> = async () => {};
   bootTimeoutS = 60;
+  /** What VMs are restored from; they boot without. */
+  template: Template | undefined;
   terminal = false;
   bundle = this.root;
   hooks: Partial<Pick<HookPlan, keyof typeof noHooks>> = {};
@@ -217,7 +220,7 @@ export class Workbench implements AsyncDisposable {
 
   async create(signal: AbortSignal = new AbortController().signal): Promise<Container> {
     this.container = await bootContainer(
-      { rootfs: this.#rootfs(), standInProgram: this.#standIn(), bootSlots: new BootSlots(1) },
+      { ...this.#host(), standInProgram: this.#standIn(), bootSlots: new BootSlots(1) },
       this.#request(),
       signal,
     );
@@ -251,7 +254,7 @@ export class Workbench implements AsyncDisposable {
     };
     const scripted: Vmm = { name: 'scripted', boot: () => Promise.reject(new Error('nothing boots')), adopt, ...vmm };
     const adopted = await reattachContainer(
-      { rootfs: this.#rootfs(), standInProgram: '/nowhere', bootSlots: new BootSlots(0) },
+      { ...this.#host(), standInProgram: '/nowhere', bootSlots: new BootSlots(0) },
       { record, directory, vmm: scripted, openStdio, execs, timeline, logger },
       new AbortController().signal,
     );
@@ -276,6 +279,15 @@ export class Workbench implements AsyncDisposable {
     await this.#leftStandIn?.kill();
     this.agent.disconnect();
     rmSync(this.root, { recursive: true, force: true });
+  }
+
+  #host() {
+    const templates: HostServices['templates'] = {
+      provide: async () => this.template,
+      noteRestored: (bootId) => void this.events.push(`restored ${bootId}`),
+      noteFailure: (_template, error) => void this.events.push(`not restored: ${(error as Error).message}`),
+    };
+    return { rootfs: this.#rootfs(), templates };
   }
 
   #rootfs(): RootfsStore {

@@ -1,0 +1,170 @@
+/**
+ * Warm-up calls for a guest that becomes a template: after them the agent's code is compiled, crun and its libraries are
+ * in the guest's page cache, and what a container's start touches first is touched. All clones share that.
+ */
+import { PassThrough } from 'node:stream';
+import type { Guest, GuestContainer, GuestStdio } from '../guest/guest.ts';
+import type { OutputName } from '../guest/streams.ts';
+
+/** Rounds of calls. The first reads files and compiles; the second runs what is compiled by then. */
+const rounds = 2;
+
+const pipes: GuestStdio = { stdin: true, stdout: true, stderr: true, terminal: false, size: undefined };
+const terminal: GuestStdio = {
+  stdin: true,
+  stdout: true,
+  stderr: false,
+  terminal: true,
+  size: { width: 80, height: 24 },
+};
+
+const SIGKILL = 9;
+
+/** Makes calls of every kind that a container's life is made of. Throws what the guest refuses. */
+export async function prime(guest: Guest, signal: AbortSignal): Promise<void> {
+  for (let round = 0; round < rounds; round += 1) {
+    signal.throwIfAborted();
+    await liveWithPipes(guest, `prime-${round}`, signal);
+    await liveWithTerminal(guest, `prime-terminal-${round}`, signal);
+  }
+}
+
+async function liveWithPipes(guest: Guest, id: string, signal: AbortSignal): Promise<void> {
+  const init = { id, execId: '' };
+  await guest.createContainer(container(id, ['/bin/cat'], pipes), signal);
+  const stdin = new PassThrough();
+  const streams = [read(guest, init, 'stdout'), read(guest, init, 'stderr'), guest.pipeStdin(init, stdin)];
+  const kills = guest.watchOom(id, () => {});
+  const exit = guest.waitExit(init);
+  await guest.startContainer(id);
+  stdin.write('primed\n');
+  const { started } = await guest.describe(id);
+  if (!started) throw new Error('the warm-up container does not run');
+  await guest.processes(id);
+  await guest.stats(id);
+  await guest.setLimits(id, [{ name: 'pids.max', content: 'max' }]);
+  await guest.pauseContainer(id);
+  await guest.resumeContainer(id);
+  await execOnce(guest, id);
+  stdin.end();
+  await Promise.all([exit, ...streams]);
+  await guest.removeContainer(id, { force: false, guestEnds: false });
+  await kills;
+}
+
+async function execOnce(guest: Guest, id: string): Promise<void> {
+  const ref = { id, execId: 'exec' };
+  await guest.exec(ref, JSON.stringify(processOf(['/bin/true'], false)), pipes);
+  const stdin = new PassThrough().end();
+  await Promise.all([
+    read(guest, ref, 'stdout'),
+    read(guest, ref, 'stderr'),
+    guest.pipeStdin(ref, stdin),
+    guest.waitExit(ref),
+  ]);
+  await guest.removeProcess(ref);
+}
+
+async function liveWithTerminal(guest: Guest, id: string, signal: AbortSignal): Promise<void> {
+  const init = { id, execId: '' };
+  await guest.createContainer(container(id, ['/bin/sh'], terminal), signal);
+  const output = read(guest, init, 'stdout');
+  const exit = guest.waitExit(init);
+  await guest.startContainer(id);
+  await guest.resize(init, { width: 100, height: 30 });
+  await guest.signal(init, SIGKILL, true);
+  await Promise.all([exit, output]);
+  await guest.removeContainer(id, { force: true, guestEnds: false });
+}
+
+/** Reads a stream to its end. */
+function read(guest: Guest, ref: { id: string; execId: string }, stream: OutputName): Promise<void> {
+  return guest.pipeOutput({ ...ref, stream, from: 0 }, new PassThrough().resume(), () => {});
+}
+
+/** A container whose root filesystem is the guest's own under a layer in memory. */
+function container(id: string, args: string[], stdio: GuestStdio): GuestContainer {
+  const base = `/run/kiln/roots/${id}`;
+  const root = `${base}/rootfs`;
+  const spec = {
+    ociVersion: '1.0.2',
+    root: { path: root },
+    hostname: 'kiln',
+    process: processOf(args, stdio.terminal),
+    mounts,
+    linux: {
+      cgroupsPath: `/kiln/${id}`,
+      namespaces: ['pid', 'ipc', 'uts', 'mount', 'cgroup'].map((type) => ({ type })),
+      maskedPaths: ['/proc/kcore', '/proc/keys', '/proc/timer_list', '/sys/firmware'],
+      readonlyPaths: ['/proc/bus', '/proc/fs', '/proc/irq', '/proc/sys', '/proc/sysrq-trigger'],
+      resources: { devices: [{ allow: false, access: 'rwm' }] },
+      seccomp: {
+        defaultAction: 'SCMP_ACT_ALLOW',
+        architectures: ['SCMP_ARCH_X86_64'],
+        syscalls: [{ names: ['kexec_load', 'reboot'], action: 'SCMP_ACT_ERRNO' }],
+      },
+    },
+  };
+  return {
+    id,
+    spec: JSON.stringify(spec),
+    stdio,
+    mounts: [
+      {
+        source: { device: 'tmpfs' },
+        target: `${base}/rw`,
+        type: 'tmpfs',
+        options: [],
+        directories: ['upper', 'work'],
+      },
+      {
+        source: { device: 'overlay' },
+        target: root,
+        type: 'overlay',
+        options: ['lowerdir=/', `upperdir=${base}/rw/upper`, `workdir=${base}/rw/work`],
+        directories: [],
+      },
+    ],
+  };
+}
+
+function processOf(args: string[], withTerminal: boolean) {
+  const capabilities = ['CAP_CHOWN', 'CAP_DAC_OVERRIDE', 'CAP_KILL', 'CAP_SETGID', 'CAP_SETUID'];
+  return {
+    terminal: withTerminal,
+    args,
+    env: ['PATH=/usr/sbin:/usr/bin:/sbin:/bin'],
+    cwd: '/',
+    user: { uid: 0, gid: 0 },
+    capabilities: { bounding: capabilities, effective: capabilities, permitted: capabilities },
+    rlimits: [{ type: 'RLIMIT_NOFILE', hard: 1024, soft: 1024 }],
+    noNewPrivileges: true,
+  };
+}
+
+/** What every client of containerd mounts. */
+const mounts = [
+  { destination: '/proc', type: 'proc', source: 'proc', options: ['nosuid', 'noexec', 'nodev'] },
+  {
+    destination: '/dev',
+    type: 'tmpfs',
+    source: 'tmpfs',
+    options: ['nosuid', 'strictatime', 'mode=755', 'size=65536k'],
+  },
+  {
+    destination: '/dev/pts',
+    type: 'devpts',
+    source: 'devpts',
+    options: ['nosuid', 'noexec', 'newinstance', 'ptmxmode=0666', 'mode=0620', 'gid=5'],
+  },
+  { destination: '/dev/shm', type: 'tmpfs', source: 'shm', options: ['nosuid', 'noexec', 'nodev', 'size=65536k'] },
+  { destination: '/dev/mqueue', type: 'mqueue', source: 'mqueue', options: ['nosuid', 'noexec', 'nodev'] },
+  { destination: '/sys', type: 'sysfs', source: 'sysfs', options: ['nosuid', 'noexec', 'nodev', 'ro'] },
+  { destination: '/sys/fs/cgroup', type: 'cgroup', source: 'cgroup', options: ['nosuid', 'noexec', 'nodev', 'ro'] },
+  {
+    destination: '/run',
+    type: 'tmpfs',
+    source: 'tmpfs',
+    options: ['nosuid', 'strictatime', 'mode=755', 'size=65536k'],
+  },
+];

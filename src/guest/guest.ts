@@ -180,8 +180,10 @@ export class Guest implements Disposable {
         agentStartedAtMs: answeredAt - Math.min(Math.max(ageMs, 0), answeredAt),
       };
       const guest = new Guest(connection, facts, answerLimitMs);
-      const first = { askedAt, answeredAt, guestMs: toMs(answer.realtimeNs) };
-      await setClock(first, (byMs) => guest.#readClock(byMs));
+      if (answer.realtimeNs !== 0n) {
+        const first = { askedAt, answeredAt, guestMs: toMs(answer.realtimeNs) };
+        await setClock(first, (byMs) => guest.#readClock(byMs));
+      }
       return guest;
     } catch (error) {
       connection.close();

@@ -1,5 +1,6 @@
 import { mkdir, rm } from 'node:fs/promises';
 import path from 'node:path';
+import { KilnError } from '../errors.ts';
 import { Guest } from '../guest/guest.ts';
 import { abortable } from '../vmm/abortable.ts';
 import type { TemplateDriver } from '../vmm/vmm.ts';
@@ -9,28 +10,37 @@ import { prime } from './prime.ts';
 export interface BuildOptions {
   readonly driver: TemplateDriver;
   readonly shape: VmShape;
-  /** Time for each answer of VMM and agent, in ms. */
-  readonly answerLimitMs: number;
+  /** Time for all of it, in ms. */
+  readonly limitMs: number;
 }
 
 /**
  * Boots a VM, warms it up and saves it in an existing, empty directory. The VM is gone afterwards; what it has left in the
  * directory when this fails, the caller removes.
  */
-export async function buildTemplate(
-  directory: string,
-  { driver, shape, answerLimitMs }: BuildOptions,
-  signal: AbortSignal,
-): Promise<void> {
+export async function buildTemplate(directory: string, options: BuildOptions, signal: AbortSignal): Promise<void> {
+  const limit = AbortSignal.timeout(options.limitMs);
+  try {
+    await build(directory, options, AbortSignal.any([signal, limit]));
+  } catch (error) {
+    if (signal.aborted || error !== limit.reason) throw error;
+    throw new KilnError(
+      'deadline-exceeded',
+      `no virtual machine was booted and saved within ${options.limitMs / 1000} s`,
+    );
+  }
+}
+
+async function build(directory: string, { driver, shape, limitMs }: BuildOptions, signal: AbortSignal): Promise<void> {
   const vmDirectory = path.join(directory, 'vm');
   await mkdir(vmDirectory, { mode: 0o700 });
   {
     await using vm = await driver.boot({ ...shape, id: 'template', directory: vmDirectory }, directory, signal);
     const socket = await vm.acceptAgent(signal);
-    const hello = { hostname: '', session: '', becomesTemplate: true, answerLimitMs };
+    const hello = { hostname: '', session: '', becomesTemplate: true, answerLimitMs: limitMs };
     {
       using guest = await abortable(Guest.connect(socket, hello), signal);
-      await prime(guest, signal);
+      await abortable(prime(guest), signal);
     }
     // Once more, so that the agent waits for the first words of a host when it is saved: the clone's.
     await vm.acceptAgent(signal);

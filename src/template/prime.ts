@@ -2,8 +2,8 @@
  * Warm-up calls for a guest that becomes a template: after them the agent's code is compiled, crun and its libraries are
  * in the guest's page cache, and what a container's start touches first is touched. All clones share that.
  */
-import { PassThrough } from 'node:stream';
-import type { Guest, GuestContainer, GuestStdio } from '../guest/guest.ts';
+import { PassThrough, type Readable } from 'node:stream';
+import type { Guest, GuestContainer, GuestStdio, ProcessRef } from '../guest/guest.ts';
 import type { OutputName } from '../guest/streams.ts';
 
 /** Rounds of calls. The first reads files and compiles; the second runs what is compiled by then. */
@@ -21,25 +21,22 @@ const terminal: GuestStdio = {
 const SIGKILL = 9;
 
 /** Makes calls of every kind that a container's life is made of. Throws what the guest refuses. */
-export async function prime(guest: Guest, signal: AbortSignal): Promise<void> {
+export async function prime(guest: Guest): Promise<void> {
   for (let round = 0; round < rounds; round += 1) {
-    signal.throwIfAborted();
-    await liveWithPipes(guest, `prime-${round}`, signal);
-    await liveWithTerminal(guest, `prime-terminal-${round}`, signal);
+    await liveWithPipes(guest, `prime-${round}`);
+    await liveWithTerminal(guest, `prime-terminal-${round}`);
   }
 }
 
-async function liveWithPipes(guest: Guest, id: string, signal: AbortSignal): Promise<void> {
+async function liveWithPipes(guest: Guest, id: string): Promise<void> {
   const init = { id, execId: '' };
-  await guest.createContainer(container(id, ['/bin/cat'], pipes), signal);
+  await guest.createContainer(container(id, ['/bin/cat'], pipes));
   const stdin = new PassThrough();
-  const streams = [read(guest, init, 'stdout'), read(guest, init, 'stderr'), guest.pipeStdin(init, stdin)];
-  const kills = guest.watchOom(id, () => {});
-  const exit = guest.waitExit(init);
+  const ended = beside(endOf(guest, init, stdin));
+  const forgotten = beside(guest.watchOom(id, () => {}));
   await guest.startContainer(id);
   stdin.write('primed\n');
-  const { started } = await guest.describe(id);
-  if (!started) throw new Error('the warm-up container does not run');
+  await guest.describe(id);
   await guest.processes(id);
   await guest.stats(id);
   await guest.setLimits(id, [{ name: 'pids.max', content: 'max' }]);
@@ -47,38 +44,43 @@ async function liveWithPipes(guest: Guest, id: string, signal: AbortSignal): Pro
   await guest.resumeContainer(id);
   await execOnce(guest, id);
   stdin.end();
-  await Promise.all([exit, ...streams]);
+  await ended;
   await guest.removeContainer(id, { force: false, guestEnds: false });
-  await kills;
+  await forgotten;
 }
 
 async function execOnce(guest: Guest, id: string): Promise<void> {
   const ref = { id, execId: 'exec' };
   await guest.exec(ref, JSON.stringify(processOf(['/bin/true'], false)), pipes);
-  const stdin = new PassThrough().end();
-  await Promise.all([
-    read(guest, ref, 'stdout'),
-    read(guest, ref, 'stderr'),
-    guest.pipeStdin(ref, stdin),
-    guest.waitExit(ref),
-  ]);
+  await endOf(guest, ref, new PassThrough().end());
   await guest.removeProcess(ref);
 }
 
-async function liveWithTerminal(guest: Guest, id: string, signal: AbortSignal): Promise<void> {
+async function liveWithTerminal(guest: Guest, id: string): Promise<void> {
   const init = { id, execId: '' };
-  await guest.createContainer(container(id, ['/bin/sh'], terminal), signal);
-  const output = read(guest, init, 'stdout');
-  const exit = guest.waitExit(init);
+  await guest.createContainer(container(id, ['/bin/sh'], terminal));
+  const ended = beside(Promise.all([guest.waitExit(init), read(guest, init, 'stdout')]));
   await guest.startContainer(id);
   await guest.resize(init, { width: 100, height: 30 });
   await guest.signal(init, SIGKILL, true);
-  await Promise.all([exit, output]);
+  await ended;
   await guest.removeContainer(id, { force: true, guestEnds: false });
 }
 
+/** A step whose failure is looked at later, or not at all when another one fails before. */
+function beside<T>(step: Promise<T>): Promise<T> {
+  step.catch(() => {});
+  return step;
+}
+
+/** All streams of a process to their ends, and its exit. */
+async function endOf(guest: Guest, ref: ProcessRef, stdin: Readable): Promise<void> {
+  const outputs = [read(guest, ref, 'stdout'), read(guest, ref, 'stderr')];
+  await Promise.all([...outputs, guest.pipeStdin(ref, stdin), guest.waitExit(ref)]);
+}
+
 /** Reads a stream to its end. */
-function read(guest: Guest, ref: { id: string; execId: string }, stream: OutputName): Promise<void> {
+function read(guest: Guest, ref: ProcessRef, stream: OutputName): Promise<void> {
   return guest.pipeOutput({ ...ref, stream, from: 0 }, new PassThrough().resume(), () => {});
 }
 

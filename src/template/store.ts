@@ -15,7 +15,7 @@ import { killProcessesOf } from '../host/stale.ts';
 import type { Logger } from '../observe/logger.ts';
 import { flock } from '../sys/lock.ts';
 import type { TemplateDriver, Vmm } from '../vmm/vmm.ts';
-import { type BuildOptions, buildTemplate } from './build.ts';
+import { buildTemplate } from './build.ts';
 import { type TemplateParts, templateKey, templateParts, type VmShape } from './key.ts';
 import { digestOf, readTemplateRecord, recordName, sizeOf, writeTemplateRecord } from './record.ts';
 
@@ -36,6 +36,8 @@ export interface TemplateStoreOptions {
   readonly logger: Logger;
   /** A turn among the VMs that boot. */
   readonly takeTurn: (signal: AbortSignal) => Promise<Disposable>;
+  /** How a template is made; another way for tests. */
+  readonly build?: typeof buildTemplate;
 }
 
 export interface TemplateRequest {
@@ -95,29 +97,19 @@ export class TemplateStore {
    * The template for such VMs, which is made unless it is there. Undefined where the VMM has none, and where none can be
    * made now, which is logged. Rejects with the signal's reason only.
    */
-  async provide({ vmm, shape, bootTimeoutMs }: TemplateRequest, signal: AbortSignal): Promise<Template | undefined> {
-    const driver = vmm.templates;
-    if (driver === undefined) return undefined;
-    let key = '';
-    try {
-      const parts = templateParts(driver, shape);
-      key = templateKey(parts);
-      const template = { key, directory: path.join(this.#directory, key), driver };
-      if (!this.#isVerified(template)) {
-        if ((this.#failed.get(key) ?? 0) > Date.now()) return undefined;
-        const make = (flight: AbortSignal) =>
-          this.#make(template, parts, { driver, shape, answerLimitMs: bootTimeoutMs }, flight);
-        await this.#flights.run(key, signal, (flight) => this.#verifyOr(make, template, flight));
-      }
-      this.#noteUse(template);
-      return template;
-    } catch (error) {
-      signal.throwIfAborted();
-      this.counts.buildsFailed += 1;
-      this.#failed.set(key, Date.now() + retryAfterMs);
-      this.#options.logger.warn({ err: error, template: key }, 'there is no template: virtual machines boot instead');
-      return undefined;
+  async provide(request: TemplateRequest, signal: AbortSignal): Promise<Template | undefined> {
+    const driver = request.vmm.templates;
+    const parts = driver && partsOf(driver, request.shape);
+    if (driver === undefined || parts === undefined) return undefined;
+    const key = templateKey(parts);
+    const template = { key, directory: path.join(this.#directory, key), driver };
+    if (!this.#isVerified(template)) {
+      if ((this.#failed.get(key) ?? 0) > Date.now()) return undefined;
+      await this.#flights.run(key, signal, (flight) => this.#verifyOrMake(template, parts, request, flight));
+      if (!this.#isVerified(template)) return undefined;
     }
+    this.#noteUse(template);
+    return template;
   }
 
   /** Notes a restored VM. @throws KilnError internal when it is another one's twin */
@@ -176,18 +168,31 @@ export class TemplateStore {
 
   #noteUse({ directory }: Template): void {
     const now = new Date();
-    utimesSync(path.join(directory, recordName), now, now);
+    try {
+      utimesSync(path.join(directory, recordName), now, now);
+    } catch {
+      // It was removed just now, which the restore will find.
+    }
   }
 
-  async #verifyOr(
-    make: (signal: AbortSignal) => Promise<void>,
+  async #verifyOrMake(
     template: Template,
+    parts: TemplateParts,
+    request: TemplateRequest,
     signal: AbortSignal,
   ): Promise<void> {
-    using _lock = await this.#lock(signal);
-    if (!(await this.#isWhole(template, signal))) await make(signal);
-    const identity = identityOf(template.directory, template.driver.files);
-    if (identity !== undefined) this.#verified.set(template.key, identity);
+    const { key, directory, driver } = template;
+    try {
+      using _lock = await this.#lock(signal);
+      if (!(await this.#isWhole(template, signal))) await this.#make(template, parts, request, signal);
+      const identity = identityOf(directory, driver.files);
+      if (identity !== undefined) this.#verified.set(key, identity);
+    } catch (error) {
+      signal.throwIfAborted();
+      this.counts.buildsFailed += 1;
+      this.#failed.set(key, Date.now() + retryAfterMs);
+      this.#options.logger.warn({ err: error, template: key }, 'cannot make a template: virtual machines boot instead');
+    }
   }
 
   /** Whether it is there, and as it was made; one that is not is removed. */
@@ -208,13 +213,12 @@ export class TemplateStore {
   }
 
   async #make(
-    { key, directory }: Template,
+    { key, directory, driver }: Template,
     parts: TemplateParts,
-    options: BuildOptions,
+    { shape, bootTimeoutMs }: TemplateRequest,
     signal: AbortSignal,
   ): Promise<void> {
-    const { logger, takeTurn } = this.#options;
-    const { driver, shape, answerLimitMs } = options;
+    const { logger, takeTurn, build = buildTemplate } = this.#options;
     const fresh = `${directory}${newSuffix}`;
     await this.#remove(fresh);
     this.#requireRoom(shape.memoryMib);
@@ -223,7 +227,7 @@ export class TemplateStore {
       await mkdir(fresh, { mode: 0o700 });
       {
         using _turn = await takeTurn(signal);
-        await buildTemplate(fresh, options, AbortSignal.any([signal, AbortSignal.timeout(answerLimitMs)]));
+        await build(fresh, { driver, shape, limitMs: bootTimeoutMs }, signal);
       }
       const sha256 = await digestOf(fresh, driver.files, signal);
       writeTemplateRecord(fresh, { version: 1, parts, madeAt: new Date().toISOString(), sha256 });
@@ -274,6 +278,15 @@ export class TemplateStore {
 
 const lockName = 'lock';
 const newSuffix = '.new';
+
+/** Undefined when something that a VM needs is missing, which its boot tells better. */
+function partsOf(driver: TemplateDriver, shape: VmShape): TemplateParts | undefined {
+  try {
+    return templateParts(driver, shape);
+  } catch {
+    return undefined;
+  }
+}
 
 /** What the files are, without looking into them; undefined when one is missing. */
 function identityOf(directory: string, files: readonly string[]): string | undefined {

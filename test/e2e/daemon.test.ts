@@ -229,8 +229,8 @@ describe.runIf(underKiln)('kilnd', () => {
     expect((await marks()).slice(-2)).toEqual(['exited', 'deleted']);
     const drawn = (await timeline()).stdout.toString();
     expect(drawn).toMatch(new RegExp(`^default/${id}: \\d+ ms\n`));
-    expect(drawn).toMatch(/^kernel-up +[\d.]+ +[\d.]+ +█+$/m);
-    expect((await timeline('--html')).stdout.toString()).toContain('<th>kernel-up</th>');
+    expect(drawn).toMatch(/^vm-restored +[\d.]+ +[\d.]+ +█+$/m);
+    expect((await timeline('--html')).stdout.toString()).toContain('<th>vm-restored</th>');
   });
 
   it('shows its state and stops on command', async () => {
@@ -330,7 +330,7 @@ describe.runIf(underKiln)('kilnd', () => {
     const marks = timeline?.marks ?? [];
     expect(marks.map(({ name }) => name).sort()).toEqual(
       [
-        ...['launcher', 'request', 'vmm-spawned', 'kernel-up', 'agent-connected', 'rootfs-ready', 'rootfs-attached'],
+        ...['launcher', 'request', 'vm-restored', 'agent-connected', 'rootfs-ready', 'rootfs-attached'],
         ...['created', 'started', 'exited', 'deleted'],
       ].sort(),
     );

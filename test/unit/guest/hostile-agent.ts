@@ -123,7 +123,8 @@ if (process.argv[1] === import.meta.filename) {
   for (const [attack, begin] of Object.entries(attacks)) {
     createServer((socket) => {
       serveRaw(socket, (stream) => {
-        if (stream === 1) socket.write(answer(stream, HelloResponse.encode(helloResponse()).finish()));
+        if (stream === 1)
+          socket.write(answer(stream, HelloResponse.encode(helloResponse({ realtimeNs: 0n })).finish()));
         else begin(socket, stream);
       });
     }).listen(`\0${name} ${attack}`);

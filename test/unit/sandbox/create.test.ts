@@ -214,3 +214,46 @@ it.skipIf(!canMakeNetns)('the stand-in of a Create that fails is gone with it', 
   await failureOf(made.create());
   expect(isAlive(Number(readFileSync(`${made.root}/pid`, 'utf8')))).toBe(false);
 });
+
+describe.skipIf(!canMakeNetns)('a VM from a template', () => {
+  const marksOf = (made: Workbench) => made.timeline.toJSON().marks.map(({ name }) => name);
+
+  it('is restored and not booted', async () => {
+    const made = bench();
+    made.beforeBoot = () => Promise.reject(new Error('it boots'));
+    made.useTemplate();
+    await made.create();
+    expect(made.events).toEqual(['restored b007']);
+    expect(marksOf(made)).toContain('vm-restored');
+    expect(marksOf(made)).not.toContain('kernel-up');
+  });
+
+  it('boots when it cannot be restored', async () => {
+    const made = bench();
+    made.useTemplate(() => Promise.reject(new KilnError('internal', 'QEMU ended at the restore of its state')));
+    await made.create();
+    expect(made.events).toEqual(['not restored: QEMU ended at the restore of its state']);
+    expect(marksOf(made)).toContain('kernel-up');
+  });
+
+  it('boots when its agent does not answer, and the clone is ended first', async () => {
+    const made = bench();
+    made.useTemplate();
+    made.vmHooks.acceptAgent = async () => {
+      delete made.vmHooks.acceptAgent;
+      throw new KilnError('unavailable', 'the guest stopped before the agent called');
+    };
+    await made.create();
+    expect(made.events).toEqual(['vm killed', 'not restored: the guest stopped before the agent called']);
+  });
+
+  it('is given up, and not booted, when nobody wants the container any more', async () => {
+    const made = bench();
+    const giveUp = new AbortController();
+    made.useTemplate(async () => giveUp.abort(new Error('enough')));
+    made.beforeBoot = () => Promise.reject(new Error('it boots'));
+    expect((await failureOf(made.create(giveUp.signal))).message).toBe('enough');
+    expectNothingLeft(made);
+    expect(made.events.filter((event) => event.startsWith('not restored'))).toEqual([]);
+  });
+});

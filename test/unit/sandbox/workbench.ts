@@ -203,8 +203,7 @@ export class Workbench implements AsyncDisposable {
   releaseRootfs: () => Promise<void> = async () => {};
   beforeBoot: (signal: AbortSignal) => Promise<void> = async () => {};
   bootTimeoutS = 60;
-  /** What VMs are restored from; they boot without. */
-  template: Template | undefined;
+  #template: Template | undefined;
   terminal = false;
   bundle = this.root;
   hooks: Partial<Pick<HookPlan, keyof typeof noHooks>> = {};
@@ -225,6 +224,21 @@ export class Workbench implements AsyncDisposable {
       signal,
     );
     return this.container;
+  }
+
+  /** Has VMs be restored from a template, after `restore`. */
+  useTemplate(restore: () => Promise<void> = async () => {}): void {
+    const driver: Template['driver'] = {
+      files: [],
+      fingerprint: () => [],
+      boot: () => Promise.reject(new Error('this test makes no template')),
+      restore: async (config) => {
+        await restore();
+        this.vm = new ScriptedVm(config, this.agent, this.events, this.vmHooks);
+        return this.vm;
+      },
+    };
+    this.#template = { key: 'k', directory: '/templates/k', driver };
   }
 
   /** What an earlier kilnd has left of a container that runs: its directory, its stand-in, and its record. */
@@ -283,7 +297,7 @@ export class Workbench implements AsyncDisposable {
 
   #host() {
     const templates: HostServices['templates'] = {
-      provide: async () => this.template,
+      provide: async () => this.#template,
       noteRestored: (bootId) => void this.events.push(`restored ${bootId}`),
       noteFailure: (_template, error) => void this.events.push(`not restored: ${(error as Error).message}`),
     };

@@ -305,6 +305,12 @@ export class Guest implements Disposable {
     }
   }
 
+  /** By how much the guest's clock is slow, in ms, as exactly as an answer tells; for tests. */
+  async clockErrorMs(): Promise<number> {
+    const { askedAt, answeredAt, guestMs } = await this.#readClock(0);
+    return (askedAt + answeredAt) / 2 - guestMs;
+  }
+
   /** Random bytes of each of the guest's generators, for tests. */
   sampleRandomness(): Promise<SampleRandomnessResponse> {
     return this.#call(AgentService.sampleRandomness, {});

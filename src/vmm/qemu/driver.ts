@@ -2,6 +2,7 @@ import { closeSync, openSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import net from 'node:net';
 import path from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../../errors.ts';
 import { adoptHelper, describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
 import type { ProcessIdentity } from '../../host/process-identity.ts';
@@ -35,6 +36,9 @@ export interface QemuOptions {
 
 /** How long QEMU may take until it answers: some 50 ms in fact, so this only bounds a wrong program. */
 const startLimitMs = 30_000;
+
+/** How long a QEMU that has said that it failed may take to end, in ms: it does so at once. */
+const endLimitMs = 2000;
 
 /** What QEMU says when a CID is another VM's (hw/virtio/vhost-vsock.c), and how many are tried. */
 const cidInUse = /unable to set guest cid: Address already in use/;
@@ -158,13 +162,14 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
   return { qemu, qmp, agent, channel, backend, resources: stack.move() };
 }
 
-/** What `step` gives. When it fails because QEMU has ended, the error says how, in QEMU's own last words. */
+/** What `step` gives. When it fails because QEMU ends, the error says how, in QEMU's own last words. */
 async function unlessEnded<T>(qemu: HelperProcess, when: string, step: Promise<T>): Promise<T> {
   try {
     return await step;
   } catch (error) {
     if (!(error instanceof KilnError && error.code === 'unavailable')) throw error;
-    const exit = await qemu.exited;
+    const exit = await Promise.race([qemu.exited, delay(endLimitMs, undefined, { ref: false })]);
+    if (exit === undefined) throw error;
     throw new KilnError('internal', `QEMU ended ${when} ${describeExit(exit)}: ${qemu.lastWords()}`, { cause: error });
   }
 }

@@ -48,13 +48,13 @@ async function setCapabilities(qmp: QmpClient): Promise<void> {
   await qmp.execute('migrate-set-capabilities', { capabilities });
 }
 
-/** Resolves when the migration has completed. A destination that fails ends with words on its stderr. */
+/** Resolves when the migration has completed. A destination that fails tells it here, and then ends with the reason. */
 async function migrationEnds(qmp: QmpClient, action: string, signal: AbortSignal): Promise<void> {
   const { promise, resolve, reject } = Promise.withResolvers<void>();
   const onEvent = (name: string, { status }: Record<string, unknown>) => {
     if (name !== 'MIGRATION') return;
     if (status === 'completed') resolve();
-    else if (status === 'failed') reject(new KilnError('internal', `QEMU could not ${action}`));
+    else if (status === 'failed') reject(new KilnError('unavailable', `QEMU could not ${action}`));
   };
   const onClose = () => reject(new KilnError('unavailable', `QEMU ended before it could ${action}`));
   qmp.on('event', onEvent);

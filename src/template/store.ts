@@ -4,7 +4,17 @@
  * Folder: `<key>/` (one template each: the VMM's files and template.json), `<key>.new/` (one that is being made), `lock`.
  * The key names all that a template depends on, so a template is never out of date, only unused.
  */
-import { closeSync, mkdirSync, openSync, readdirSync, rmSync, statfsSync, statSync, utimesSync } from 'node:fs';
+import {
+  closeSync,
+  mkdirSync,
+  openSync,
+  readdirSync,
+  realpathSync,
+  rmSync,
+  statfsSync,
+  statSync,
+  utimesSync,
+} from 'node:fs';
 import { mkdir, rename, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
@@ -89,8 +99,10 @@ export class TemplateStore {
 
   constructor(options: TemplateStoreOptions) {
     this.#options = options;
-    this.#directory = path.join(options.cacheDir, 'templates');
-    mkdirSync(this.#directory, { recursive: true, mode: 0o700 });
+    const directory = path.join(options.cacheDir, 'templates');
+    mkdirSync(directory, { recursive: true, mode: 0o700 });
+    // Processes are known by it, also to another kilnd whose cache leads here by another way.
+    this.#directory = realpathSync(directory);
   }
 
   /**

@@ -1,12 +1,13 @@
 /** One stage for end-to-end tests, demo and benchmarks: a private containerd, a Kiln of its own, a busybox image. */
 import { randomBytes } from 'node:crypto';
-import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { mkdir, readdir, readFile, rm, symlink, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { type Containerd, startContainerd } from './containerd.ts';
 import { EventLog } from './event-log.ts';
 import { busyboxImage, type Image, importImage } from './images.ts';
 import { assertNothingLeft, findLeft, type HostSnapshot, kilndPids, snapshotHost } from './leftovers.ts';
 import { type ContainerdVersion, runtime, shimBinary } from './paths.ts';
+import { sharedTemplatesVariable } from './shared-templates.ts';
 import { type RunningProgram, type RunOptions, type RunResult, run } from './spawn.ts';
 import { signal, waitForEnd } from './wait-for-end.ts';
 
@@ -16,6 +17,8 @@ export interface SceneOptions {
   readonly config?: string;
   /** Images beside busybox. */
   readonly images?: readonly Image[];
+  /** Templates of the scene's own, which its first start has to make; else the test run's. */
+  readonly ownTemplates?: boolean;
   /** More environment for containerd, and so for the launcher and kilnd. */
   readonly env?: Readonly<Record<string, string>>;
 }
@@ -100,6 +103,10 @@ export class Scene {
     return this.#containerd;
   }
 
+  get templatesDir(): string {
+    return join(this.cacheDir, 'templates');
+  }
+
   get kilndLog(): string {
     return join(this.stateDir, 'kilnd.log');
   }
@@ -125,6 +132,8 @@ export class Scene {
     await mkdir(this.dir, { mode: 0o755 });
     for (const name of ['k', 'c', 'd', 'shims', 'specs']) await mkdir(join(this.dir, name));
     await writeFile(join(this.dir, 'shims', shimBinary(editingRuntime)), editingShim, { mode: 0o755 });
+    const shared = process.env[sharedTemplatesVariable];
+    if (shared !== undefined && this.#options.ownTemplates !== true) await symlink(shared, this.templatesDir);
     this.#before = snapshotHost({
       stateDir: this.stateDir,
       cacheDir: this.cacheDir,

@@ -56,7 +56,8 @@ export class Gate {
 export async function letSaboteurIn(scene: Scene): Promise<void> {
   const initrd = join(scene.dir, 'initrd');
   writeSaboteurInitrd(initrd);
-  await scene.configure(`[vm]\ninitrd = ${JSON.stringify(initrd)}\n`);
+  // Which is reached by vsock.
+  await scene.configure(`[vm]\nchannel = "hybrid-vsock"\ninitrd = ${JSON.stringify(initrd)}\n`);
 }
 
 export interface VictimOptions {

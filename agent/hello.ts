@@ -27,9 +27,10 @@ let session = '';
 
 /**
  * @param owner true in a guest, where clock and hostname are ours to set; false on a host (tests)
+ * @param connectedAt when the connection was made: `performance.now()`
  * @throws AgentError failed-precondition when the protocols differ
  */
-export function hello(request: HelloRequest, owner: boolean): HelloResponse {
+export function hello(request: HelloRequest, owner: boolean, connectedAt: number): HelloResponse {
   if (request.protocol !== Protocol.PROTOCOL_CURRENT) {
     throw new AgentError(
       'failed-precondition',
@@ -38,7 +39,10 @@ export function hello(request: HelloRequest, owner: boolean): HelloResponse {
     );
   }
   if (owner) {
-    if (request.realtimeNs > 0n) clockSettime(CLOCK_REALTIME, request.realtimeNs);
+    if (request.connectedRealtimeNs > 0n) {
+      const sinceNs = BigInt(Math.round((performance.now() - connectedAt) * 1e6));
+      clockSettime(CLOCK_REALTIME, request.connectedRealtimeNs + sinceNs);
+    }
     if (request.hostname !== '') sethostname(request.hostname);
     if (request.identity !== undefined) takeIdentity(request.identity);
   }

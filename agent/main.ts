@@ -11,17 +11,17 @@
  */
 import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
-import { connect, type Socket } from 'node:net';
+import { connect } from 'node:net';
 import { join } from 'node:path';
 import { AgentService } from '../gen/kiln/agent/v1/agent.ts';
-import { type ServedSocket, serveOverSocket } from '../src/rpc/grpc/server-transport.ts';
+import { prepareServer, type ServedSocket } from '../src/rpc/grpc/server-transport.ts';
 import { becomeChildSubreaper } from '../src/sys/process.ts';
 import { connectVsock, listenVsock, VMADDR_CID_ANY, VMADDR_CID_HOST } from '../src/sys/vsock.ts';
 import { Containers } from './containers.ts';
 import { Crun } from './crun.ts';
 import { describe } from './errors.ts';
 import { Reaper } from './reaper.ts';
-import { dialSerialPort } from './serial-port.ts';
+import { type Dialled, dialSerialPort } from './serial-port.ts';
 import { createService } from './service.ts';
 
 /** Where the host listens for its guests, unless it says otherwise: `kiln.agent_port=N` on the kernel's command line. */
@@ -46,21 +46,24 @@ const FIRST_RETRY = 10;
 const LAST_RETRY = 200;
 
 /** How the host is reached, by its Unix socket in tests, or else by what it says on the kernel's command line. */
-function dialer(socketPath: string | undefined): { dial: () => Promise<Socket>; knocked: boolean } {
+function dialer(socketPath: string | undefined): { dial: () => Promise<Dialled>; knocked: boolean } {
   if (socketPath !== undefined) return { dial: () => dialUnix(socketPath), knocked: false };
   const words = readFileSync('/proc/cmdline', 'utf8').trim().split(' ');
   if (words.includes('kiln.channel=virtio-serial')) return { dial: dialSerialPort, knocked: false };
   const port = words.find((word) => word.startsWith(portWord))?.slice(portWord.length);
   return {
-    dial: async () => connectVsock(VMADDR_CID_HOST, port === undefined ? HOST_PORT : Number(port)),
+    dial: async () => {
+      const socket = await connectVsock(VMADDR_CID_HOST, port === undefined ? HOST_PORT : Number(port));
+      return { socket, at: performance.now() };
+    },
     knocked: true,
   };
 }
 
-async function dialUnix(socketPath: string): Promise<Socket> {
+async function dialUnix(socketPath: string): Promise<Dialled> {
   const socket = connect(socketPath);
   await once(socket, 'connect');
-  return socket;
+  return { socket, at: performance.now() };
 }
 
 async function main(): Promise<never> {
@@ -85,12 +88,17 @@ async function main(): Promise<never> {
   }
   for (;;) {
     try {
-      const socket = await dial();
+      let connectedAt = 0;
       const onHello = () => {
         retry = FIRST_RETRY;
       };
-      const service = createService({ containers, ownsGuest: socketPath === undefined, onHello });
-      served = serveOverSocket(AgentService, service, socket);
+      const ownsGuest = socketPath === undefined;
+      const service = createService({ containers, ownsGuest, connectedAt: () => connectedAt, onHello });
+      // Before it is needed: a clone of a template finds it made.
+      const serve = prepareServer(AgentService, service);
+      const { socket, at } = await dial();
+      connectedAt = at;
+      served = serve(socket);
       await served.closed;
     } catch (error) {
       if (retry === FIRST_RETRY) log(`cannot reach the host, trying again: ${describe(error)}`);

@@ -11,18 +11,24 @@ import { answerSerialSession } from '../src/rpc/serial-session.ts';
 import { socketFromDevice } from '../src/sys/terminal.ts';
 import { AgentError } from './errors.ts';
 
+/** A connection to the host. */
+export interface Dialled {
+  readonly socket: Socket;
+  /** When the host came to know of it, or could: `performance.now()`. */
+  readonly at: number;
+}
+
 /** The port's name, which src/vmm/qemu/command-line.ts gives it. */
 const portName = 'kiln.agent';
 
 const portsDirectory = '/sys/class/virtio-ports';
 
 /** Opens the port; resolves when the host speaks on it. Rejects when there is none, or the host's end is not open. */
-export async function dialSerialPort(): Promise<Socket> {
+export async function dialSerialPort(): Promise<Dialled> {
   const { O_RDWR, O_NONBLOCK } = constants;
   const socket = socketFromDevice(openSync(findPort(), O_RDWR | O_NONBLOCK), 'both');
   try {
-    await answerSerialSession(socket);
-    return socket;
+    return { socket, at: await answerSerialSession(socket) };
   } catch (error) {
     socket.destroy();
     throw error;

@@ -43,12 +43,14 @@ export interface ServiceOptions {
   readonly containers: Containers;
   /** See `hello`. */
   readonly ownsGuest: boolean;
+  /** When the connection was made: `performance.now()`. */
+  readonly connectedAt: () => number;
   /** Called when a host has said Hello and was understood. */
   readonly onHello?: () => void;
 }
 
 /** The service for one connection. Until Hello has succeeded on it, every other call is FAILED_PRECONDITION. */
-export function createService({ containers, ownsGuest, onHello }: ServiceOptions): AgentServer {
+export function createService({ containers, ownsGuest, connectedAt, onHello }: ServiceOptions): AgentServer {
   let greeted = false;
   const greetedFirst = () => {
     if (!greeted) throw new AgentError('failed-precondition', 'the first call on a connection must be Hello');
@@ -72,7 +74,7 @@ export function createService({ containers, ownsGuest, onHello }: ServiceOptions
   return {
     hello: (call, done) => {
       try {
-        const response = hello(call.request, ownsGuest);
+        const response = hello(call.request, ownsGuest, connectedAt());
         greeted = true;
         onHello?.();
         done(null, response);

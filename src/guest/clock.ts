@@ -1,7 +1,7 @@
 /**
- * A guest's wall clock. What the host tells it is old when it arrives, on a slow or busy machine by a tenth of a second.
- * So the guest answers with what its clock says. That moment lies between question and answer by the host's clock, so
- * each answer bounds by how much the guest's is wrong, and the quicker it came, the better.
+ * A guest's wall clock. Hello tells the guest when its connection came, and so the clock is fast by what the host took to
+ * notice it: nothing, or on a busy host too much. What the guest's clock says at its answer lies between question and answer
+ * by the host's, so each answer bounds by how much it is wrong, and the quicker it came, the better.
  */
 
 /** What the guest's clock said at some moment between the two, all in ms since the Unix epoch. */
@@ -13,6 +13,12 @@ export interface ClockReading {
 
 /** Good enough, in ms. */
 const wantedErrorMs = 5;
+
+/** Whether a guest's clock can be right, by an answer. One that is fast by more than the answer took is not. */
+export function mayBeRight(reading: ClockReading): boolean {
+  const { least, most } = boundsOf(reading);
+  return least <= wantedErrorMs && most >= -wantedErrorMs;
+}
 
 /** On a busy host no answer may be quick. */
 const maxQuestions = 4;

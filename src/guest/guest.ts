@@ -16,7 +16,7 @@ import { printable } from '../host/printable.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
 import { kilnVersion } from '../version.ts';
 import { type CallOptions, toKilnError, type UnaryMethod, unary } from './call.ts';
-import { type ClockReading, setClock } from './clock.ts';
+import { type ClockReading, mayBeRight, setClock } from './clock.ts';
 import { type ContainerStats, toContainerStats } from './stats.ts';
 import { type OutputName, type OutputRequest, pipeOutput, pipeStdin } from './streams.ts';
 
@@ -144,16 +144,17 @@ export class Guest implements Disposable {
     socket: net.Socket,
     { hostname, answerLimitMs, session, returning = false, becomesTemplate = false }: GuestOptions,
   ): Promise<Guest> {
+    const connectedRealtimeNs = BigInt(Date.now()) * 1_000_000n;
     const connection = clientOverSocket(AgentClient, socket, { peer: 'the guest' });
     try {
       const hello = {
         protocol: Protocol.PROTOCOL_CURRENT,
         kilnVersion,
         features: [],
-        realtimeNs: BigInt(Date.now()) * 1_000_000n,
+        connectedRealtimeNs,
         hostname,
         session,
-        identity: returning || becomesTemplate ? undefined : newIdentity(),
+        identity: returning ? undefined : newIdentity(),
         becomesTemplate,
       };
       const askedAt = Date.now();
@@ -182,7 +183,7 @@ export class Guest implements Disposable {
       const guest = new Guest(connection, facts, answerLimitMs);
       if (answer.realtimeNs !== 0n) {
         const first = { askedAt, answeredAt, guestMs: toMs(answer.realtimeNs) };
-        await setClock(first, (byMs) => guest.#readClock(byMs));
+        if (!mayBeRight(first)) await setClock(first, (byMs) => guest.#readClock(byMs));
       }
       return guest;
     } catch (error) {

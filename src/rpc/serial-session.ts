@@ -39,16 +39,20 @@ export async function openSerialSession(stream: Duplex): Promise<void> {
   }
 }
 
-/** The guest's side. Resolves when the host has begun to speak. */
-export async function answerSerialSession(stream: Duplex): Promise<void> {
+/** The guest's side. Resolves when the host has begun to speak, with when it was answered (`performance.now()`). */
+export async function answerSerialSession(stream: Duplex): Promise<number> {
   let pending: Buffer = Buffer.alloc(0);
   let answered = '';
+  let answeredAt = 0;
   await readUntil(stream, (chunk) => {
     pending = Buffer.concat([pending, chunk]);
     while (pending.length >= lineLength) {
       const line = pending.subarray(0, lineLength).toString('latin1');
       if (linePattern.test(line)) {
-        if (line !== answered) stream.write(line);
+        if (line !== answered) {
+          stream.write(line);
+          answeredAt = performance.now();
+        }
         answered = line;
         pending = pending.subarray(lineLength);
       } else if (answered !== '') return pending;
@@ -58,6 +62,7 @@ export async function answerSerialSession(stream: Duplex): Promise<void> {
     const isLine = word.startsWith(pending.subarray(0, word.length).toString('latin1'));
     return answered !== '' && pending.length > 0 && !isLine ? pending : undefined;
   });
+  return answeredAt;
 }
 
 /** Reads until `take` returns what belongs to whoever reads next. Rejects when the stream ends before. */

@@ -27,23 +27,35 @@ export interface ServedSocket extends Disposable {
   close(): void;
 }
 
-/**
- * Serves `implementation` on `socket`, and takes the socket over. One server per connection, so that an implementation
- * can know what its connection has seen (an object made for it), and everything ends with it.
- */
+/** Serves `implementation` on `socket`, and takes the socket over. */
 export function serveOverSocket(
   definition: ServiceDefinition,
   implementation: UntypedServiceImplementation,
   socket: Duplex,
 ): ServedSocket {
+  return prepareServer(definition, implementation)(socket);
+}
+
+/**
+ * Makes a server for one connection, which comes later. One per connection, so that an implementation can know what its
+ * connection has seen (an object made for it), and everything ends with it.
+ */
+export function prepareServer(
+  definition: ServiceDefinition,
+  implementation: UntypedServiceImplementation,
+): (socket: Duplex) => ServedSocket {
   const server = new Server({
     'grpc.enable_channelz': 0,
     'grpc.max_receive_message_length': maxMessageBytes,
     'grpc.max_send_message_length': maxMessageBytes,
   });
-  const internals = server as unknown as ServerInternals;
   server.addService(definition, implementation);
   const injector = server.createConnectionInjector(ServerCredentials.createInsecure());
+  return (socket) => serve(socket, server, injector);
+}
+
+function serve(socket: Duplex, server: Server, injector: ReturnType<Server['createConnectionInjector']>): ServedSocket {
+  const internals = server as unknown as ServerInternals;
   let current: ServerHttp2Session | undefined;
   const closed = new Promise<void>((resolve) => {
     for (const http2Server of internals.http2Servers.keys()) {

@@ -1,5 +1,5 @@
 import { describe, expect, test } from 'vitest';
-import { type ClockReading, setClock } from '../../../src/guest/clock.ts';
+import { type ClockReading, mayBeRight, setClock } from '../../../src/guest/clock.ts';
 
 /** A host and a guest whose clock is slow by `errorMs`; each question takes so long there and back. */
 class Clocks {
@@ -28,6 +28,18 @@ class Clocks {
     await setClock(this.ask(0), async (byMs) => this.ask(byMs));
   }
 }
+
+describe('a reading', () => {
+  test.each([
+    ['right at the answer', 100, true],
+    ['right at the question', 0, true],
+    ['fast by as much as an answer may take', 105, true],
+    ['fast by more', 106, false],
+    ['slow by more than the answer took', -6, false],
+  ])('of a clock that is %s', (_what, guestMs, right) => {
+    expect(mayBeRight({ askedAt: 0, answeredAt: 100, guestMs })).toBe(right);
+  });
+});
 
 describe("the guest's clock", () => {
   test('that is right by a quick answer is left alone', async () => {

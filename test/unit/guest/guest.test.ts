@@ -80,9 +80,9 @@ describe('Hello', () => {
       },
     });
     expect(request).toMatchObject({ protocol: Protocol.PROTOCOL_CURRENT, kilnVersion, hostname: 'kiln' });
-    const { realtimeNs } = request as { realtimeNs: bigint };
-    expect(Number(realtimeNs / 1_000_000n)).toBeGreaterThanOrEqual(before);
-    expect(Number(realtimeNs / 1_000_000n)).toBeLessThanOrEqual(Date.now());
+    const { connectedRealtimeNs } = request as { connectedRealtimeNs: bigint };
+    expect(Number(connectedRealtimeNs / 1_000_000n)).toBeGreaterThanOrEqual(before);
+    expect(Number(connectedRealtimeNs / 1_000_000n)).toBeLessThanOrEqual(Date.now());
     const { agentStartedAtMs, ...facts } = guest.facts;
     expect(facts).toEqual({ kernelRelease: '6.1.0-guest', bootId: 'b007', memoryBytes: 512 << 20, vcpus: 2 });
     // 2.5 s between the agent's start and its answer, by the guest's clock.

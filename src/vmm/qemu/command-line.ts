@@ -47,7 +47,10 @@ export interface CommandLineOptions {
 /** The kernel's command line. `-no-reboot` turns a reboot into a stop. */
 export function kernelCommandLine(options: CommandLineOptions): string {
   const words = commonKernelWords(options.config, 't');
-  if (options.accelerator === 'tcg' && options.tscKhz !== undefined) words.push(`tsc_early_khz=${options.tscKhz}`);
+  if (options.accelerator === 'tcg') {
+    words.push('kiln.emulated');
+    if (options.tscKhz !== undefined) words.push(`tsc_early_khz=${options.tscKhz}`);
+  }
   if (options.channel.kind === 'serial') words.push('kiln.channel=virtio-serial');
   // The agent knows the usual one; any other is told to it here.
   if (options.agentPort !== agentPort) words.push(`kiln.agent_port=${options.agentPort}`);

@@ -1,6 +1,7 @@
 import { Command } from 'commander';
 import { KilnError } from '../errors.ts';
 import { kilnVersion } from '../version.ts';
+import { poolCommand } from './pool.ts';
 import { statusCommand } from './status.ts';
 import { stopCommand } from './stop.ts';
 import { timelineCommand } from './timeline.ts';
@@ -11,7 +12,8 @@ const program = new Command('kiln')
   .showHelpAfterError()
   .addCommand(statusCommand())
   .addCommand(stopCommand())
-  .addCommand(timelineCommand());
+  .addCommand(timelineCommand())
+  .addCommand(poolCommand());
 
 program.parseAsync().catch((error: unknown) => {
   process.stderr.write(`kiln: ${KilnError.from(error).userMessage}\n`);

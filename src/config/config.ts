@@ -40,6 +40,12 @@ export interface KilnConfig {
     /** Room that all templates may take on the disk, in MiB. */
     readonly maxTotalMib: number;
   };
+  readonly pool: {
+    /** Virtual machines of each kind that wait for containers in any case. */
+    readonly min: number;
+    /** At most; 0 for no pool. */
+    readonly max: number;
+  };
   readonly storage: {
     /** Size limit of a container's writable layer in GiB. */
     readonly writableSizeGib: number;
@@ -147,7 +153,7 @@ function isTable(value: unknown): value is Record<string, unknown> {
   return typeof value === 'object' && value !== null && !Array.isArray(value);
 }
 
-function toConfig({ vm, template, storage, daemon }: ConfigFile): KilnConfig {
+function toConfig({ vm, template, pool, storage, daemon }: ConfigFile): KilnConfig {
   return {
     vm: {
       vmm: vm.vmm,
@@ -162,6 +168,7 @@ function toConfig({ vm, template, storage, daemon }: ConfigFile): KilnConfig {
       channel: vm.channel,
     },
     template: { enabled: template.enabled, keepDays: template.keep_days, maxTotalMib: template.max_total_mib },
+    pool,
     storage: { writableSizeGib: storage.writable_size_gib },
     daemon: { idleTimeoutS: daemon.idle_timeout_s, logLevel: daemon.log_level },
   };

@@ -61,6 +61,18 @@ const template = z.strictObject({
     .describe('an integer from 1 to 1073741824 (MiB)'),
 });
 
+const pool = z
+  .strictObject({
+    min: z.int().min(0).max(1000).default(0).describe('an integer from 0 to 1000'),
+    max: z
+      .int()
+      .min(0)
+      .max(1000)
+      .default(0)
+      .describe('an integer from 0 (no pool) to 1000, and not less than pool.min'),
+  })
+  .refine(({ min, max }) => min <= max, { path: ['max'] });
+
 const storage = z.strictObject({
   writable_size_gib: writableSizeGib.default(10).describe(allowed.writableSizeGib),
 });
@@ -79,11 +91,12 @@ const daemon = z.strictObject({
 });
 
 /** The sections of the file. A missing section is a section of defaults. */
-export const sections = { vm, template, storage, daemon } as const;
+export const sections = { vm, template, pool, storage, daemon } as const;
 
 export const configFile = z.strictObject({
   vm: vm.prefault({}).describe('a table'),
   template: template.prefault({}).describe('a table'),
+  pool: pool.prefault({}).describe('a table'),
   storage: storage.prefault({}).describe('a table'),
   daemon: daemon.prefault({}).describe('a table'),
 });

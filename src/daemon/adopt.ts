@@ -60,8 +60,11 @@ function endedTask(
     const hooks = new ContainerHooks({ id: record.id, hooks: record.hooks, logger, begun: true });
     disposal.defer(() => hooks.poststop());
   }
-  disposal.defer(() => rm(directory, { recursive: true, force: true }));
-  disposal.defer(() => killProcessesOf(directory).then(() => {}));
+  for (const left of [directory, record?.vmDirectory]) {
+    if (left === undefined) continue;
+    disposal.defer(() => rm(left, { recursive: true, force: true }));
+    disposal.defer(() => killProcessesOf(left).then(() => {}));
+  }
   // Its loggers end with their streams, which the relay holds open beside the processes that are killed then.
   disposal.defer(() => Promise.all(loggerFifosBelow(directory).map((fifo) => holds.releaseFifo(fifo))).then(() => {}));
   const pid = record?.standIn.pid ?? 0;

@@ -2,6 +2,7 @@ import path from 'node:path';
 import { applyAnnotations } from '../config/annotations.ts';
 import type { LoadedConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
+import type { Logger } from '../observe/logger.ts';
 import { parseProcess, readBundle } from '../oci/bundle.ts';
 import { terminalSize, toGuestProcess, toGuestSpec } from '../oci/guest-spec.ts';
 import { hostHooks } from '../oci/hooks.ts';
@@ -11,6 +12,7 @@ import { guestRootDirectory, planRootfs } from '../rootfs/index.ts';
 import type { Container } from '../sandbox/container.ts';
 import { bootContainer } from '../sandbox/create.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
+import type { SandboxPool } from '../sandbox/pool.ts';
 import type { HostServices } from '../sandbox/resources.ts';
 import { isIdentifier } from '../shim/control/request.ts';
 import { openStdio, type StdioPaths } from '../shim/stdio.ts';
@@ -21,7 +23,7 @@ import { selectVmm } from './vmm.ts';
 
 /** What belongs to kilnd, not to one container. */
 export interface Installation {
-  readonly host: HostServices;
+  readonly host: HostServices & { readonly pool: SandboxPool };
   /** Called for each container, so that a change of the configuration needs no restart. */
   readonly load: () => LoadedConfig;
 }
@@ -76,6 +78,21 @@ export async function createContainer(
     },
     signal,
   );
+}
+
+/** Has virtual machines of the configuration's size wait for containers. Never rejects. */
+export async function keepPool({ host, load }: Installation, logger: Logger): Promise<void> {
+  try {
+    const { config, paths } = load();
+    const { memoryMib, vcpus, bootTimeoutS } = config.vm;
+    const shape = { memoryMib, vcpus, ...guestFiles(config, paths) };
+    const request = { vmm: selectVmm(config, logger), shape, bootTimeoutMs: bootTimeoutS * 1000 };
+    const template = await host.templates.provide(request, new AbortController().signal);
+    if (template === undefined) logger.warn('there is no pool: virtual machines cannot be restored from a template');
+    else host.pool.keep(template, request, config.pool);
+  } catch (error) {
+    logger.warn({ err: error }, 'there is no pool');
+  }
 }
 
 /** The type of what an Exec request's spec holds, whatever stands before it. containerd typeurl, runtime-spec. */

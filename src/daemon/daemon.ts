@@ -68,6 +68,8 @@ export interface DaemonOptions {
   readonly collectGarbage: () => Promise<unknown>;
   /** What else `kiln status` shows. */
   readonly status: () => Readonly<Record<string, unknown>>;
+  /** Ends what belongs to no container; called once, when all of them are gone. */
+  readonly release: () => Promise<void>;
   readonly log: DaemonLog;
   /** Called once, when everything is closed and the process may end. */
   readonly onStopped: () => void;
@@ -386,6 +388,7 @@ export class Daemon {
     try {
       await this.#control?.close();
       await Promise.all([...this.#served.keys()].map((key) => this.#deleteEndpoint(key, nowNs())));
+      await this.#options.release();
       this.#relays?.close();
       const publishers = [...this.#publishers.values()];
       await Promise.all(publishers.map((publisher) => publisher.flush(lastEventsMs)));

@@ -18,6 +18,9 @@ export function containerDirectory(stateDir: string, key: string): string {
   return path.join(stateDir, 'c', key);
 }
 
+/** Where the virtual machines of the pool have their directories, in the state folder. */
+export const poolName = 'p';
+
 /** What is known of a container that is not taken over yet, as State has it. */
 export function knownOf(directory: string): TaskBefore {
   try {
@@ -41,16 +44,34 @@ export async function takeStock(stateDir: string, logger: Logger): Promise<Map<s
     if (record !== undefined && existsSync(record.context.bundle)) tasks.set(key, record);
     else removeTaskRecord(file);
   }
+  const pooled = new Set([...tasks.keys()].map((key) => vmDirectoryOf(containerDirectory(stateDir, key))));
+  const waiting = listDirectory(path.join(stateDir, poolName)).map((name) => path.join(stateDir, poolName, name));
   // A record without a task is of one that was deleted; what lies there then is of the next one's Create.
-  const left = listDirectory(path.join(stateDir, 'c')).filter((key) => tasks.get(key)?.state.create === undefined);
+  const unknown = listDirectory(path.join(stateDir, 'c')).filter((key) => tasks.get(key)?.state.create === undefined);
+  const left = [
+    ...unknown.map((key) => containerDirectory(stateDir, key)),
+    ...waiting.filter((directory) => !pooled.has(directory)),
+  ];
   const killed: number[] = [];
-  for (const key of left) {
-    const directory = containerDirectory(stateDir, key);
+  for (const directory of left) {
     killed.push(...(await killProcessesOf(directory)));
     removeDirectory(directory, logger);
   }
-  if (left.length > 0) logger.warn({ killed, directories: left }, 'cleared what an earlier kilnd left behind');
+  if (left.length > 0)
+    logger.warn(
+      { killed, directories: left.map((directory) => path.basename(directory)) },
+      'cleared what an earlier kilnd left behind',
+    );
   return tasks;
+}
+
+/** The directory of a container's virtual machine, where that came from the pool. */
+function vmDirectoryOf(directory: string): string | undefined {
+  try {
+    return readContainerRecord(directory)?.vmDirectory;
+  } catch {
+    return undefined; // Whoever takes the container over tells why.
+  }
 }
 
 function readRecord(file: string, logger: Logger): TaskRecord | undefined {

@@ -7,14 +7,16 @@ import { KilnError } from '../errors.ts';
 import { createLogger, type DaemonLog } from '../observe/logger.ts';
 import { RootfsStore } from '../rootfs/index.ts';
 import { BootSlots } from '../sandbox/boot-slots.ts';
+import { SandboxPool } from '../sandbox/pool.ts';
 import { Readiness } from '../shim/control/readiness.ts';
 import { controlSocketIsServed } from '../shim/control/server.ts';
 import { flock } from '../sys/lock.ts';
 import { TemplateStore } from '../template/store.ts';
 import { kilnVersion } from '../version.ts';
 import { adoptContainer } from './adopt.ts';
-import { createContainer, prepareExec } from './containers.ts';
+import { createContainer, keepPool, prepareExec } from './containers.ts';
 import { Daemon } from './daemon.ts';
+import { poolName } from './earlier.ts';
 import { defaultGuestDir, standInProgram } from './installation.ts';
 
 /**
@@ -50,15 +52,19 @@ async function main(): Promise<void> {
   const bootSlots = new BootSlots(bootsPerCpu * availableParallelism());
   const takeTurn = (signal: AbortSignal) => bootSlots.take(signal);
   const templates = new TemplateStore({ cacheDir: paths.cacheDir, logger, takeTurn });
-  const installation = { host: { rootfs, standInProgram, bootSlots, templates }, load };
+  const poolDirectory = path.join(paths.stateDir, poolName);
+  const pool = new SandboxPool({ directory: poolDirectory, templates, bootSlots, logger });
+  const installation = { host: { rootfs, standInProgram, bootSlots, templates, pool }, load };
   const daemon = new Daemon({
     paths,
-    idleTimeoutMs: config.daemon.idleTimeoutS * 1000,
+    // Who wants virtual machines to wait wants kilnd to.
+    idleTimeoutMs: config.pool.min > 0 ? 0 : config.daemon.idleTimeoutS * 1000,
     createContainer: (request, context, signal) => createContainer(installation, request, context, signal),
     adoptContainer: (state, context, signal) => adoptContainer(installation, state, context, signal),
     prepareExec,
     collectGarbage: () => Promise.all([rootfs.collectGarbage(), templates.collectGarbage(config.template)]),
-    status: () => ({ templates: templates.counts }),
+    status: () => ({ templates: templates.counts, pool: pool.status() }),
+    release: () => pool[Symbol.asyncDispose](),
     log,
     onStopped: () => {
       // Only where the stop came before the end of the start.
@@ -74,6 +80,7 @@ async function main(): Promise<void> {
     throw error;
   }
   readiness.ready();
+  if (config.pool.min > 0) await keepPool(installation, logger);
 }
 
 /** After a rotation of the log. Keeps the open file where there is no new one. */

@@ -306,6 +306,11 @@ export class Guest implements Disposable {
     }
   }
 
+  /** Sets the clock right again. Throws when the guest does not answer within `limitMs`. */
+  async checkClock(limitMs: number): Promise<void> {
+    await setClock(await this.#readClock(0, limitMs), (byMs) => this.#readClock(byMs, limitMs));
+  }
+
   /** By how much the guest's clock is slow, in ms, as exactly as an answer tells; for tests. */
   async clockErrorMs(): Promise<number> {
     const { askedAt, answeredAt, guestMs } = await this.#readClock(0);
@@ -333,9 +338,10 @@ export class Guest implements Disposable {
     return pipeStdin(this.#client, ref, source);
   }
 
-  async #readClock(byMs: number): Promise<ClockReading> {
+  async #readClock(byMs: number, limitMs = this.#answerLimitMs): Promise<ClockReading> {
     const askedAt = Date.now();
-    const { realtimeNs } = await this.#call(AgentService.adjustClock, { deltaNs: BigInt(Math.round(byMs * 1e6)) });
+    const request = { deltaNs: BigInt(Math.round(byMs * 1e6)) };
+    const { realtimeNs } = await this.#call(AgentService.adjustClock, request, { limitMs });
     return { askedAt, answeredAt: Date.now(), guestMs: toMs(realtimeNs) };
   }
 

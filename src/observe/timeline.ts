@@ -4,6 +4,7 @@ export const timelineMarks = [
   'request',
   'vmm-spawned',
   'vm-restored',
+  'vm-taken',
   'kernel-up',
   'agent-connected',
   'rootfs-ready',

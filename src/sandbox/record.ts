@@ -25,6 +25,8 @@ const containerRecord = z.object({
   /** The VMM's own. */
   vmm: z.string(),
   vm: z.record(z.string(), z.unknown()),
+  /** Of the sandbox: see SandboxRecord. */
+  vmDirectory: z.string().optional(),
   standIn: identityRecord,
   /** For poststop. Kilnd itself has made it of a spec that was checked. */
   hooks: z.custom<HookPlan>((value) => typeof value === 'object' && value !== null),

@@ -6,14 +6,16 @@ import { standInLogName, startStandIn } from '../host/stand-in.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import type { PreparedRootfs, RootfsPlan, RootfsStore } from '../rootfs/index.ts';
-import type { Template, TemplateStore } from '../template/store.ts';
+import type { TemplateStore } from '../template/store.ts';
 import type { VmConfig, Vmm } from '../vmm/vmm.ts';
 import type { BootSlots } from './boot-slots.ts';
 import type { ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
 import type { HookPlan } from './hooks.ts';
+import type { SandboxPool } from './pool.ts';
 import type { ContainerRecord } from './record.ts';
-import { Sandbox, type SandboxOptions } from './sandbox.ts';
+import type { Sandbox } from './sandbox.ts';
+import { startSandbox } from './start.ts';
 import type { ContainerStdio } from './stdio.ts';
 
 /** What the host provides to every container. */
@@ -22,6 +24,7 @@ export interface HostServices {
   readonly standInProgram: string;
   readonly bootSlots: BootSlots;
   readonly templates: Pick<TemplateStore, 'provide' | 'noteRestored' | 'noteFailure'>;
+  readonly pool: Pick<SandboxPool, 'take'>;
 }
 
 export interface ContainerRequest {
@@ -115,47 +118,6 @@ async function prepareRootfs(host: HostServices, request: ContainerRequest, sign
   });
   request.timeline.mark('rootfs-ready');
   return prepared;
-}
-
-/** Restores the VM from a template where there is one and it works, else boots it. */
-async function startSandbox(host: HostServices, request: ContainerRequest, signal: AbortSignal): Promise<Sandbox> {
-  const { id, directory, memoryMib, vcpus, files, vmm, timeline, logger, config } = request;
-  const shape = { memoryMib, vcpus, ...files };
-  const bootTimeoutMs = config.vm.bootTimeoutS * 1000;
-  const options: SandboxOptions = {
-    vmm,
-    vm: { id, directory, ...shape },
-    bootTimeoutMs,
-    logger,
-    mark: (name, atMs) => timeline.mark(name, atMs),
-  };
-  const template = config.template.enabled
-    ? await host.templates.provide({ vmm, shape, bootTimeoutMs }, signal)
-    : undefined;
-  if (template !== undefined) {
-    try {
-      return await restoreSandbox(host, template, options, signal);
-    } catch (error) {
-      signal.throwIfAborted();
-      host.templates.noteFailure(template, error);
-    }
-  }
-  using _slot = await host.bootSlots.take(signal);
-  return await Sandbox.boot(options, signal);
-}
-
-async function restoreSandbox(
-  host: HostServices,
-  template: Template,
-  options: SandboxOptions,
-  signal: AbortSignal,
-): Promise<Sandbox> {
-  using _slot = await host.bootSlots.take(signal);
-  await using stack = new AsyncDisposableStack();
-  const sandbox = stack.use(await Sandbox.restore(template, options, signal));
-  host.templates.noteRestored(sandbox.guest.facts.bootId);
-  stack.move();
-  return sandbox;
 }
 
 /** The resources of a container whose VM was taken over, on the stack as `acquire` puts them. */

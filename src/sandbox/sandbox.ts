@@ -1,4 +1,5 @@
 import { randomUUID } from 'node:crypto';
+import { rm } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
 import { Guest, type GuestContainer } from '../guest/guest.ts';
@@ -25,6 +26,8 @@ const consoleTailBytes = 2000;
 export interface SandboxOptions {
   readonly vmm: Vmm;
   readonly vm: VmConfig;
+  /** The VM's directory goes with the sandbox, and not with a container. */
+  readonly ownsDirectory?: boolean;
   /** Time for the boot, from starting the VMM to the agent's call; then for each answer of VMM and agent. */
   readonly bootTimeoutMs: number;
   readonly logger: Logger;
@@ -35,6 +38,8 @@ export interface SandboxOptions {
 /** What a later kilnd needs to take a sandbox over. */
 export interface SandboxRecord {
   readonly session: string;
+  /** The VM's directory, where it is the sandbox's own and not its container's. */
+  readonly vmDirectory?: string | undefined;
   /** Time for each answer of VMM and agent, in ms. */
   readonly answerLimitMs: number;
   readonly vm: VmRecord;
@@ -43,7 +48,7 @@ export interface SandboxRecord {
 export interface AdoptOptions {
   readonly vmm: Vmm;
   readonly record: SandboxRecord;
-  /** The VM's directory. */
+  /** The container's directory, which is the VM's, too, where the record names no other. */
   readonly directory: string;
   readonly logger: Logger;
 }
@@ -61,20 +66,27 @@ export class Sandbox implements AsyncDisposable {
   readonly #freeSlots = { ro: [...readOnlySlots], rw: [...writableSlots] };
   readonly #session: string;
   readonly #answerLimitMs: number;
+  readonly #vmDirectory: string | undefined;
   /** What containers may be promised. */
   #memoryBytes: number;
 
-  private constructor(vm: Vm, guest: Guest, { session, answerLimitMs }: { session: string; answerLimitMs: number }) {
+  private constructor(vm: Vm, guest: Guest, { session, answerLimitMs, vmDirectory }: Omit<SandboxRecord, 'vm'>) {
     this.vm = vm;
     this.guest = guest;
     this.#session = session;
     this.#answerLimitMs = answerLimitMs;
+    this.#vmDirectory = vmDirectory;
     this.#memoryBytes = guest.facts.memoryBytes;
   }
 
   /** The sandbox as it is now, for `adopt`. */
   record(): SandboxRecord {
-    return { session: this.#session, answerLimitMs: this.#answerLimitMs, vm: this.vm.record() };
+    return {
+      session: this.#session,
+      answerLimitMs: this.#answerLimitMs,
+      vmDirectory: this.#vmDirectory,
+      vm: this.vm.record(),
+    };
   }
 
   /**
@@ -85,7 +97,7 @@ export class Sandbox implements AsyncDisposable {
     const { session, answerLimitMs } = record;
     await using stack = new AsyncDisposableStack();
     const either = AbortSignal.any([signal, AbortSignal.timeout(answerLimitMs)]);
-    const vm = stack.use(await vmm.adopt(record.vm, directory, either));
+    const vm = stack.use(await vmm.adopt(record.vm, record.vmDirectory ?? directory, either));
     let impostors = 0;
     for (;;) {
       const socket = await vm.acceptAgent(either);
@@ -130,7 +142,7 @@ export class Sandbox implements AsyncDisposable {
 
   static async #start(
     startVm: (signal: AbortSignal) => Promise<Vm>,
-    { vmm, mark, bootTimeoutMs, logger }: SandboxOptions,
+    { vmm, vm: config, ownsDirectory, mark, bootTimeoutMs, logger }: SandboxOptions,
     signal: AbortSignal,
   ): Promise<Sandbox> {
     const session = randomUUID();
@@ -155,7 +167,8 @@ export class Sandbox implements AsyncDisposable {
     faultPoint('agent-connect');
     logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is up');
     stack.move();
-    return new Sandbox(vm, guest, { session, answerLimitMs: bootTimeoutMs });
+    const vmDirectory = ownsDirectory ? config.directory : undefined;
+    return new Sandbox(vm, guest, { session, answerLimitMs: bootTimeoutMs, vmDirectory });
   }
 
   /** Puts a file behind a free drive slot and returns the disk's serial in the guest. */
@@ -238,6 +251,7 @@ export class Sandbox implements AsyncDisposable {
   async [Symbol.asyncDispose](): Promise<void> {
     this.guest[Symbol.dispose]();
     await this.vm.kill();
+    if (this.#vmDirectory !== undefined) await rm(this.#vmDirectory, { recursive: true, force: true });
   }
 }
 

@@ -92,6 +92,8 @@ export interface SavableVm extends Vm {
 export interface TemplateDriver {
   /** The files that a template consists of. */
   readonly files: readonly string[];
+  /** A clone runs slowly what it runs for the first time, since the VMM has to translate it. */
+  readonly clonesAreCold: boolean;
   /**
    * What a template depends on beside its config, as text: the VMM's program and how it is told to run. One that was
    * made under another value cannot be restored. Throws `failed-precondition` when there is no such program.

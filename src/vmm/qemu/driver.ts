@@ -64,6 +64,7 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
   };
   return {
     files: [memoryName, stateName],
+    clonesAreCold: chooseAccelerator(options.accelerator, devices).accelerator === 'tcg',
     fingerprint() {
       const { accelerator } = chooseAccelerator(options.accelerator, devices);
       return ['qemu', programIdentity(options.qemu), accelerator, ...machineOptions(accelerator)];

@@ -201,7 +201,7 @@ describe.skipIf(process.getuid?.() !== 0)('kilnd', () => {
     const status = await kiln('status');
     expect(status).toMatchObject({ code: 0, stderr: '' });
     const templates = { restored: 0, restoresFailed: 0, built: 0, buildsFailed: 0, damaged: 0 };
-    const expected = { version: kilnVersion, pid: child.pid, draining: false, containers: [], templates };
+    const expected = { version: kilnVersion, pid: child.pid, draining: false, containers: [], templates, pool: [] };
     expect(JSON.parse(status.stdout)).toEqual(expected);
     const stop = await kiln('stop');
     expect(stop).toMatchObject({ code: 0, stderr: '' });

@@ -49,6 +49,7 @@ describe('the configuration file', () => {
         channel: 'auto',
       },
       template: { enabled: true, keepDays: 7, maxTotalMib: 4096 },
+      pool: { min: 0, max: 0 },
       storage: { writableSizeGib: 10 },
       daemon: { idleTimeoutS: 300, logLevel: 'info' },
     });
@@ -71,6 +72,9 @@ describe('the configuration file', () => {
       enabled = false
       keep_days = 30
       max_total_mib = 1000
+      [pool]
+      min = 1
+      max = 8
       [storage]
       writable_size_gib = 1
       [daemon]
@@ -90,6 +94,7 @@ describe('the configuration file', () => {
         channel: 'kernel-vsock',
       },
       template: { enabled: false, keepDays: 30, maxTotalMib: 1000 },
+      pool: { min: 1, max: 8 },
       storage: { writableSizeGib: 1 },
       daemon: { idleTimeoutS: 0, logLevel: 'debug' },
     });
@@ -120,12 +125,16 @@ describe('the configuration file', () => {
 
   test('with a key outside its section is refused, with the section it belongs to', () => {
     expect(messageFor('memory_mib = 512')).toBe(
-      '/etc/kiln/config.toml: unknown key memory_mib, did you mean vm.memory_mib?; sections are vm, template, storage, daemon',
+      '/etc/kiln/config.toml: unknown key memory_mib, did you mean vm.memory_mib?; sections are vm, template, pool, storage, daemon',
     );
     expect(messageFor('[deamon]')).toContain('unknown section deamon, did you mean daemon?');
   });
 
   test.each([
+    [
+      '[pool]\nmin = 2\nmax = 1',
+      'pool.max = 1: must be an integer from 0 (no pool) to 1000, and not less than pool.min',
+    ],
     ['[vm]\nmemory_mib = "512"', 'vm.memory_mib = "512": must be an integer from 128 to 16777216 (MiB)'],
     ['[vm]\nmemory_mib = 64', 'vm.memory_mib = 64: must be an integer from 128 to 16777216 (MiB)'],
     ['[vm]\nmemory_mib = 512.5', 'vm.memory_mib = 512.5: must be an integer from 128 to 16777216 (MiB)'],

@@ -74,6 +74,7 @@ class Bench {
       },
       adoptContainer: () => Promise.reject(new Error('these tests leave no task behind')),
       status: () => ({}),
+      release: async () => {},
       prepareExec: () => {
         throw new KilnError('invalid-argument', 'these tests run one process');
       },

@@ -51,9 +51,12 @@ function taskRecord(state: Partial<TaskState> = {}, bundle = join(stateDir, 'bun
 }
 
 /** The directory of a container, with a process that was started for it. */
-async function leave(key: string): Promise<HelperProcess> {
-  const directory = containerDirectory(stateDir, key);
-  mkdirSync(directory);
+function leave(key: string): Promise<HelperProcess> {
+  return leaveIn(containerDirectory(stateDir, key));
+}
+
+async function leaveIn(directory: string): Promise<HelperProcess> {
+  mkdirSync(directory, { recursive: true });
   const what = { program: 'sleep', args: ['1000'], logName: 'log', title: 'sleep', hint: '' };
   const helper = await startHelper({ ...what, directory });
   helpers.push(helper);
@@ -96,6 +99,25 @@ describe('the stock that a new kilnd takes', () => {
     process.kill(kept.pid, 0);
     expect(readdirSync(join(stateDir, 'c'))).toEqual(['aa']);
     expect(log).toMatchObject([{ level: 'warn', killed: [left.pid], directories: ['bb'] }]);
+  });
+
+  it('has nothing of the pool but virtual machines of containers that stay', async () => {
+    const [taken, waiting, unnoted] = ['taken', 'waiting', 'unnoted'].map((name) => join(stateDir, 'p', name)) as [
+      string,
+      string,
+      string,
+    ];
+    writeTaskRecord(taskFile(stateDir, 'aa'), taskRecord());
+    const helper = await leave('aa');
+    writeContainerRecord(containerDirectory(stateDir, 'aa'), { ...containerRecord(helper), vmDirectory: taken });
+    const kept = await leaveIn(taken);
+    // One waits, one was taken for a Create that was under way.
+    const [idle, lost] = [await leaveIn(waiting), await leaveIn(unnoted)];
+    await leave('bb');
+    expect([...(await takeStock(stateDir, logger)).keys()]).toEqual(['aa']);
+    await Promise.all([idle.exited, lost.exited]);
+    process.kill(kept.pid, 0);
+    expect(readdirSync(join(stateDir, 'p'))).toEqual(['taken']);
   });
 
   it('has no record that cannot be read or is half written; the log tells, and the others are there', async () => {
@@ -203,6 +225,18 @@ describe('a container that cannot be taken over has ended', () => {
     expect((await helper.exited).signal).toBe('SIGKILL');
     expect(existsSync(containerDirectory(stateDir, 'aa'))).toBe(false);
     expect(existsSync(join(stateDir, 'poststop-ran'))).toBe(true);
+  });
+
+  it('with the virtual machine that it had from the pool', async () => {
+    const helper = await leave('aa');
+    const vmDirectory = join(stateDir, 'p', 'taken');
+    const vm = await leaveIn(vmDirectory);
+    const exit = { status: 0, atMs: 1_700_000_000_123 };
+    writeContainerRecord(containerDirectory(stateDir, 'aa'), containerRecord(helper, { exit, vmDirectory }));
+    const { container } = await adopt();
+    await container.delete();
+    await vm.exited;
+    expect(readdirSync(join(stateDir, 'p'))).toEqual([]);
   });
 
   it('whose loggers see their streams end: the relay lets go of them', async () => {

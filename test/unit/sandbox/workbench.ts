@@ -21,6 +21,7 @@ import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import type { HookPlan } from '../../../src/sandbox/hooks.ts';
 import { type ContainerRecord, writeContainerRecord } from '../../../src/sandbox/record.ts';
 import type { ContainerRequest, HostServices } from '../../../src/sandbox/resources.ts';
+import type { Sandbox } from '../../../src/sandbox/sandbox.ts';
 import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
 import type { Template } from '../../../src/template/store.ts';
 import type { MemoryGrowth, SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../../../src/vmm/vmm.ts';
@@ -204,6 +205,8 @@ export class Workbench implements AsyncDisposable {
   beforeBoot: (signal: AbortSignal) => Promise<void> = async () => {};
   bootTimeoutS = 60;
   #template: Template | undefined;
+  /** What waits in the pool, if there is a template. */
+  waiting: Sandbox | undefined;
   terminal = false;
   bundle = this.root;
   hooks: Partial<Pick<HookPlan, keyof typeof noHooks>> = {};
@@ -230,6 +233,7 @@ export class Workbench implements AsyncDisposable {
   useTemplate(restore: () => Promise<void> = async () => {}): void {
     const driver: Template['driver'] = {
       files: [],
+      clonesAreCold: false,
       fingerprint: () => [],
       boot: () => Promise.reject(new Error('this test makes no template')),
       restore: async (config) => {
@@ -301,7 +305,8 @@ export class Workbench implements AsyncDisposable {
       noteRestored: (bootId) => void this.events.push(`restored ${bootId}`),
       noteFailure: (_template, error) => void this.events.push(`not restored: ${(error as Error).message}`),
     };
-    return { rootfs: this.#rootfs(), templates };
+    const pool: HostServices['pool'] = { take: async () => this.waiting };
+    return { rootfs: this.#rootfs(), templates, pool };
   }
 
   #rootfs(): RootfsStore {

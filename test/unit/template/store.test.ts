@@ -35,6 +35,7 @@ class Bench implements Disposable {
   build: typeof buildTemplate = async (directory) => this.fill(directory);
   readonly driver: TemplateDriver = {
     files: ['memory', 'state'],
+    clonesAreCold: false,
     fingerprint: () => this.fingerprint,
     boot: () => Promise.reject(new Error('nothing boots here')),
     restore: () => Promise.reject(new Error('nothing is restored here')),

@@ -1,0 +1,56 @@
+import type { Template } from '../template/store.ts';
+import type { ContainerRequest, HostServices } from './resources.ts';
+import { Sandbox, type SandboxOptions } from './sandbox.ts';
+
+/** A VM for a container: one that waits for it in the pool, else a clone of a template, else one that boots. */
+export async function startSandbox(
+  host: HostServices,
+  request: ContainerRequest,
+  signal: AbortSignal,
+): Promise<Sandbox> {
+  const { id, directory, memoryMib, vcpus, files, vmm, timeline, logger, config } = request;
+  const shape = { memoryMib, vcpus, ...files };
+  const bootTimeoutMs = config.vm.bootTimeoutS * 1000;
+  const options: SandboxOptions = {
+    vmm,
+    vm: { id, directory, ...shape },
+    bootTimeoutMs,
+    logger,
+    mark: (name, atMs) => timeline.mark(name, atMs),
+  };
+  if (config.template.enabled) {
+    const wanted = { vmm, shape, bootTimeoutMs };
+    const template = await host.templates.provide(wanted, signal);
+    const waiting = template && (await host.pool.take(template, wanted, config.pool));
+    if (waiting !== undefined) {
+      timeline.mark('vm-taken');
+      logger.info({ vmmPid: waiting.vm.pid, ...waiting.guest.facts }, 'sandbox is taken from the pool');
+      return waiting;
+    }
+    const restored = template && (await restore(host, template, options, signal));
+    if (restored !== undefined) return restored;
+  }
+  using _slot = await host.bootSlots.take(signal);
+  return await Sandbox.boot(options, signal);
+}
+
+/** Undefined when the template is not good for it, which is noted. */
+async function restore(
+  host: HostServices,
+  template: Template,
+  options: SandboxOptions,
+  signal: AbortSignal,
+): Promise<Sandbox | undefined> {
+  using _slot = await host.bootSlots.take(signal);
+  try {
+    await using stack = new AsyncDisposableStack();
+    const sandbox = stack.use(await Sandbox.restore(template, options, signal));
+    host.templates.noteRestored(sandbox.guest.facts.bootId);
+    stack.move();
+    return sandbox;
+  } catch (error) {
+    signal.throwIfAborted();
+    host.templates.noteFailure(template, error);
+    return undefined;
+  }
+}

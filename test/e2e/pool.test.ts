@@ -1,0 +1,102 @@
+/** Virtual machines that wait for containers. */
+import { execFileSync } from 'node:child_process';
+import { readdirSync } from 'node:fs';
+import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import type { PoolStatus } from '../../src/cli/pool.ts';
+import type { ShelfStatus } from '../../src/sandbox/pool.ts';
+import { execIn } from '../support/fault-notes.ts';
+import { distBin, underKiln } from '../support/paths.ts';
+import { useScene } from '../support/use-scene.ts';
+import { signal, waitForEnd } from '../support/wait-for-end.ts';
+
+describe.runIf(underKiln)('a pool', () => {
+  const scene = useScene({ version: '2.1' });
+  beforeEach(() => scene.configure('[pool]\nmin = 2\nmax = 4\n'));
+  // What waits is no leftover, but ends with kilnd.
+  afterEach(() => scene.stopKilnd());
+
+  const kiln = (...args: string[]): string =>
+    execFileSync(join(distBin, 'kiln'), args, { env: { ...process.env, ...scene.kilnEnv }, encoding: 'utf8' });
+  const shelf = (): ShelfStatus | undefined => (JSON.parse(kiln('pool', '--json')) as PoolStatus).pool[0];
+
+  /** Waits until so many wait: kilnd tells of it when it is asked. */
+  async function waiting(count: number): Promise<void> {
+    for (let seen = shelf(); seen?.waiting !== count; seen = shelf()) await sleep(50);
+  }
+
+  const bootId = async (): Promise<string> => {
+    const { code, stdout, stderr } = await scene.run(scene.id(), ['cat', '/proc/sys/kernel/random/boot_id']);
+    expect([code, stderr]).toEqual([0, '']);
+    return stdout.toString().trim();
+  };
+
+  /** The processes of virtual machines that wait, or have waited. */
+  function machines(): number[] {
+    const folder = join(scene.stateDir, 'p');
+    const found = execFileSync('sh', ['-c', `grep -lsa "KILN_SANDBOX_DIR=${folder}/" /proc/[0-9]*/environ || true`]);
+    return found
+      .toString()
+      .split('\n')
+      .filter(Boolean)
+      .map((file) => Number(file.split('/')[2]));
+  }
+
+  it('has a virtual machine ready for each container, which is its alone, and fills up again', async () => {
+    const first = await bootId();
+    await waiting(2);
+    const ids = [first, await bootId(), await bootId()];
+    await waiting(2);
+    ids.push(await bootId());
+    expect(new Set(ids).size).toBe(4);
+    expect(shelf()).toMatchObject({ hits: 3, misses: 1, died: 0 });
+    expect(kiln('pool')).toMatch(/^template .*hit rate.*\n\w{16} .* 75 % /);
+    const id = scene.id();
+    await scene.start(id, ['sleep', '1000']);
+    expect(kiln('timeline', id)).toMatch(/^vm-taken /m);
+    await scene.remove(id);
+  });
+
+  it('whose virtual machine dies, or answers no more, while it waits: the container starts all the same', async () => {
+    await bootId();
+    await waiting(2);
+    const [dead = 0] = machines();
+    signal(dead, 'SIGKILL');
+    await waitForEnd(dead, 20_000);
+    await bootId();
+    await waiting(2);
+    const [silent = 0] = machines();
+    for (const pid of machines()) signal(pid, 'SIGSTOP');
+    await bootId();
+    await waitForEnd(silent, 20_000);
+    expect(shelf()).toMatchObject({ died: 3 });
+  });
+
+  it('that is left by a kilnd that was killed is ended, but for what a container has taken, and filled anew', async () => {
+    await bootId();
+    await waiting(2);
+    const id = scene.id();
+    await scene.start(id, ['sleep', '1000']);
+    await waiting(2);
+    const before = machines();
+    expect(before.length).toBe(3);
+    for (const pid of scene.kilndPids()) {
+      signal(pid, 'SIGKILL');
+      await waitForEnd(pid, 20_000);
+    }
+    expect((await execIn(scene, id, ['echo', 'here'])).stdout.toString()).toBe('here\n');
+    await waiting(2);
+    expect(machines().filter((pid) => before.includes(pid)).length).toBe(1);
+    await scene.remove(id);
+    expect(machines().filter((pid) => before.includes(pid))).toEqual([]);
+  });
+
+  it('ends with kilnd, and leaves no directory', async () => {
+    await bootId();
+    await waiting(2);
+    await scene.stopKilnd();
+    expect(machines()).toEqual([]);
+    expect(readdirSync(join(scene.stateDir, 'p'))).toEqual([]);
+  });
+});

@@ -35,7 +35,7 @@ export async function saveState(qmp: QmpClient, file: string, socketPath: string
 /** Gives a QEMU that waits for it a saved state, and lets the VM run. @param fd of the state's file, in QEMU */
 export async function loadState(qmp: QmpClient, fd: number, signal: AbortSignal): Promise<void> {
   await setCapabilities(qmp);
-  const loaded = migrationEnds(qmp, 'restore the VM', signal);
+  const loaded = migrationEnds(qmp, 'restore the VM', signal, 'QEMU ends when it fails');
   loaded.catch(() => {});
   await qmp.execute('migrate-incoming', { uri: `fd:${fd}` });
   await loaded;
@@ -48,13 +48,21 @@ async function setCapabilities(qmp: QmpClient): Promise<void> {
   await qmp.execute('migrate-set-capabilities', { capabilities });
 }
 
-/** Resolves when the migration has completed. A destination that fails tells it here, and then ends with the reason. */
-async function migrationEnds(qmp: QmpClient, action: string, signal: AbortSignal): Promise<void> {
+/**
+ * Resolves when the migration has completed. A destination that fails says so, and ends a moment later with words on its
+ * stderr: then that end is what rejects this, with `unavailable`.
+ */
+async function migrationEnds(
+  qmp: QmpClient,
+  action: string,
+  signal: AbortSignal,
+  after?: 'QEMU ends when it fails',
+): Promise<void> {
   const { promise, resolve, reject } = Promise.withResolvers<void>();
   const onEvent = (name: string, { status }: Record<string, unknown>) => {
     if (name !== 'MIGRATION') return;
     if (status === 'completed') resolve();
-    else if (status === 'failed') reject(new KilnError('unavailable', `QEMU could not ${action}`));
+    else if (status === 'failed' && after === undefined) reject(new KilnError('internal', `QEMU could not ${action}`));
   };
   const onClose = () => reject(new KilnError('unavailable', `QEMU ended before it could ${action}`));
   qmp.on('event', onEvent);

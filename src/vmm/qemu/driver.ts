@@ -2,7 +2,6 @@ import { closeSync, openSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import net from 'node:net';
 import path from 'node:path';
-import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../../errors.ts';
 import { adoptHelper, describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
 import type { ProcessIdentity } from '../../host/process-identity.ts';
@@ -37,9 +36,6 @@ export interface QemuOptions {
 /** How long QEMU may take until it answers: some 50 ms in fact, so this only bounds a wrong program. */
 const startLimitMs = 30_000;
 
-/** How long a QEMU that has said that it failed may take to end, in ms: it does so at once. */
-const endLimitMs = 2000;
-
 /** What QEMU says when a CID is another VM's (hw/virtio/vhost-vsock.c), and how many are tried. */
 const cidInUse = /unable to set guest cid: Address already in use/;
 const maxCidAttempts = 5;
@@ -64,7 +60,6 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
   };
   return {
     files: [memoryName, stateName],
-    clonesAreCold: chooseAccelerator(options.accelerator, devices).accelerator === 'tcg',
     fingerprint() {
       const { accelerator } = chooseAccelerator(options.accelerator, devices);
       return ['qemu', programIdentity(options.qemu), accelerator, ...machineOptions(accelerator)];
@@ -157,22 +152,20 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
   const qmp = await connectQmp(qmpSocket, qemu, stack, signal);
   if (state !== undefined) {
     agent.open?.();
-    await unlessEnded(qemu, 'at the restore of its state', loadState(qmp, stateFd, signal));
+    await loadState(qmp, stateFd, signal).catch(async (error: unknown) => {
+      // QEMU closes its connection a moment before it has exited, and its exit says more.
+      if (!qmp.closedByPeer) throw error;
+      throw await abortable(endAt('the restore of its state', qemu, error), signal);
+    });
   }
   const channel = channelRecord(device, agent);
   return { qemu, qmp, agent, channel, backend, resources: stack.move() };
 }
 
-/** What `step` gives. When it fails because QEMU ends, the error says how, in QEMU's own last words. */
-async function unlessEnded<T>(qemu: HelperProcess, when: string, step: Promise<T>): Promise<T> {
-  try {
-    return await step;
-  } catch (error) {
-    if (!(error instanceof KilnError && error.code === 'unavailable')) throw error;
-    const exit = await Promise.race([qemu.exited, delay(endLimitMs, undefined, { ref: false })]);
-    if (exit === undefined) throw error;
-    throw new KilnError('internal', `QEMU ended ${when} ${describeExit(exit)}: ${qemu.lastWords()}`, { cause: error });
-  }
+/** How QEMU has ended, when it has, in its own last words. */
+async function endAt(step: string, qemu: HelperProcess, cause?: unknown): Promise<KilnError> {
+  const exit = await qemu.exited;
+  return new KilnError('internal', `QEMU ended at ${step} ${describeExit(exit)}: ${qemu.lastWords()}`, { cause });
 }
 
 interface OpenChannel {
@@ -215,9 +208,7 @@ async function connectQmp(
 ): Promise<QmpClient> {
   const limit = AbortSignal.timeout(startLimitMs);
   const either = AbortSignal.any([signal, limit]);
-  const ended = qemu.exited.then((exit) => {
-    throw new KilnError('internal', `QEMU ended at start ${describeExit(exit)}: ${qemu.lastWords()}`);
-  });
+  const ended = endAt('start', qemu).then((error) => Promise.reject(error));
   ended.catch(() => {});
   const qmp = stack.adopt(new QmpClient(net.connect(qmpSocket)), (client) => client.close());
   try {

@@ -15,10 +15,10 @@ import type { QmpClient } from './qmp.ts';
 /** Writes the state of a VM to a new file; the VM never runs again. @param socketPath a free place for a Unix socket */
 export async function saveState(qmp: QmpClient, file: string, socketPath: string, signal: AbortSignal): Promise<void> {
   const server = net.createServer().listen(socketPath);
+  const connected = once(server, 'connection') as Promise<[net.Socket]>;
+  connected.catch(() => {});
   try {
     await once(server, 'listening');
-    const connected = once(server, 'connection') as Promise<[net.Socket]>;
-    connected.catch(() => {});
     await setCapabilities(qmp);
     await qmp.execute('stop');
     const migrated = migrationEnds(qmp, 'save the VM', signal);
@@ -27,8 +27,14 @@ export async function saveState(qmp: QmpClient, file: string, socketPath: string
     const [socket] = await abortable(Promise.race([connected, migrated.then(() => connected)]), signal);
     await pipeline(socket, createWriteStream(file, { flags: 'wx', mode: 0o600 }), { signal });
     await migrated;
+  } catch (error) {
+    // Not the pipeline's own error.
+    signal.throwIfAborted();
+    throw error;
   } finally {
     server.close();
+    // QEMU may be there although nobody read what it sends.
+    connected.then(([socket]) => socket.destroy()).catch(() => {});
   }
 }
 

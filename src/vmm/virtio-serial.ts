@@ -91,6 +91,7 @@ async function hangingUp(
     } catch (error) {
       if (error !== limit.reason) throw error;
     }
-    await delay(pauseMs, undefined, { signal });
+    // The signal's reason, and not the delay's own error.
+    await delay(pauseMs, undefined, { signal }).catch(() => signal.throwIfAborted());
   }
 }

@@ -79,6 +79,8 @@ async function readUntil(stream: Duplex, take: (chunk: Buffer) => Buffer | undef
   const onEnd = () => reject(new Error('the stream ended'));
   stream.on('data', onData);
   for (const event of ['end', 'close', 'error'] as const) stream.once(event, onEnd);
+  // Its events have been.
+  if (stream.destroyed || stream.readableEnded) onEnd();
   try {
     await promise;
   } finally {

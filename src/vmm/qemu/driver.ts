@@ -73,6 +73,8 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
     },
     async restore(config, template, signal) {
       const memory = { kind: 'cloned', file: path.join(template, memoryName) } as const;
+      // Where there is none, QEMU would make one of zeroes.
+      closeSync(openTemplateFile(memory.file));
       const state = openTemplateFile(path.join(template, stateName));
       try {
         return new QemuVm(await launchWith(config, { memory, state }, signal));

@@ -3,8 +3,11 @@
  * under the driver's eyes: everything but the machine is real.
  */
 import { appendFileSync, existsSync, readFileSync } from 'node:fs';
-import { createServer, type Socket } from 'node:net';
+import { connect, createServer, type Socket } from 'node:net';
 import { createInterface } from 'node:readline';
+
+/** All that this QEMU knows of a VM beside its memory: longer than what fits a socket at once. */
+export const savedState = Buffer.alloc(500_000, 'QEVM\0\xff\n');
 
 const cidInUse =
   'qemu-system-x86_64: -device vhost-vsock-device: vhost-vsock: unable to set guest cid: Address already in use';
@@ -15,7 +18,7 @@ export function main(mode: string, self: string): void {
   appendFileSync(startsFile, `${JSON.stringify(args)}\n`);
   const starts = readFileSync(startsFile, 'utf8').split('\n').length - 1;
   const [name, detail = ''] = mode.split('=');
-  answerOnSerialPort(args, detail === 'deaf');
+  const hosts = answerOnSerialPort(args, detail === 'deaf');
   switch (name) {
     case 'exit':
       end('qemu-system-x86_64: cannot set up guest memory', 1);
@@ -23,7 +26,7 @@ export function main(mode: string, self: string): void {
     case 'cid-in-use':
       // The first N starts fail.
       if (starts <= Number(detail)) end(cidInUse, 1);
-      else answer(args, (socket) => serve(socket, 'running'));
+      else answer(args, (socket) => serve(socket, { status: 'running' }));
       break;
     case 'close':
       // As real QEMU does: the control connection is gone before the process.
@@ -43,20 +46,27 @@ export function main(mode: string, self: string): void {
       setInterval(() => {}, 1 << 30);
       break;
     default:
-      answer(args, (socket) => serve(socket, name ?? ''), 'go on listening');
+      answer(args, (socket) => serve(socket, { status: name ?? '', detail, hosts }), 'go on listening');
   }
 }
 
-/** The agent at the virtio-serial port, if there is one: answers each host that comes after what it has left behind. */
-function answerOnSerialPort(args: string[], deaf: boolean): void {
+/**
+ * The agent at the virtio-serial port, if there is one: answers each host that comes after what it has left behind.
+ * Returns the hosts that are there.
+ */
+function answerOnSerialPort(args: string[], deaf: boolean): ReadonlySet<Socket> {
+  const hosts = new Set<Socket>();
   const path = /id=agent,path=([^,]+)/.exec(args.join(' '))?.[1];
-  if (path === undefined) return;
+  if (path === undefined) return hosts;
   createServer((socket) => {
+    hosts.add(socket);
+    socket.on('close', () => hosts.delete(socket));
     socket.on('error', () => {});
     socket.once('data', (line) => {
       if (!deaf) socket.write(`left behind${line}hello`);
     });
   }).listen(path);
+  return hosts;
 }
 
 function end(words: string, code: number): void {
@@ -80,18 +90,112 @@ function statusNow(): string | undefined {
   return existsSync(file) ? readFileSync(file, 'utf8') : undefined;
 }
 
-/** Answers every command; `status` is what query-status says. */
-function serve(socket: Socket, status: string): void {
+/** Leaves a word beside the program: as a file for who waits for it, or as a line of what was said. */
+function note(name: string, line = ''): void {
+  appendFileSync(`${process.argv[1]}.${name}`, line);
+}
+
+interface Vm {
+  /** What query-status says. */
+  readonly status: string;
+  /** What goes wrong. */
+  readonly detail?: string;
+  /** At the serial port. */
+  readonly hosts?: ReadonlySet<Socket>;
+}
+
+/** Answers every command. */
+function serve(socket: Socket, vm: Vm): void {
   socket.on('error', () => {});
   const send = (message: object) => socket.write(`${JSON.stringify(message)}\n`);
+  const migration = new Migration(vm, (status) => {
+    const event = { event: 'MIGRATION', data: { status } };
+    note('commands', `${JSON.stringify(event)}\n`);
+    send(event);
+  });
   send({ QMP: { version: {}, capabilities: [] } });
   createInterface({ input: socket }).on('line', (line) => {
+    note('commands', `${line}\n`);
     const { execute, id, arguments: args } = JSON.parse(line);
-    if (execute === 'query-status') send({ return: { status: statusNow() ?? status }, id });
-    else if (execute === 'ringbuf-read') send({ return: 'Kernel panic - not syncing\r\n', id });
-    else if (execute === 'blockdev-reopen' && args.options[0].file === 'ro7-file') {
-      send({ error: { class: 'GenericError', desc: 'no reopen today' }, id });
-    } else send({ return: {}, id });
-    appendFileSync(`${process.argv[1]}.commands`, `${line}\n`);
+    const accept = (answer: unknown = {}) => send({ return: answer, id });
+    const refuse = (desc: string) => send({ error: { class: 'GenericError', desc }, id });
+    if (execute === 'query-status') accept({ status: statusNow() ?? vm.status });
+    else if (execute === 'ringbuf-read') accept('Kernel panic - not syncing\r\n');
+    else if (execute === 'blockdev-reopen' && args.options[0].file === 'ro7-file') refuse('no reopen today');
+    else if (execute === 'migrate-set-capabilities') {
+      migration.capabilities = args.capabilities;
+      accept();
+    } else if (execute === 'migrate') {
+      if (vm.detail === 'refuses') refuse("State blocked by non-migratable device 'vsock'");
+      else migration.save(args.uri, accept);
+    } else if (execute === 'migrate-incoming') {
+      if (vm.detail === 'babbles') socket.write('220 mail.example.org ESMTP\n');
+      else if (process.argv.includes('defer')) migration.load(args.uri, accept);
+      else refuse("'-incoming' was not specified on the command line");
+    } else accept();
   });
+}
+
+/** Saving and restoring, in the order in which QEMU 7.2 does and says it. */
+class Migration {
+  capabilities: readonly { capability: string; state: boolean }[] = [];
+  readonly #vm: Vm;
+  readonly #tell: (status: string) => void;
+
+  constructor(vm: Vm, tell: (status: string) => void) {
+    this.#vm = vm;
+    this.#tell = tell;
+  }
+
+  #say(status: string): void {
+    if (this.capabilities.some(({ capability, state }) => capability === 'events' && state)) this.#tell(status);
+  }
+
+  save(uri: string, accept: () => void): void {
+    const { detail } = this.#vm;
+    this.#say('setup');
+    if (detail === 'reaches-nobody') {
+      accept();
+      this.#say('failed');
+      return;
+    }
+    const connection = connect(uri.replace(/^unix:/, ''), () => {
+      accept();
+      this.#say('active');
+      if (detail === undefined || detail === '') {
+        connection.write(savedState, () => {
+          this.#say('completed');
+          connection.end();
+        });
+        return;
+      }
+      connection.write(savedState.subarray(0, 1000), () => {
+        if (detail === 'stalls') note('stalled');
+        if (detail === 'ends') process.exit(1);
+        if (detail !== 'fails') return;
+        this.#say('failed');
+        connection.end();
+      });
+    });
+    connection.on('error', () => {});
+    connection.on('close', () => note('hung-up'));
+    connection.resume();
+  }
+
+  load(uri: string, accept: () => void): void {
+    const { detail, hosts } = this.#vm;
+    note('hosts-at-load', String(hosts?.size));
+    this.#say('setup');
+    accept();
+    this.#say('active');
+    if (detail === 'stalls') note('stalled');
+    else if (readFileSync(Number(uri.replace(/^fd:/, ''))).equals(savedState)) {
+      // It takes its time, so that whoever does not wait for it is early.
+      setTimeout(() => this.#say('completed'), 20);
+    } else {
+      this.#say('failed');
+      process.stderr.write('qemu: Not a migration stream\nqemu: load of migration failed: Invalid argument\n');
+      process.exit(1);
+    }
+  }
 }

@@ -1,3 +1,4 @@
+import { once } from 'node:events';
 import { Duplex, duplexPair } from 'node:stream';
 import { describe, expect, test, vi } from 'vitest';
 import { answerSerialSession, openSerialSession } from '../../../src/rpc/serial-session.ts';
@@ -109,6 +110,16 @@ describe('a session on a byte stream', () => {
       stop(stream);
       await expect(begun).rejects.toThrow('the stream ended');
       expect(stream.listenerCount('data')).toBe(0);
+    }
+  });
+
+  test('that had ended before is an error, on both sides', async () => {
+    for (const begin of [openSerialSession, answerSerialSession]) {
+      const stream = new Duplex({ read() {}, write: (_chunk, _encoding, done) => done() });
+      const closed = once(stream, 'close');
+      stream.destroy();
+      await closed;
+      await expect(begin(stream)).rejects.toThrow('the stream ended');
     }
   });
 });

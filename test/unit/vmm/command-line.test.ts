@@ -1,5 +1,10 @@
-import { expect, test } from 'vitest';
-import { type CommandLineOptions, kernelCommandLine, qemuArguments } from '../../../src/vmm/qemu/command-line.ts';
+import { describe, expect, test } from 'vitest';
+import {
+  type CommandLineOptions,
+  kernelCommandLine,
+  machineOptions,
+  qemuArguments,
+} from '../../../src/vmm/qemu/command-line.ts';
 
 const options: CommandLineOptions = {
   config: {
@@ -106,6 +111,42 @@ test('has a serial port for the agent where that is the channel, and tells it', 
   ]);
   expect(kernelCommandLine(serial)).toContain(' kiln.channel=virtio-serial');
   expect(kernelCommandLine(options)).not.toContain('kiln.channel');
+});
+
+describe('the guest’s memory', () => {
+  const argsOf = (memory: CommandLineOptions['memory']) => qemuArguments({ ...options, memory });
+  const file = '/templates/a,b/memory';
+
+  test('is nobody’s but the VM’s, and can be mapped by a vhost-user backend', () => {
+    const args = argsOf({ kind: 'anonymous' });
+    expect(valuesOf(args, '-object')).toEqual(['memory-backend-memfd,id=mem,size=512M,share=on']);
+    expect(args).not.toContain('-incoming');
+  });
+
+  test('that is kept is a file which gets all that the guest writes', () => {
+    const args = argsOf({ kind: 'kept', file });
+    expect(valuesOf(args, '-object')).toEqual([
+      'memory-backend-file,id=mem,size=512M,share=on,mem-path=/templates/a,,b/memory',
+    ]);
+    expect(args).not.toContain('-incoming');
+  });
+
+  test('that is cloned is a file which gets nothing, and the VM awaits its state', () => {
+    const args = argsOf({ kind: 'cloned', file });
+    expect(valuesOf(args, '-object')).toEqual([
+      'memory-backend-file,id=mem,size=512M,share=off,mem-path=/templates/a,,b/memory',
+    ]);
+    expect(valuesOf(args, '-incoming')).toEqual(['defer']);
+  });
+
+  test('is the machine’s, and the only difference between a VM that is saved and its clones', () => {
+    for (const accelerator of ['tcg', 'kvm'] as const)
+      expect(machineOptions(accelerator)[1]).toMatch(/,memory-backend=mem$/);
+    const kept = argsOf({ kind: 'kept', file }).map((arg) => arg.replace('share=on', 'share=off'));
+    expect(argsOf({ kind: 'cloned', file })).toEqual(
+      kept.toSpliced(kept.findIndex((arg) => arg.startsWith('memory-backend-file')) + 1, 0, '-incoming', 'defer'),
+    );
+  });
 });
 
 test('doubles the commas of paths and names inside of option lists, and nowhere else', () => {

@@ -99,7 +99,10 @@ export interface TemplateDriver {
    * made under another value cannot be restored. Throws `failed-precondition` when there is no such program.
    */
   fingerprint(): readonly string[];
-  /** As `Vmm.boot`, of a VM that can be saved into an existing directory. */
+  /**
+   * As `Vmm.boot`, of a VM that can be saved into an existing directory. What this and `save` leave in there when they fail,
+   * the caller removes.
+   */
   boot(config: VmConfig, template: string, signal: AbortSignal): Promise<SavableVm>;
   /**
    * Starts a clone, which has not run since it was saved: its agent waits for the host's call. `config` is the

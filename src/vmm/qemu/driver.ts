@@ -60,6 +60,9 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
   };
   return {
     files: [memoryName, stateName],
+    get clonesAreCold() {
+      return chooseAccelerator(options.accelerator, devices).accelerator === 'tcg';
+    },
     fingerprint() {
       const { accelerator } = chooseAccelerator(options.accelerator, devices);
       return ['qemu', programIdentity(options.qemu), accelerator, ...machineOptions(accelerator)];

@@ -1,4 +1,5 @@
-import { readFileSync } from 'node:fs';
+import { readFileSync, rmSync } from 'node:fs';
+import { join } from 'node:path';
 
 /**
  * Names of temporary files carry who is writing them, so that what a crash left can be told from what another kilnd is
@@ -33,5 +34,13 @@ function startTime(pid: number): string | undefined {
     return stat.slice(stat.lastIndexOf(')') + 2).split(' ')[19];
   } catch {
     return undefined;
+  }
+}
+
+/** Removes what a kilnd left behind that was killed while it made a layer or a blank one. */
+export function removeStaleParts(directory: string, names: readonly string[]): void {
+  for (const name of names) {
+    const suffix = /\.ext4\.(\d+-\d+)-\d+\.part$/.exec(name)?.[1];
+    if (suffix !== undefined && ownerIsGone(suffix)) rmSync(join(directory, name), { force: true });
   }
 }

@@ -1,5 +1,6 @@
 import { join } from 'node:path';
 import type { Logger } from 'pino';
+import { BlankFilesystems } from './blank.ts';
 import { LayerCache } from './layers.ts';
 import type { Lease } from './lease.ts';
 import type { RootfsPlan } from './plan.ts';
@@ -28,7 +29,10 @@ export interface DiskFiles {
 }
 
 export interface RootfsStoreOptions {
-  /** Images go into `layers/` in there, writable layers without a snapshot folder of their own into `writable/`. */
+  /**
+   * Images go into `layers/` in there, writable layers without a snapshot folder of their own into `writable/`, what they
+   * are copies of into `blank/`.
+   */
   readonly cacheDir: string;
   readonly logger?: Logger;
   /** The program that makes erofs images; found on PATH by default. */
@@ -52,7 +56,8 @@ export class RootfsStore {
   constructor({ cacheDir, logger, mkfsErofs = 'mkfs.erofs' }: RootfsStoreOptions) {
     this.#logger = logger;
     this.#layers = new LayerCache({ directory: join(cacheDir, 'layers'), mkfsErofs, logger });
-    this.#writable = new WritableLayers(join(cacheDir, 'writable'), logger);
+    const blanks = new BlankFilesystems(join(cacheDir, 'blank'));
+    this.#writable = new WritableLayers(join(cacheDir, 'writable'), blanks, logger);
   }
 
   /**

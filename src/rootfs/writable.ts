@@ -3,35 +3,19 @@ import { type FileHandle, open, readdir, readFile, realpath, rename, rm, writeFi
 import { basename, dirname, join } from 'node:path';
 import type { Logger } from 'pino';
 import { KilnError } from '../errors.ts';
+import type { BlankFilesystems } from './blank.ts';
+import { isExt4 } from './ext4.ts';
 import { errnoCode, fileError } from './file-error.ts';
 import { type DirectoryIdentity, identifyDirectory, isStillThere, snapshotKey } from './identity.ts';
 import { type Lease, lease } from './lease.ts';
-import { ownerIsGone, uniqueSuffix } from './owner.ts';
+import { removeStaleParts, uniqueSuffix } from './owner.ts';
 import type { WritableSource } from './plan.ts';
-import { lastLine, runTool } from './tool.ts';
 
 /** The file in a snapshot's work directory. overlayfs itself uses only `work` and `index` in there. */
 const fileName = 'kiln-rw.ext4';
 
 /** Below this the file could not hold its journal and inode tables. */
 const minSizeBytes = 64 * 1024 * 1024;
-
-/** From here on the journal has the bigger size. */
-const bigSizeBytes = 512 * 1024 * 1024;
-
-/** Position and value of s_magic in an ext4 superblock (fs/ext4/ext4.h); the superblock begins at byte 1024. */
-const magicPosition = 1024 + 0x38;
-const magicValue = 0xef53;
-
-/**
- * Everything that mke2fs would take from the host's mke2fs.conf is said here, so that every host makes the same
- * filesystem. `none` clears the defaults; what follows has been in every kernel since 4.x. Without resize_inode, with
- * one backup superblock and one big journal-to-come (all zeros, which a sparse file has for free), the file takes
- * 140 KiB of the host's disk whatever its size.
- */
-const features =
-  'none,has_journal,ext_attr,dir_index,filetype,extent,64bit,flex_bg,sparse_super,sparse_super2,large_file,huge_file,' +
-  'dir_nlink,extra_isize,metadata_csum';
 
 export interface WritableOptions {
   /** Size limit of the layer when it is made; an existing one keeps its own. */
@@ -45,12 +29,14 @@ export interface WritableOptions {
  */
 export class WritableLayers {
   readonly #directory: string;
+  readonly #blanks: BlankFilesystems;
   readonly #logger: Logger | undefined;
   /** Real paths of the files that a sandbox uses. */
   readonly #inUse = new Set<string>();
 
-  constructor(directory: string, logger: Logger | undefined) {
+  constructor(directory: string, blanks: BlankFilesystems, logger: Logger | undefined) {
     this.#directory = directory;
+    this.#blanks = blanks;
     this.#logger = logger;
     mkdirSync(directory, { recursive: true, mode: 0o700 });
     removeStaleParts(directory, readdirSync(directory));
@@ -67,7 +53,7 @@ export class WritableLayers {
     try {
       if (await isWritableLayer(file)) return claim;
       if (snapshot !== undefined) await this.#writeRecord(file, snapshot);
-      await makeWritable(file, options);
+      await makeWritable(file, this.#blanks, options);
       return claim;
     } catch (error) {
       claim.release();
@@ -162,14 +148,16 @@ async function isWritableLayer(file: string): Promise<boolean> {
   }
   await using opened = handle;
   if (!(await opened.stat()).isFile()) throw foreign('not a regular file');
-  const magic = Buffer.alloc(2);
-  await opened.read(magic, 0, 2, magicPosition);
-  if (magic.readUInt16LE() !== magicValue) throw foreign('not an ext4 filesystem');
+  if (!(await isExt4(opened))) throw foreign('not an ext4 filesystem');
   return true;
 }
 
 /** Makes a layer beside its name and renames it, so that a half-made one never has the name. */
-async function makeWritable(file: string, { sizeBytes, signal }: WritableOptions): Promise<void> {
+async function makeWritable(
+  file: string,
+  blanks: BlankFilesystems,
+  { sizeBytes, signal }: WritableOptions,
+): Promise<void> {
   if (!Number.isSafeInteger(sizeBytes) || sizeBytes < minSizeBytes) {
     throw new KilnError('invalid-argument', `a writable layer of ${sizeBytes} bytes is too small`, {
       hint: `the least is ${minSizeBytes} bytes`,
@@ -181,37 +169,11 @@ async function makeWritable(file: string, { sizeBytes, signal }: WritableOptions
   try {
     // 'wx+' is O_CREAT|O_EXCL, which follows no symbolic link (open(2)).
     await using handle = await open(part, 'wx+', 0o600);
-    await handle.truncate(sizeBytes);
-    await format(part, sizeBytes, signal);
+    await blanks.copyTo(handle, sizeBytes, signal);
     await handle.sync();
     await rename(part, file);
   } catch (error) {
     await rm(part, { force: true });
     throw error;
-  }
-}
-
-async function format(file: string, sizeBytes: number, signal: AbortSignal): Promise<void> {
-  const journalMib = sizeBytes >= bigSizeBytes ? 16 : 4;
-  const options = ['-F', '-q', '-t', 'ext4', '-b', '4096', '-I', '256', '-i', '16384', '-m', '0', '-O', features];
-  // The file is sparse, so what mke2fs leaves for later is zero already.
-  const extended = [
-    '-J',
-    `size=${journalMib}`,
-    '-E',
-    'lazy_itable_init=1,lazy_journal_init=1,nodiscard,num_backup_sb=0',
-  ];
-  const result = await runTool('mkfs.ext4', [...options, ...extended, file], { signal, hint: 'install e2fsprogs' });
-  if (result.code === 0) return;
-  const isFull = result.output.includes('No space left on device');
-  const message = `cannot make the writable layer ${file}: mkfs.ext4: ${lastLine(result)}`;
-  throw new KilnError(isFull ? 'resource-exhausted' : 'internal', message);
-}
-
-/** Removes what a kilnd left behind that was killed while it made a layer. */
-function removeStaleParts(directory: string, names: readonly string[]): void {
-  for (const name of names) {
-    const suffix = /\.ext4\.(\d+-\d+)-\d+\.part$/.exec(name)?.[1];
-    if (suffix !== undefined && ownerIsGone(suffix)) rmSync(join(directory, name), { force: true });
   }
 }

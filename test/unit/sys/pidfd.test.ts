@@ -1,8 +1,9 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { readdirSync, readlinkSync } from 'node:fs';
+import { closeSync, readdirSync, readlinkSync } from 'node:fs';
+import { release } from 'node:os';
 import { expect, it } from 'vitest';
-import { ProcessHandle } from '../../../src/sys/pidfd.ts';
+import { exitStatusOf, ProcessHandle, pidfdOpen } from '../../../src/sys/pidfd.ts';
 
 async function started(...command: [string, ...string[]]) {
   const [program, ...args] = command;
@@ -65,3 +66,23 @@ it('that is let go of does nothing to the process, and tells nothing any more', 
 it('of a pid that cannot be one is an error with its number', () => {
   expect(() => ProcessHandle.open(-1)).toThrow(expect.objectContaining({ code: 'EINVAL', syscall: 'pidfd_open' }));
 });
+
+it('tells how a process ended, where the kernel does', async () => {
+  const { child, exit, pid } = await started('sh', '-c', 'read -r _; exit 7');
+  const pidfd = pidfdOpen(pid)!;
+  try {
+    expect(['unreaped', undefined]).toContain(exitStatusOf(pidfd));
+    child.stdin.end();
+    await exit;
+    const known = supportsExitStatus() ? { kind: 'exited', code: 7 } : undefined;
+    expect(exitStatusOf(pidfd)).toEqual(known);
+  } finally {
+    closeSync(pidfd);
+  }
+});
+
+/** Linux 6.15, PIDFD_INFO_EXIT. */
+function supportsExitStatus(): boolean {
+  const [major = 0, minor = 0] = release().split('.').map(Number);
+  return major > 6 || (major === 6 && minor >= 15);
+}

@@ -30,6 +30,13 @@ export interface KilnConfig {
     readonly qemu: string;
     /** Firecracker's program: a name on PATH or an absolute path. */
     readonly firecracker: string;
+    /** Whether Firecracker runs in a jail; "auto" where there is a jailer. */
+    readonly jail: 'auto' | 'on' | 'off';
+    /** Firecracker's jailer: a name on PATH or an absolute path. */
+    readonly jailer: string;
+    /** The user ids of jailed virtual machines, one each: from this on, so many. */
+    readonly jailUidFirst: number;
+    readonly jailUids: number;
     readonly channel: 'auto' | 'hybrid-vsock' | 'kernel-vsock' | 'virtio-serial';
   };
   readonly template: {
@@ -165,6 +172,10 @@ function toConfig({ vm, template, pool, storage, daemon }: ConfigFile): KilnConf
       accelerator: vm.accelerator,
       qemu: vm.qemu,
       firecracker: vm.firecracker,
+      jail: vm.jail,
+      jailer: vm.jailer,
+      jailUidFirst: vm.jail_uid_first,
+      jailUids: vm.jail_uids,
       channel: vm.channel,
     },
     template: { enabled: template.enabled, keepDays: template.keep_days, maxTotalMib: template.max_total_mib },

@@ -8,6 +8,9 @@ import { z } from 'zod';
 /** The sparse placeholder behind a drive slot has this size, and a guest never sees a disk grow beyond it. */
 const maxDiskGib = 1024;
 
+/** The greatest user id: (uid_t) -1 means none, and programs of the 32-bit age fear the sign. systemd's UIDS-GIDS.md. */
+const maxUid = 2 ** 31 - 1;
+
 const program = (name: string) =>
   z
     .string()
@@ -22,17 +25,19 @@ export const memoryMib = z
   .int()
   .min(128)
   .max(16 * 1024 * 1024);
+export const vmm = z.enum(['auto', 'qemu', 'firecracker']);
 export const vcpus = z.int().min(1).max(255);
 export const writableSizeGib = z.int().min(1).max(maxDiskGib);
 
 export const allowed = {
   memoryMib: 'an integer from 128 to 16777216 (MiB)',
   vcpus: 'an integer from 1 to 255',
+  vmm: '"auto", "qemu" or "firecracker"',
   writableSizeGib: `an integer from 1 to ${maxDiskGib} (GiB)`,
 } as const;
 
 const vm = z.strictObject({
-  vmm: z.enum(['auto', 'qemu', 'firecracker']).default('auto').describe('"auto", "qemu" or "firecracker"'),
+  vmm: vmm.default('auto').describe(allowed.vmm),
   memory_mib: memoryMib.default(512).describe(allowed.memoryMib),
   vcpus: vcpus.default(1).describe(allowed.vcpus),
   kernel: z
@@ -44,6 +49,10 @@ const vm = z.strictObject({
   accelerator: z.enum(['auto', 'kvm', 'tcg']).default('auto').describe('"auto", "kvm" or "tcg"'),
   qemu: program('qemu-system-x86_64'),
   firecracker: program('firecracker'),
+  jail: z.enum(['auto', 'on', 'off']).default('auto').describe('"auto", "on" or "off"'),
+  jailer: program('jailer'),
+  jail_uid_first: z.int().min(1).max(maxUid).default(1_900_000_000).describe(`an integer from 1 to ${maxUid}`),
+  jail_uids: z.int().min(1).max(1_000_000).default(65_536).describe('an integer from 1 to 1000000'),
   channel: z
     .enum(['auto', 'hybrid-vsock', 'kernel-vsock', 'virtio-serial'])
     .default('auto')

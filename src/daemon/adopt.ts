@@ -1,7 +1,6 @@
 /** Taking over what an earlier kilnd has created. */
 import { rm } from 'node:fs/promises';
 import { forLog } from '../errors.ts';
-import { killProcessesOf } from '../host/stale.ts';
 import { reattachContainer } from '../sandbox/create.ts';
 import { EndedContainer, EndedProcess } from '../sandbox/ended.ts';
 import { ContainerHooks } from '../sandbox/hooks.ts';
@@ -12,6 +11,7 @@ import type { RestoredTask, TaskProcess } from '../shim/task.ts';
 import { createRequestOf, execRequestsOf, type TaskState } from '../shim/task-record.ts';
 import { type Installation, openStdioOf, prepareExec } from './containers.ts';
 import type { ContainerContext } from './daemon.ts';
+import { endRemains } from './remains.ts';
 import { vmmNamed } from './vmm.ts';
 
 /**
@@ -63,7 +63,7 @@ function endedTask(
   for (const left of [directory, record?.vmDirectory]) {
     if (left === undefined) continue;
     disposal.defer(() => rm(left, { recursive: true, force: true }));
-    disposal.defer(() => killProcessesOf(left).then(() => {}));
+    disposal.defer(() => endRemains(left).then(() => {}));
   }
   // Its loggers end with their streams, which the relay holds open beside the processes that are killed then.
   disposal.defer(() => Promise.all(loggerFifosBelow(directory).map((fifo) => holds.releaseFifo(fifo))).then(() => {}));

@@ -1,12 +1,12 @@
 /** What an earlier kilnd of the same state folder has left: tasks to take over, and the remains of what is no task. */
 import { existsSync, readdirSync, rmSync } from 'node:fs';
 import path from 'node:path';
-import { killProcessesOf } from '../host/stale.ts';
 import type { Logger } from '../observe/logger.ts';
 import { readContainerRecord } from '../sandbox/record.ts';
 import { toTaskBefore } from '../shim/status.ts';
 import type { TaskBefore } from '../shim/task.ts';
 import { readTaskRecord, removeTaskRecord, type TaskRecord } from '../shim/task-record.ts';
+import { endRemains } from './remains.ts';
 
 /** Where the records of tasks lie, each under its endpoint's key. */
 export function taskFile(stateDir: string, key: string): string {
@@ -54,8 +54,13 @@ export async function takeStock(stateDir: string, logger: Logger): Promise<Map<s
   ];
   const killed: number[] = [];
   for (const directory of left) {
-    killed.push(...(await killProcessesOf(directory)));
-    removeDirectory(directory, logger);
+    try {
+      killed.push(...(await endRemains(directory)));
+      rmSync(directory, { recursive: true, force: true });
+    } catch (error) {
+      // One that cannot be removed is in the way of one container, and no reason to serve none.
+      logger.error({ err: error, directory }, 'cannot remove what an earlier kilnd left behind');
+    }
   }
   if (left.length > 0)
     logger.warn(
@@ -80,15 +85,6 @@ function readRecord(file: string, logger: Logger): TaskRecord | undefined {
   } catch (error) {
     logger.error({ err: error, file }, 'cannot read what an earlier kilnd has written down: its task is lost');
     return undefined;
-  }
-}
-
-/** One that cannot be removed is in the way of one container, and no reason to serve none. */
-function removeDirectory(directory: string, logger: Logger): void {
-  try {
-    rmSync(directory, { recursive: true, force: true });
-  } catch (error) {
-    logger.error({ err: error, directory }, 'cannot remove what an earlier kilnd left behind');
   }
 }
 

@@ -1,16 +1,19 @@
 import type { KilnConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
+import { findProgram } from '../host/find-program.ts';
 import type { Logger } from '../observe/logger.ts';
-import { createFirecracker } from '../vmm/firecracker/driver.ts';
+import { createFirecracker, type JailSettings } from '../vmm/firecracker/driver.ts';
 import { chooseAccelerator } from '../vmm/qemu/accelerator.ts';
 import { createQemu } from '../vmm/qemu/driver.ts';
 import type { Vmm } from '../vmm/vmm.ts';
 import { vsockBackendProgram } from './installation.ts';
 
-let warnedOfEmulation = false;
+/** What has been told, each thing once. */
+const told = new Set<string>();
 
 const drivers: Readonly<Record<string, (config: KilnConfig, logger: Logger) => Vmm>> = {
-  firecracker: ({ vm }) => createFirecracker({ firecracker: vm.firecracker }),
+  firecracker: ({ vm }, logger) =>
+    createFirecracker({ firecracker: vm.firecracker, jail: () => jailSettings(vm, logger) }),
   qemu({ vm, template }, logger) {
     warnOfEmulation(vm.accelerator, logger);
     const { qemu, accelerator } = vm;
@@ -32,9 +35,30 @@ export function vmmNamed(name: string, config: KilnConfig, logger: Logger): Vmm 
   return create(config, logger);
 }
 
+/** @throws KilnError failed-precondition when a jail is asked for and there is no jailer */
+function jailSettings(vm: KilnConfig['vm'], logger: Logger): JailSettings | undefined {
+  if (vm.jail === 'off') return undefined;
+  const jailer = findProgram(vm.jailer);
+  if (jailer !== undefined) return { jailer, uids: { first: vm.jailUidFirst, count: vm.jailUids } };
+  const reason = `there is no program "${vm.jailer}" (vm.jailer)`;
+  if (vm.jail === 'on') {
+    throw new KilnError('failed-precondition', `vm.jail is "on", but ${reason}`, {
+      hint: 'install the jailer that comes with Firecracker, or set vm.jail = "auto"',
+    });
+  }
+  once(reason, () => logger.warn({ reason }, 'Firecracker runs without a jail, as root'));
+  return undefined;
+}
+
 function warnOfEmulation(wanted: KilnConfig['vm']['accelerator'], logger: Logger): void {
   const { accelerator, reason } = chooseAccelerator(wanted);
-  if (accelerator !== 'tcg' || warnedOfEmulation) return;
-  warnedOfEmulation = true;
-  logger.warn({ reason }, 'no hardware virtualisation: VMs run under software emulation, 15 to 20 times slower');
+  if (accelerator !== 'tcg') return;
+  const slow = 'no hardware virtualisation: VMs run under software emulation, 15 to 20 times slower';
+  once(slow, () => logger.warn({ reason }, slow));
+}
+
+function once(what: string, tell: () => void): void {
+  if (told.has(what)) return;
+  told.add(what);
+  tell();
 }

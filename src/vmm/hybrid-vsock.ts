@@ -26,7 +26,7 @@ export function hostSocketFor(udsPath: string, port: number): string {
  * Tells the agent of a VM that was taken over that somebody waits for its call (agent/main.ts, KNOCK_PORT). Resolves when
  * the backend has passed that on, or cannot; never rejects: an agent that has noticed itself dials anyway.
  */
-async function knock(udsPath: string): Promise<void> {
+export async function knock(udsPath: string): Promise<void> {
   const socket = net.connect(udsPath);
   await new Promise<void>((resolve) => {
     socket.on('error', () => {});

@@ -2,6 +2,7 @@ import { type FSWatcher, readFileSync, watch } from 'node:fs';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
+import { socketIsServed } from '../host/unix-socket.ts';
 import { abortable } from './abortable.ts';
 
 /** A Unix socket that a program is about to make. Watch before the program is started. */
@@ -19,6 +20,12 @@ export class AwaitedSocket implements Disposable {
     this.#watcher.on('change', (_event, name) => {
       if (name === path.basename(socket)) this.#made.resolve();
     });
+  }
+
+  /** As `listening`, of a program that takes many connections, and may know its socket by another path than ours. */
+  async answering(signal: AbortSignal, ended: Promise<never>): Promise<void> {
+    await abortable(Promise.race([this.#made.promise, ended]), signal);
+    while (!(await Promise.race([socketIsServed(this.#socket), ended]))) await delay(1, undefined, { signal });
   }
 
   /** Resolves when somebody listens there; rejects with the signal's reason, or with `ended` when that rejects. */

@@ -5,6 +5,10 @@
  */
 import http from 'node:http';
 import { KilnError } from '../../errors.ts';
+import type { HeldSocket } from './socket-path.ts';
+
+/** Answers have some hundred bytes; a Firecracker that was taken over may send what it likes. */
+const maxAnswerBytes = 1 << 20;
 
 /** Body of each request, by method and path. Units and limits are those of firecracker.yaml. */
 export interface FirecrackerRequests {
@@ -35,12 +39,13 @@ export interface InstanceInfo {
 }
 
 export class FirecrackerApi implements Disposable {
-  readonly #socketPath: string;
+  readonly #socket: HeldSocket;
   /** One connection: Firecracker handles one request after the other anyway. */
   readonly #agent = new http.Agent({ keepAlive: true, maxSockets: 1 });
 
-  constructor(socketPath: string) {
-    this.#socketPath = socketPath;
+  /** Takes the socket over. */
+  constructor(socket: HeldSocket) {
+    this.#socket = socket;
   }
 
   /** As in "1.16.1"; a build of a developer may have a suffix. */
@@ -80,7 +85,7 @@ export class FirecrackerApi implements Disposable {
       }
     };
     const request = http.request({
-      ...{ socketPath: this.#socketPath, agent: this.#agent, method, path },
+      ...{ socketPath: this.#socket.path, agent: this.#agent, method, path },
       ...(signal === undefined ? {} : { signal }),
       // A body without its length, which Node sends in chunks, counts as none.
       headers:
@@ -89,7 +94,12 @@ export class FirecrackerApi implements Disposable {
     request.on('error', lost);
     request.on('response', (response) => {
       const chunks: Buffer[] = [];
-      response.on('data', (chunk: Buffer) => chunks.push(chunk));
+      let bytes = 0;
+      response.on('data', (chunk: Buffer) => {
+        bytes += chunk.length;
+        if (bytes > maxAnswerBytes) response.destroy(new Error('the answer is too long'));
+        else chunks.push(chunk);
+      });
       response.on('error', lost);
       response.on('end', () => {
         const answer = Buffer.concat(chunks).toString();
@@ -104,6 +114,7 @@ export class FirecrackerApi implements Disposable {
 
   [Symbol.dispose](): void {
     this.#agent.destroy();
+    this.#socket[Symbol.dispose]();
   }
 }
 

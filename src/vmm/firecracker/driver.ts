@@ -1,25 +1,51 @@
 import { rm } from 'node:fs/promises';
-import path from 'node:path';
 import { KilnError } from '../../errors.ts';
-import { adoptHelper, type HelperProcess, startHelper } from '../../host/helper-process.ts';
+import { findProgram } from '../../host/find-program.ts';
+import { adoptHelper, type HelperProcess } from '../../host/helper-process.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
+import type { AgentListener } from '../channel.ts';
 import { requireGuestFiles } from '../guest-files.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
-import { listenHybrid, listenHybridAgain, udsPathIn } from '../hybrid-vsock.ts';
+import { hostSocketFor, knock, listenHybrid } from '../hybrid-vsock.ts';
 import { commonKernelWords } from '../kernel-words.ts';
 import { kvmProblem } from '../kvm.ts';
 import { AwaitedSocket } from '../socket-file.ts';
 import { agentPort, type Vm, type VmConfig, type Vmm, type VmRecord } from '../vmm.ts';
 import { FirecrackerApi } from './api.ts';
 import { makeDrives, serialOf } from './drives.ts';
+import { withExitStatus } from './exit-status.ts';
+import { findJail, type JailHost, jailHost, makeJail } from './jail.ts';
+import type { CgroupLimits } from './jail-cgroup.ts';
+import type { UidRange } from './jail-uids.ts';
+import { firecrackerTitle, logName, openPlace, type Place } from './place.ts';
 import { parseFirecrackerRecord } from './record.ts';
+import { holdSocket } from './socket-path.ts';
 import { requireSupportedVersion } from './version.ts';
 import { describeFirecrackerExit, FirecrackerVm } from './vm.ts';
 
 export interface FirecrackerOptions {
-  /** Program name (found on PATH) or path. */
+  /** Program name or path. */
   readonly firecracker: string;
+  /**
+   * Asked at each start. Undefined starts it on the host as it is: as this user, confined by its own seccomp filter alone.
+   */
+  readonly jail: () => JailSettings | undefined;
 }
+
+export interface JailSettings {
+  /** Absolute path of the jailer. */
+  readonly jailer: string;
+  /** What user ids its VMs may have. */
+  readonly uids: UidRange;
+}
+
+/** The host that VMs run on. Another one is for tests. */
+export interface FirecrackerHost {
+  readonly devices: HostDevices;
+  readonly jails: JailHost;
+}
+
+const thisHost: FirecrackerHost = { devices: hostDevices, jails: jailHost };
 
 /** How long Firecracker may take until the guest boots: tens of milliseconds in fact, so this only bounds a wrong program. */
 const startLimitMs = 30_000;
@@ -30,53 +56,47 @@ const maxVcpus = 32;
 /** The guest's own CID. Each VM has a vsock of its own, so the number need not differ between VMs. */
 const guestCid = 3;
 
-const logName = 'vmm.log';
-
-/** @param devices of another host than this one, for tests */
-export function createFirecracker(options: FirecrackerOptions, devices: HostDevices = hostDevices): Vmm {
+/** @param host another one than this, for tests */
+export function createFirecracker(options: FirecrackerOptions, host: FirecrackerHost = thisHost): Vmm {
   return {
     name: 'firecracker',
-    boot: (config, signal) => bootFirecracker(options, devices, config, signal),
-    adopt: adoptFirecracker,
+    boot: (config, signal) => bootFirecracker(options, host, config, signal),
+    adopt: (record, directory, signal) => adoptFirecracker(host, record, directory, signal),
   };
 }
 
 async function bootFirecracker(
-  { firecracker: program }: FirecrackerOptions,
-  devices: HostDevices,
+  options: FirecrackerOptions,
+  host: FirecrackerHost,
   config: VmConfig,
   signal: AbortSignal,
 ): Promise<Vm> {
   requireGuestFiles(config);
-  requireHost(config, devices);
+  requireHost(config, host.devices);
   signal.throwIfAborted();
-  const { directory } = config;
-  const udsPath = udsPathIn(directory);
-  const apiSocket = apiSocketIn(directory);
-  for (const socket of [udsPath, apiSocket]) requireSocketPath(socket);
   await using stack = new AsyncDisposableStack();
-  for (const left of [udsPath, apiSocket]) stack.defer(() => rm(left, { force: true }));
-  stack.defer(() => rm(slotsIn(directory), { recursive: true, force: true }));
-  const agent = stack.use(await listenHybrid(udsPath, agentPort));
-  using awaited = new AwaitedSocket(apiSocket);
-  const firecracker = stack.use(
-    await startHelper({
-      program,
-      args: ['--id', vmId(config.id), '--api-sock', apiSocket, '--level', 'Warning'],
-      directory,
-      logName,
-      title: 'Firecracker (vm.firecracker in the config file)',
-      hint: 'install Firecracker, or set vm.vmm = "qemu"',
-    }),
-  );
-  const api = stack.use(new FirecrackerApi(apiSocket));
-  await whileItStarts(firecracker, signal, async (either, ended) => {
-    await awaited.listening(either, ended);
+  const place = stack.use(await placeFor(options, host, config));
+  for (const { host: socket } of [place.vsock, place.apiSocket]) {
+    requireSocketPath(socket);
+    requireSocketPath(hostSocketFor(socket, agentPort));
+  }
+  const agent = stack.use(await listenHybrid(place.vsock.host, agentPort));
+  place.admit(hostSocketFor(place.vsock.host, agentPort));
+  using awaited = new AwaitedSocket(place.apiSocket.host);
+  const limit = AbortSignal.timeout(startLimitMs);
+  const either = AbortSignal.any([signal, limit]);
+  const firecracker = stack.use(await place.start(['--level', 'Warning'], either));
+  const api = await whileItStarts(firecracker, { signal, limit }, async (ended) => {
+    await awaited.answering(either, ended);
+    const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
     requireSupportedVersion(await api.version(either));
-    await configure(api, config, either);
+    await configure(api, place, config, either);
     await api.call('PUT /actions', { action_type: 'InstanceStart' }, either);
+    return api;
   });
-  return new FirecrackerVm({ firecracker, api, agent, resources: stack.move() });
+  // They are in the guest's memory now.
+  for (const name of ['kernel', 'initrd'] as const) place.hide(name);
+  return new FirecrackerVm({ firecracker, api, place, agent, resources: stack.move() });
 }
 
 function requireHost({ vcpus }: VmConfig, devices: HostDevices): void {
@@ -91,18 +111,44 @@ function requireHost({ vcpus }: VmConfig, devices: HostDevices): void {
   }
 }
 
+async function placeFor(
+  { firecracker, jail: jailFor }: FirecrackerOptions,
+  { jails }: FirecrackerHost,
+  config: VmConfig,
+): Promise<Place> {
+  const id = vmId(config.id);
+  const { directory } = config;
+  const jail = jailFor();
+  if (jail === undefined) return openPlace(directory, { program: firecracker, id });
+  const program = findProgram(firecracker);
+  if (program === undefined) {
+    throw new KilnError('failed-precondition', `cannot run ${firecrackerTitle} "${firecracker}": no such program`, {
+      hint: 'install Firecracker, or set vm.vmm = "qemu"',
+    });
+  }
+  return makeJail({ ...jail, program, id, directory, limits: limitsOf(config) }, jails);
+}
+
+/**
+ * What a VM may take of the host at the most, so that one that was taken over takes no more. Beside the guest's memory that
+ * is the page cache of its disks and KVM's page tables; beside its CPUs' threads a few of Firecracker's and the kernel's.
+ */
+function limitsOf({ memoryMib, vcpus }: VmConfig): CgroupLimits {
+  return { memoryBytes: (memoryMib + Math.ceil(memoryMib / 16) + 512) * 2 ** 20, pids: vcpus + 16 };
+}
+
 /** Everything before the start, each with an answer of its own, so that an error names what was refused. */
-async function configure(api: FirecrackerApi, config: VmConfig, signal: AbortSignal): Promise<void> {
-  const { kernel, initrd, guestImage, directory, vcpus, memoryMib } = config;
+async function configure(api: FirecrackerApi, place: Place, config: VmConfig, signal: AbortSignal): Promise<void> {
+  const { kernel, initrd, guestImage, vcpus, memoryMib } = config;
   await api.call('PUT /machine-config', { vcpu_count: vcpus, mem_size_mib: memoryMib }, signal);
   const boot = {
-    kernel_image_path: kernel,
-    ...(initrd === undefined ? {} : { initrd_path: initrd }),
+    kernel_image_path: await place.show('kernel', kernel),
+    ...(initrd === undefined ? {} : { initrd_path: await place.show('initrd', initrd) }),
     boot_args: await kernelCommandLine(config),
   };
   await api.call('PUT /boot-source', boot, signal);
-  for (const drive of makeDrives(guestImage, slotsIn(directory))) await api.call('PUT /drives', drive, signal);
-  await api.call('PUT /vsock', { guest_cid: guestCid, uds_path: udsPathIn(directory) }, signal);
+  for (const drive of await makeDrives(guestImage, place)) await api.call('PUT /drives', drive, signal);
+  await api.call('PUT /vsock', { guest_cid: guestCid, uds_path: place.vsock.inside }, signal);
   await api.call('PUT /entropy', {}, signal);
 }
 
@@ -116,19 +162,18 @@ async function kernelCommandLine(config: VmConfig): Promise<string> {
 }
 
 /** Runs the steps of a start. A failure that is Firecracker's end carries its exit and its own last words. */
-async function whileItStarts(
+async function whileItStarts<T>(
   firecracker: HelperProcess,
-  signal: AbortSignal,
-  steps: (either: AbortSignal, ended: Promise<never>) => Promise<void>,
-): Promise<void> {
-  const limit = AbortSignal.timeout(startLimitMs);
+  { signal, limit }: { readonly signal: AbortSignal; readonly limit: AbortSignal },
+  steps: (ended: Promise<never>) => Promise<T>,
+): Promise<T> {
   const ended = firecracker.exited.then((exit) => {
     const how = `Firecracker ended at start ${describeFirecrackerExit(exit)}`;
     throw new KilnError('internal', `${how}: ${firecracker.lastWords()}`);
   });
   ended.catch(() => {});
   try {
-    await steps(AbortSignal.any([signal, limit]), ended);
+    return await steps(ended);
   } catch (error) {
     if (signal.aborted) throw error;
     if (limit.aborted) {
@@ -146,36 +191,45 @@ function limitEnd(limit: AbortSignal): Promise<void> {
 }
 
 /** Takes over a VM whose kilnd is gone: its API is there, and the agent dials again. */
-async function adoptFirecracker(given: VmRecord, directory: string, signal: AbortSignal): Promise<Vm> {
+async function adoptFirecracker(
+  { jails }: FirecrackerHost,
+  given: VmRecord,
+  directory: string,
+  signal: AbortSignal,
+): Promise<Vm> {
   const record = parseFirecrackerRecord(given);
-  const udsPath = udsPathIn(directory);
   await using stack = new AsyncDisposableStack();
-  for (const left of [udsPath, apiSocketIn(directory)]) stack.defer(() => rm(left, { force: true }));
-  stack.defer(() => rm(slotsIn(directory), { recursive: true, force: true }));
-  const firecracker = adoptHelper(record.firecracker, { directory, logName });
-  if (firecracker === undefined) {
+  const { jail } = record;
+  const place = stack.use(jail === undefined ? openPlace(directory) : findJail(directory, jail.uid, jails));
+  const found = adoptHelper(record.firecracker, { directory, logName });
+  if (found === undefined) {
     throw new KilnError('not-found', `Firecracker (pid ${record.firecracker.pid}) has ended`);
   }
-  stack.use(firecracker);
-  const api = stack.use(new FirecrackerApi(apiSocketIn(directory)));
+  const firecracker = stack.use(withExitStatus(found));
+  const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
   const { state } = await api.describe(signal);
   if (state !== 'Running') throw new KilnError('internal', `the VM does not run; Firecracker says "${state}"`);
   const resources = stack.move();
   const accept = async (accepting: AbortSignal) => {
-    return resources.use(await listenHybridAgain(udsPath, agentPort)).accept(accepting);
+    return resources.use(await listenAgain(place)).accept(accepting);
   };
-  return new FirecrackerVm({ firecracker, api, agent: { accept }, usedSlots: record.usedSlots, resources });
+  const agent = { accept };
+  return new FirecrackerVm({ firecracker, api, place, agent, usedSlots: record.usedSlots, resources });
+}
+
+/** Listens in an earlier kilnd's place for the agent, and asks it to call. */
+async function listenAgain(place: Place): Promise<AgentListener> {
+  const { vsock } = place;
+  const socket = hostSocketFor(vsock.host, agentPort);
+  await rm(socket, { force: true });
+  const listener = await listenHybrid(vsock.host, agentPort);
+  place.admit(socket);
+  const held = holdSocket(vsock.host);
+  void knock(held.path).finally(() => held[Symbol.dispose]());
+  return listener;
 }
 
 /** Firecracker's --id: 1 to 64 letters, digits and `-` (src/utils/src/validators.rs). It is only shown. */
 function vmId(id: string): string {
   return id.replace(/[^A-Za-z0-9-]/g, '-').slice(0, 64);
-}
-
-function apiSocketIn(directory: string): string {
-  return path.join(directory, 'fc.sock');
-}
-
-function slotsIn(directory: string): string {
-  return path.join(directory, 'slots');
 }

@@ -2,16 +2,15 @@
  * Firecracker's drives. A VM has all of them from its start: one per slot, with a placeholder behind it, since drives
  * cannot be added later (but for a developer preview of 1.16).
  */
-import { closeSync, ftruncateSync, mkdirSync, openSync } from 'node:fs';
 import { stat } from 'node:fs/promises';
-import path from 'node:path';
 import { readOnlySlots, type SlotName, writableSlots } from '../vmm.ts';
 import type { FirecrackerRequests } from './api.ts';
+import type { Place } from './place.ts';
 
 type Drive = FirecrackerRequests['PUT /drives'];
 
-/** What a guest sees of an empty slot. The file is sparse: it takes no space. */
-const emptySlotBytes = 2 ** 40;
+/** What a guest sees of an empty slot, in bytes. The file is sparse: it takes no space. */
+export const emptySlotBytes = 2 ** 40;
 
 /** What virtio has for a disk's serial, in bytes (VIRTIO_BLK_ID_BYTES). */
 const serialBytes = 20;
@@ -19,17 +18,24 @@ const serialBytes = 20;
 /**
  * The serial by which a guest knows the disk of a file, which is Firecracker's choice: v1.16
  * src/vmm/src/devices/virtio/block/virtio/device.rs, build_device_id. It is another one when another file is put behind.
+ * A mount of the file has the same.
  */
 export async function serialOf(file: string): Promise<string> {
   const { dev, rdev, ino } = await stat(file, { bigint: true });
   return `${dev}${rdev}${ino}`.slice(0, serialBytes);
 }
 
-/** The guest image, first so that the guest finds it as /dev/vda, and an empty file per slot in a folder that is made. */
-export function makeDrives(guestImage: string, folder: string): Drive[] {
-  mkdirSync(folder, { mode: 0o700 });
-  const slot = (readOnly: boolean) => (name: SlotName) => drive(name, emptyFile(path.join(folder, name)), readOnly);
-  return [drive('guest', guestImage, true), ...readOnlySlots.map(slot(true)), ...writableSlots.map(slot(false))];
+export function isReadOnly(slot: SlotName): boolean {
+  return readOnlySlots.includes(slot);
+}
+
+/** The guest image, first so that the guest finds it as /dev/vda, and an empty file per slot, which is made. */
+export async function makeDrives(guestImage: string, place: Place): Promise<Drive[]> {
+  const slots = [...readOnlySlots, ...writableSlots].map((slot) => {
+    const readOnly = isReadOnly(slot);
+    return drive(slot, place.makeEmpty(slot, { bytes: emptySlotBytes, readOnly }), readOnly);
+  });
+  return [drive('guest', await place.show('guest', guestImage), true), ...slots];
 }
 
 function drive(id: string, file: string, readOnly: boolean): Drive {
@@ -38,14 +44,4 @@ function drive(id: string, file: string, readOnly: boolean): Drive {
     // What the guest flushes is on the host's disk, as with a container of runc.
     cache_type: readOnly ? 'Unsafe' : 'Writeback',
   };
-}
-
-function emptyFile(file: string): string {
-  const fd = openSync(file, 'wx', 0o600);
-  try {
-    ftruncateSync(fd, emptySlotBytes);
-  } finally {
-    closeSync(fd);
-  }
-  return file;
 }

@@ -7,6 +7,8 @@ const firecrackerRecord = z.object({
   version: z.literal(1),
   firecracker: identityRecord,
   usedSlots,
+  /** Of the jail that it is in; absent for one that runs on the host as it is. */
+  jail: z.object({ uid: z.int().positive() }).optional(),
 });
 
 export type FirecrackerRecord = z.infer<typeof firecrackerRecord>;

@@ -1,13 +1,58 @@
+import { execFile } from 'node:child_process';
+import { statSync } from 'node:fs';
+import { promisify } from 'node:util';
 import { KilnError } from '../../errors.ts';
 
 /** The oldest release that Kiln speaks to, as `[major, minor]`. */
 const oldestVersion = [1, 13] as const;
 
-/** Throws `failed-precondition` for a Firecracker that is too old, or of another major version. */
-export function requireSupportedVersion(version: string): void {
+/** What a program that is asked for its version may take, in ms. */
+const versionLimitMs = 5_000;
+
+/** A version as two numbers that order it; undefined for what is no version. */
+export function parseVersion(version: string): readonly [major: number, minor: number] | undefined {
   const [, major, minor] = /^v?(\d+)\.(\d+)\./.exec(version) ?? [];
-  if (Number(major) === oldestVersion[0] && Number(minor) >= oldestVersion[1]) return;
+  return major === undefined ? undefined : [Number(major), Number(minor)];
+}
+
+/** Whether a supported version is at least 1.`minor`. */
+export function isAtLeast(version: string, minor: number): boolean {
+  return (parseVersion(version)?.[1] ?? 0) >= minor;
+}
+
+/** False for a Firecracker that is too old, or of another major version. */
+export function isSupported(version: string): boolean {
+  const [major, minor] = parseVersion(version) ?? [0, 0];
+  return major === oldestVersion[0] && minor >= oldestVersion[1];
+}
+
+/** Throws `failed-precondition` for a Firecracker that is not supported. */
+export function requireSupportedVersion(version: string): void {
+  if (isSupported(version)) return;
   throw new KilnError('failed-precondition', `Firecracker ${version} is not supported`, {
     hint: `install version ${oldestVersion.join('.')} or newer, or set vm.vmm = "qemu" in the config file`,
   });
+}
+
+const known = new Map<string, string>();
+
+/**
+ * What a program says to `--version`: "1.16.1" of "Firecracker v1.16.1"; or why it says nothing like that. It is asked once,
+ * until there is another program in its place.
+ */
+export async function versionOf(program: string): Promise<string> {
+  const { ino, mtimeMs } = statSync(program);
+  const key = `${program} ${ino} ${mtimeMs}`;
+  const version = known.get(key) ?? (await askVersion(program));
+  known.set(key, version);
+  return version;
+}
+
+async function askVersion(program: string): Promise<string> {
+  try {
+    const { stdout } = await promisify(execFile)(program, ['--version'], { timeout: versionLimitMs, env: {} });
+    return /^Firecracker v(\S+)/.exec(stdout)?.[1] ?? 'unknown';
+  } catch (error) {
+    return `unknown (${(error as Error).message.split('\n', 1)[0]})`;
+  }
 }

@@ -5,7 +5,8 @@ import type { FirstConnection } from '../channel.ts';
 import { DriveSlots } from '../drive-slots.ts';
 import type { SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
 import type { FirecrackerApi } from './api.ts';
-import { serialOf } from './drives.ts';
+import { isReadOnly, serialOf } from './drives.ts';
+import type { Place } from './place.ts';
 
 /** Bytes of console kept for an exit report: what fits an error message. */
 const consoleTailBytes = 4096;
@@ -34,6 +35,7 @@ export function describeFirecrackerExit(exit: ProcessExit): string {
 export interface FirecrackerParts {
   readonly firecracker: HelperProcess;
   readonly api: FirecrackerApi;
+  readonly place: Place;
   /** Where the agent calls. */
   readonly agent: Pick<FirstConnection, 'accept'>;
   /** Drive slots that have a file already. */
@@ -66,8 +68,10 @@ export class FirecrackerVm implements Vm {
   }
 
   record(): VmRecord {
+    const { firecracker, place } = this.#parts;
+    const jail = place.uid === undefined ? {} : { jail: { uid: place.uid } };
     // Without an identity it has ended, which whoever adopts the VM will find.
-    return { version: 1, firecracker: this.#parts.firecracker.identity, usedSlots: this.#slots.used };
+    return { version: 1, firecracker: firecracker.identity, usedSlots: this.#slots.used, ...jail };
   }
 
   async acceptAgent(signal: AbortSignal): Promise<net.Socket> {
@@ -87,8 +91,15 @@ export class FirecrackerVm implements Vm {
 
   attachDisk(slot: SlotName, file: string): Promise<string> {
     return this.#slots.fill(slot, file, async () => {
+      const { api, place } = this.#parts;
       const serial = await serialOf(file);
-      await this.#parts.api.call('PATCH /drives', { drive_id: slot, path_on_host: file });
+      const inside = await place.fill(slot, file, isReadOnly(slot));
+      try {
+        await api.call('PATCH /drives', { drive_id: slot, path_on_host: inside });
+      } catch (error) {
+        place.clear(slot);
+        throw error;
+      }
       return serial;
     });
   }

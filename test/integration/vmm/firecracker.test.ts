@@ -1,51 +1,187 @@
-import { mkdirSync } from 'node:fs';
+import { spawnSync } from 'node:child_process';
+import { chmodSync, mkdirSync, readdirSync, readFileSync, readlinkSync, statSync } from 'node:fs';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { createFirecracker } from '../../../src/vmm/firecracker/driver.ts';
+import { createFirecracker, type FirecrackerOptions } from '../../../src/vmm/firecracker/driver.ts';
+import { clearJail, jailHost } from '../../../src/vmm/firecracker/jail.ts';
 import { hostDevices } from '../../../src/vmm/host-devices.ts';
-import type { Vm } from '../../../src/vmm/vmm.ts';
+import type { Vm, Vmm } from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
 import { Workspace } from '../../unit/vmm/workspace.ts';
 
 /**
- * The real Firecracker, where KILN_FIRECRACKER names it and /dev/kvm opens, whatever is behind that: Firecracker must accept
- * all that Kiln asks of it. That the guest comes up is another matter: that takes hardware.
+ * The real Firecracker, where KILN_FIRECRACKER names it and /dev/kvm opens, whatever is behind that, and the real jailer,
+ * where KILN_JAILER names it: they must accept all that Kiln asks of them. That the guest comes up is another matter: that
+ * takes hardware.
  */
 const program = process.env.KILN_FIRECRACKER;
+const jailer = process.env.KILN_JAILER;
 const guest = (name: string): string => path.join(projectRoot, 'dist/guest', name);
 const never = new AbortController().signal;
+const uids = { first: 1_900_100_000, count: 4 };
 
-describe.runIf(program !== undefined)('the real Firecracker', () => {
-  let workspace: Workspace;
-  let vm: Vm;
-  beforeEach(async () => {
-    workspace = new Workspace();
-    mkdirSync(workspace.path('modules/kvm_intel'), { recursive: true });
-    const devices = { ...hostDevices, modules: workspace.path('modules') };
-    const files = { kernel: guest('vmlinux'), initrd: guest('initrd'), guestImage: guest('guest.erofs') };
-    const vmm = createFirecracker({ firecracker: program ?? '' }, devices);
-    vm = await vmm.boot({ ...workspace.vm(), ...files, id: 'my_c.1', memoryMib: 256 }, never);
-  });
-  afterEach(async () => {
-    await vm.kill();
-    workspace[Symbol.dispose]();
-  });
+let workspace: Workspace;
+let vm: Vm | undefined;
+beforeEach(() => {
+  workspace = new Workspace();
+  mkdirSync(workspace.path('modules/kvm_intel'), { recursive: true });
+});
+afterEach(async () => {
+  await vm?.kill();
+  vm = undefined;
+  await clearJail(workspace.sandbox, jails());
+  workspace[Symbol.dispose]();
+});
 
-  test('takes the configuration, starts the VM, swaps a drive, and leaves nothing', async () => {
-    const disk = workspace.file('disk', Buffer.alloc(4096));
-    expect(await vm.attachDisk('ro0', disk)).toMatch(/^\d{1,20}$/);
-    expect(await vm.attachDisk('rw1', workspace.file('other', Buffer.alloc(4096)))).toMatch(/^\d{1,20}$/);
-    await vm.kill();
-    expect(await vm.wait()).toMatchObject({ signal: 'SIGKILL', guestStopped: false });
+/** With claims of the test's own, beside an installed Kiln. */
+const jails = () => ({ ...jailHost, claims: workspace.path('claims') });
+
+function driver(options: Partial<FirecrackerOptions> = {}): Vmm {
+  const devices = { ...hostDevices, modules: workspace.path('modules') };
+  return createFirecracker(
+    { firecracker: program ?? '', jail: () => undefined, ...options },
+    { devices, jails: jails() },
+  );
+}
+
+const files = { kernel: guest('vmlinux'), initrd: guest('initrd'), guestImage: guest('guest.erofs') };
+
+async function boot(vmm: Vmm): Promise<Vm> {
+  vm = await vmm.boot({ ...workspace.vm(), ...files, id: 'my_c.1', memoryMib: 256 }, never);
+  return vm;
+}
+
+const disk = (name: string, mode = 0o600): string => {
+  const file = workspace.file(name, Buffer.alloc(4096, name));
+  chmodSync(file, mode);
+  return file;
+};
+
+describe.runIf(program !== undefined)('the real Firecracker without a jail', () => {
+  test('takes the configuration, starts the VM, swaps drives, and leaves nothing', async () => {
+    const running = await boot(driver());
+    expect(await running.attachDisk('ro0', disk('disk'))).toMatch(/^\d{1,20}$/);
+    expect(await running.attachDisk('rw1', disk('other'))).toMatch(/^\d{1,20}$/);
+    await running.kill();
+    expect(await running.wait()).toMatchObject({ signal: 'SIGKILL', guestStopped: false });
     expect(workspace.processes()).toEqual([]);
     expect(workspace.files()).toEqual([]);
   });
 
   test('answers the next kilnd', async () => {
-    const vmm = createFirecracker({ firecracker: program ?? '' });
-    const adopted = await vmm.adopt(JSON.parse(JSON.stringify(vm.record())), workspace.sandbox, never);
-    expect(adopted.pid).toBe(vm.pid);
+    const running = await boot(driver());
+    const adopted = await driver().adopt(JSON.parse(JSON.stringify(running.record())), workspace.sandbox, never);
+    expect(adopted.pid).toBe(running.pid);
     await adopted.kill();
     expect(workspace.processes()).toEqual([]);
   });
 });
+
+describe.runIf(program !== undefined && jailer !== undefined)('the real Firecracker in a jail', () => {
+  const jail = () => ({ jailer: jailer ?? '', uids });
+  const jailed = () => driver({ jail });
+  const status = (pid: number, field: string): string =>
+    new RegExp(`^${field}:\\s*(.*)$`, 'm').exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1] ?? '';
+  const cgroups = (): string[] => {
+    const hierarchies = readFileSync('/proc/mounts', 'utf8')
+      .split('\n')
+      .map((line) => line.split(' '));
+    return hierarchies
+      .filter(([, , type]) => type === 'cgroup' || type === 'cgroup2')
+      .flatMap(([, directory = '']) => readdirSync(directory).map((name) => path.join(directory, name)))
+      .filter((group) => /\/kiln-19001\d+$/.test(group));
+  };
+  const mounts = (): string[] =>
+    readFileSync('/proc/self/mountinfo', 'utf8')
+      .split('\n')
+      .filter((line) => line.includes(workspace.folder));
+  const expectNothingLeft = () => {
+    expect(workspace.processes()).toEqual([]);
+    expect(workspace.files()).toEqual([]);
+    expect(mounts()).toEqual([]);
+    expect(cgroups()).toEqual([]);
+    expect(readdirSync(workspace.path('claims'))).toEqual([]);
+  };
+
+  test('is a user of its own in namespaces and cgroups of its own, with its files below its root', async () => {
+    const { pid } = await boot(jailed());
+    const [uid] = readdirSync(workspace.path('claims')).map(Number);
+    expect(status(pid, 'Uid')).toBe(`${uid}\t${uid}\t${uid}\t${uid}`);
+    expect(status(pid, 'Gid')).toBe(`${uid}\t${uid}\t${uid}\t${uid}`);
+    expect(status(pid, 'CapEff')).toMatch(/^0+$/);
+    expect(status(pid, 'NSpid')).toBe(`${pid}\t1`);
+    for (const namespace of ['mnt', 'pid']) {
+      expect(readlinkSync(`/proc/${pid}/ns/${namespace}`)).not.toBe(readlinkSync(`/proc/self/ns/${namespace}`));
+    }
+    expect(readFileSync(`/proc/${pid}/cgroup`, 'utf8')).toContain(`/kiln-${uid}/my-c-1-${uid}`);
+    expect(readFileSync(`/proc/${pid}/limits`, 'utf8')).toMatch(/Max open files\s+2048\s+2048/);
+    expect(readdirSync(`/proc/${pid}/root`).sort()).toEqual(
+      ['api', 'dev', 'files', 'firecracker', 'firecracker.pid', 'run', 'v', 'v_1024'].sort(),
+    );
+    expect(readFileSync(`/proc/${pid}/environ`, 'utf8')).not.toContain('KILN');
+    // The kernel and the initrd have been read.
+    expect(statSync(`/proc/${pid}/root/files/kernel`).size).toBe(0);
+    expect(statSync(`/proc/${pid}/root/files/guest`).size).toBe(statSync(files.guestImage).size);
+  });
+
+  test('swaps a file in that only root may read, and one to write, and changes neither', async () => {
+    const running = await boot(jailed());
+    const [uid] = readdirSync(workspace.path('claims')).map(Number);
+    const before = ['layer', 'secret', 'writable'].map(
+      (name) => [disk(name, name === 'layer' ? 0o644 : 0o600), name] as const,
+    );
+    const owner = (file: string) => (({ uid, gid, mode, dev, ino }) => ({ uid, gid, mode, dev, ino }))(statSync(file));
+    const owners = before.map(([file]) => owner(file));
+    const slots = ['ro0', 'ro1', 'rw0'] as const;
+    for (const [index, slot] of slots.entries()) {
+      const [file = '', name = ''] = before[index] ?? [];
+      expect(await running.attachDisk(slot, file)).toMatch(/^\d{1,20}$/);
+      const inside = `/proc/${running.pid}/root/files/${slot}`;
+      expect(readFileSync(inside, 'utf8').slice(0, name.length)).toBe(name);
+      const how = as(uid ?? 0, inside);
+      expect(how).toEqual({ readable: true, writable: slot === 'rw0' });
+    }
+    expect(before.map(([file]) => owner(file))).toEqual(owners);
+    await running.kill();
+    expect(before.map(([file]) => owner(file))).toEqual(owners);
+    expectNothingLeft();
+  });
+
+  test('cannot write what it was only given to read, nor remove what it was given', async () => {
+    const { pid } = await boot(jailed());
+    const [uid] = readdirSync(workspace.path('claims')).map(Number);
+    expect(as(uid ?? 0, `/proc/${pid}/root/files/guest`)).toEqual({ readable: true, writable: false });
+    expect(as(uid ?? 0, `/proc/${pid}/root/files/ro0`)).toEqual({ readable: true, writable: false });
+  });
+
+  test('that its kilnd has left is taken over, and what nobody takes over is cleared', async () => {
+    const running = await boot(jailed());
+    await running.attachDisk('rw0', disk('writable'));
+    const adopted = await jailed().adopt(JSON.parse(JSON.stringify(running.record())), workspace.sandbox, never);
+    expect(adopted.pid).toBe(running.pid);
+    await expect(adopted.attachDisk('rw0', disk('writable'))).rejects.toThrow('already has a file');
+    await adopted.attachDisk('rw1', disk('other'));
+    // As the next kilnd does with what is not written down.
+    await clearJail(workspace.sandbox, jails());
+    await adopted.wait();
+    expectNothingLeft();
+  });
+
+  test('leaves nothing when its start fails, in the jailer or later', async () => {
+    const bad = driver({ jail, firecracker: '/bin/false' });
+    await expect(boot(bad)).rejects.toThrow('Firecracker ended at start');
+    expectNothingLeft();
+    const kernel = workspace.file('no-kernel', 'text');
+    await expect(jailed().boot({ ...workspace.vm(), ...files, kernel, memoryMib: 256 }, never)).rejects.toThrow(
+      'Firecracker refused PUT /actions',
+    );
+    expectNothingLeft();
+  });
+});
+
+/** What a user may do with a file. access(2) of root would say that it may do everything. */
+function as(uid: number, file: string): { readable: boolean; writable: boolean } {
+  const may = (test: string) =>
+    spawnSync('setpriv', ['--reuid', `${uid}`, '--regid', `${uid}`, '--clear-groups', 'test', test, file]).status === 0;
+  return { readable: may('-r'), writable: may('-w') };
+}

@@ -46,6 +46,10 @@ describe('the configuration file', () => {
         accelerator: 'auto',
         qemu: 'qemu-system-x86_64',
         firecracker: 'firecracker',
+        jail: 'auto',
+        jailer: 'jailer',
+        jailUidFirst: 1_900_000_000,
+        jailUids: 65_536,
         channel: 'auto',
       },
       template: { enabled: true, keepDays: 7, maxTotalMib: 4096 },
@@ -67,6 +71,10 @@ describe('the configuration file', () => {
       accelerator = "tcg"
       qemu = "/opt/qemu"
       firecracker = "/opt/firecracker"
+      jail = "on"
+      jailer = "/opt/jailer"
+      jail_uid_first = 7000
+      jail_uids = 8
       channel = "kernel-vsock"
       [template]
       enabled = false
@@ -91,6 +99,10 @@ describe('the configuration file', () => {
         accelerator: 'tcg',
         qemu: '/opt/qemu',
         firecracker: '/opt/firecracker',
+        jail: 'on',
+        jailer: '/opt/jailer',
+        jailUidFirst: 7000,
+        jailUids: 8,
         channel: 'kernel-vsock',
       },
       template: { enabled: false, keepDays: 30, maxTotalMib: 1000 },
@@ -116,7 +128,8 @@ describe('the configuration file', () => {
   test('with a misspelt key is refused, with the key that was probably meant', () => {
     expect(messageFor('[vm]\nmemory_mb = 64')).toBe(
       '/etc/kiln/config.toml: unknown key vm.memory_mb = 64, did you mean memory_mib?; keys of [vm] are ' +
-        'vmm, memory_mib, vcpus, kernel, initrd, boot_timeout_s, accelerator, qemu, firecracker, channel',
+        'vmm, memory_mib, vcpus, kernel, initrd, boot_timeout_s, accelerator, qemu, firecracker, ' +
+        'jail, jailer, jail_uid_first, jail_uids, channel',
     );
     expect(messageFor('[storage]\ncolour = "red"')).toBe(
       '/etc/kiln/config.toml: unknown key storage.colour = "red"; keys of [storage] are writable_size_gib',
@@ -136,6 +149,9 @@ describe('the configuration file', () => {
       'pool.max = 1: must be an integer from 0 (no pool) to 1000, and not less than pool.min',
     ],
     ['[vm]\nmemory_mib = "512"', 'vm.memory_mib = "512": must be an integer from 128 to 16777216 (MiB)'],
+    ['[vm]\njail = true', 'vm.jail = true: must be "auto", "on" or "off"'],
+    ['[vm]\njail_uid_first = 0', 'vm.jail_uid_first = 0: must be an integer from 1 to 2147483647'],
+    ['[vm]\njail_uids = 0', 'vm.jail_uids = 0: must be an integer from 1 to 1000000'],
     ['[vm]\nmemory_mib = 64', 'vm.memory_mib = 64: must be an integer from 128 to 16777216 (MiB)'],
     ['[vm]\nmemory_mib = 512.5', 'vm.memory_mib = 512.5: must be an integer from 128 to 16777216 (MiB)'],
     ['[vm]\nvcpus = 0', 'vm.vcpus = 0: must be an integer from 1 to 255'],

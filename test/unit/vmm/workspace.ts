@@ -7,6 +7,7 @@ import {
   mkdtempSync,
   readdirSync,
   readFileSync,
+  readlinkSync,
   rmSync,
   watch,
   writeFileSync,
@@ -18,6 +19,7 @@ import type { HostDevices } from '../../../src/vmm/host-devices.ts';
 import type { VmConfig } from '../../../src/vmm/vmm.ts';
 
 const fakeQemu = fileURLToPath(new URL('./fake-qemu.ts', import.meta.url));
+const fakeJailer = fileURLToPath(new URL('./firecracker/fake-jailer.ts', import.meta.url));
 const fakeFirecracker = fileURLToPath(new URL('./firecracker/fake-firecracker.ts', import.meta.url));
 
 export class Workspace implements Disposable {
@@ -65,6 +67,11 @@ export class Workspace implements Disposable {
   /** A program that does as firecracker/fake-firecracker.ts says for the mode. */
   firecracker(mode: string): string {
     return this.#played('firecracker', fakeFirecracker, mode);
+  }
+
+  /** A program that does as firecracker/fake-jailer.ts says for the mode. */
+  jailer(mode: string): string {
+    return this.#played('jailer', fakeJailer, mode);
   }
 
   #played(name: string, module: string, mode: string): string {
@@ -127,7 +134,9 @@ export class Workspace implements Disposable {
   processes(): string[] {
     return readdirSync('/proc').filter((pid) => {
       try {
-        return readFileSync(`/proc/${pid}/environ`, 'utf8').includes(`KILN_SANDBOX_DIR=${this.sandbox}`);
+        if (readFileSync(`/proc/${pid}/environ`, 'utf8').includes(`KILN_SANDBOX_DIR=${this.sandbox}`)) return true;
+        // One that a played jailer has started.
+        return readlinkSync(`/proc/${pid}/cwd`).startsWith(`${this.sandbox}/`);
       } catch {
         return false;
       }

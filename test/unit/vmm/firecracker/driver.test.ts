@@ -1,18 +1,23 @@
 import { once } from 'node:events';
-import { mkdirSync, statSync, symlinkSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, symlinkSync } from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { createFirecracker, type FirecrackerOptions } from '../../../../src/vmm/firecracker/driver.ts';
+import { clearJail } from '../../../../src/vmm/firecracker/jail.ts';
+import { claimUid } from '../../../../src/vmm/firecracker/jail-uids.ts';
 import { readOnlySlots, type Vm, type VmConfig, type VmRecord, writableSlots } from '../../../../src/vmm/vmm.ts';
 import { Workspace } from '../workspace.ts';
+import { FakeKernel } from './fake-kernel.ts';
 
 /** The driver, with Firecracker played by a program of ours; for the real one see test/integration/vmm. */
 let workspace: Workspace;
 let vms: Vm[];
+let kernel: FakeKernel;
 beforeEach(() => {
   workspace = new Workspace();
   vms = [];
+  kernel = new FakeKernel();
 });
 afterEach(async () => {
   for (const vm of vms) await vm.kill();
@@ -25,14 +30,32 @@ interface Host {
   readonly options?: Partial<FirecrackerOptions>;
   readonly config?: Partial<VmConfig>;
   readonly kvm?: boolean;
+  /** What the jailer does; without one there is no jail. */
+  readonly jailer?: string;
 }
 
-function vmm(mode: string, { options, kvm = true }: Host = {}) {
+const uids = { first: 7000, count: 3 };
+
+function vmm(mode: string, { options, kvm = true, jailer }: Host = {}) {
   if (kvm) {
     mkdirSync(workspace.path('modules/kvm_intel'), { recursive: true });
     workspace.file('kvm');
   }
-  return createFirecracker({ firecracker: workspace.firecracker(mode), ...options }, workspace.devices());
+  const jail = () => (jailer === undefined ? undefined : { jailer: workspace.jailer(jailer), uids });
+  return createFirecracker({ firecracker: workspace.firecracker(mode), jail, ...options }, host());
+}
+
+/** The host of jails, with cgroups of version 2 that a folder plays. */
+function host() {
+  const cgroups = workspace.path('cgroup');
+  mkdirSync(cgroups, { recursive: true });
+  workspace.file('cgroup/cgroup.controllers', 'cpu memory pids\n');
+  const mounts = workspace.file('mounts', `cgroup2 ${cgroups} cgroup2 rw 0 0\n`);
+  return { devices: workspace.devices(), jails: { kernel, claims: workspace.path('claims'), mounts } };
+}
+
+function claims(): string[] {
+  return existsSync(workspace.path('claims')) ? readdirSync(workspace.path('claims')) : [];
 }
 
 async function boot(mode: string, host: Host = {}, signal = never): Promise<Vm> {
@@ -44,6 +67,8 @@ async function boot(mode: string, host: Host = {}, signal = never): Promise<Vm> 
 function expectNothingLeft(): void {
   expect(workspace.processes()).toEqual([]);
   expect(workspace.files()).toEqual([]);
+  expect(claims()).toEqual([]);
+  expect([...kernel.mounts]).toEqual([]);
 }
 
 /** As Firecracker makes it of a file. */
@@ -261,7 +286,8 @@ describe('a VM of an earlier kilnd', () => {
     agent.destroy();
     await expect(second.attachDisk('ro0', '/dev/null')).rejects.toThrow('drive slot ro0 already has a file');
     await second.kill();
-    expect(await second.wait()).toMatchObject({ code: null, signal: null, guestStopped: false });
+    // By which signal is told by the kernel since Linux 6.15.
+    expect(await second.wait()).toMatchObject({ code: null, guestStopped: false });
     expectNothingLeft();
   });
 
@@ -279,5 +305,160 @@ describe('a VM of an earlier kilnd', () => {
       message: expect.stringContaining('not a record of a Firecracker VM: firecracker:'),
     });
     expectNothingLeft();
+  });
+});
+
+describe('in a jail', () => {
+  const jailed: Host = { jailer: 'jail' };
+
+  test('a VM is started by the jailer, and knows its files by paths in the jail alone', async () => {
+    const vm = await boot('running', { ...jailed, config: { id: 'my_c.1', memoryMib: 1024, vcpus: 2 } });
+    const agent = await vm.acceptAgent(never);
+    expect(String(await once(agent, 'data'))).toBe('hello');
+    agent.destroy();
+    const [uid = ''] = claims();
+    expect(JSON.parse(readFileSync(workspace.path('jailer.arguments'), 'utf8'))).toEqual([
+      ...['--id', `my-c-1-${uid}`, '--exec-file', workspace.path('firecracker'), '--uid', uid, '--gid', uid],
+      ...['--chroot-base-dir', path.join(workspace.sandbox, 'j'), '--new-pid-ns'],
+      ...['--resource-limit', 'no-file=2048', '--resource-limit', `fsize=${2 ** 40}`],
+      ...['--cgroup-version', '2', '--parent-cgroup', `kiln-${uid}`],
+      ...['--cgroup', `memory.max=${(1024 + 64 + 512) * 2 ** 20}`, '--cgroup', 'pids.max=18'],
+    ]);
+    const bodies = Object.fromEntries(workspace.firecrackerRequests().map(({ name, body }) => [name, body]));
+    expect(bodies['PUT /boot-source']).toMatchObject({
+      kernel_image_path: '/files/kernel',
+      initrd_path: '/files/initrd',
+    });
+    expect(bodies['PUT /drives/guest']).toMatchObject({ path_on_host: '/files/guest' });
+    expect(bodies['PUT /drives/rw1']).toMatchObject({ path_on_host: '/files/rw1' });
+    expect(bodies['PUT /vsock']).toMatchObject({ uds_path: '/v' });
+  });
+
+  test('only what is written is writable, and kernel and initrd are gone from it after the start', async () => {
+    const vm = await boot('running', jailed);
+    const uid = Number(claims()[0]);
+    const disk = workspace.file('disk');
+    expect(await vm.attachDisk('ro0', disk)).toBe(serialOf(disk));
+    expect(await vm.attachDisk('rw0', disk)).toBe(serialOf(disk));
+    const mounted = [...kernel.mounts].map(([target, mount]) => [path.basename(target), mount]);
+    expect(Object.fromEntries(mounted)).toEqual({
+      j: 'tmpfs',
+      files: 'tmpfs',
+      guest: { file: workspace.path('guest.erofs'), readOnly: true, uid },
+      ro0: { file: disk, readOnly: true, uid },
+      rw0: { file: disk, readOnly: false, uid },
+    });
+    const owners = Object.fromEntries([...kernel.owners].map(([file, owner]) => [path.basename(file), owner]));
+    expect(owners).toMatchObject({ ro0: `0:${uid}`, rw1: `0:${uid}`, v_1024: `${uid}:${uid}` });
+    expect(workspace.firecrackerRequests().at(-1)).toEqual({
+      name: 'PATCH /drives/rw0',
+      body: { drive_id: 'rw0', path_on_host: '/files/rw0' },
+    });
+    await vm.kill();
+    expectNothingLeft();
+  });
+
+  test('a slot is free again whose file could not be mounted, or was refused', async () => {
+    const vm = await boot('refuse=PATCH /drives/rw0', jailed);
+    const disk = workspace.file('disk');
+    await expect(vm.attachDisk('rw0', disk)).rejects.toThrow('not in the mood');
+    expect([...kernel.mounts.keys()].map((target) => path.basename(target))).not.toContain('rw0');
+    kernel.refusal = new Error('EINVAL: its file system cannot');
+    await expect(vm.attachDisk('ro0', disk)).rejects.toThrow('behind drive slot ro0: EINVAL: its file system cannot');
+    kernel.refusal = undefined;
+    expect(await vm.attachDisk('ro0', disk)).toBe(serialOf(disk));
+    await expect(vm.attachDisk('ro1', '/dev/null')).rejects.toThrow(
+      '/dev/null is no regular file, and a jail takes no other',
+    );
+  });
+
+  test('a VM of an earlier kilnd is taken over, with the agent asked to call again', async () => {
+    const made = vmm('running', jailed);
+    const first = await made.boot(workspace.vm(), never);
+    vms.push(first);
+    (await first.acceptAgent(never)).destroy();
+    const second = await made.adopt(JSON.parse(JSON.stringify(first.record())) as VmRecord, workspace.sandbox, never);
+    vms.push(second);
+    const calling = second.acceptAgent(never);
+    await workspace.appears('firecracker.connects');
+    const agent = net.connect(path.join(workspace.sandbox, 'r', 'v_1024'));
+    expect(await calling).toBeInstanceOf(net.Socket);
+    agent.destroy();
+    await second.kill();
+    expectNothingLeft();
+  });
+
+  test('what a kilnd has left that was killed is ended and removed, also half of it', async () => {
+    const vm = await boot('running', jailed);
+    await clearJail(workspace.sandbox, host().jails);
+    await vm.wait();
+    expect(claims()).toEqual([]);
+    expect([...kernel.mounts]).toEqual([]);
+    claimUid(uids, workspace.sandbox, workspace.path('claims'));
+    mkdirSync(path.join(workspace.sandbox, 'j'));
+    await clearJail(workspace.sandbox, host().jails);
+    expectNothingLeft();
+    await clearJail(workspace.sandbox, host().jails);
+  });
+
+  test.each([
+    ['the jailer fails', 'running', 'fail=Failed to mkdir', 'the jailer ended (exit code 1): Failed to mkdir'],
+    [
+      'Firecracker ends before anybody has seen it',
+      'running',
+      'dies',
+      'Firecracker ended at start: Invalid instance ID',
+    ],
+    ['Firecracker is too old', 'version=1.12.1', 'jail', 'Firecracker 1.12.1 is not supported'],
+    [
+      'Firecracker refuses a drive',
+      'refuse=PUT /drives/rw0',
+      'jail',
+      'Firecracker refused PUT /drives/rw0: not in the mood',
+    ],
+  ])('a start fails and leaves nothing when %s', async (_why, mode, jailer, message) => {
+    await expect(boot(mode, { jailer })).rejects.toThrow(message);
+    expectNothingLeft();
+  });
+
+  test('a start fails and leaves nothing when a program is missing', async () => {
+    const options = { firecracker: 'no-such-firecracker' };
+    await expect(boot('running', { ...jailed, options })).rejects.toMatchObject({
+      code: 'failed-precondition',
+      message: 'cannot run Firecracker (vm.firecracker in the config file) "no-such-firecracker": no such program',
+    });
+    const jail = () => ({ jailer: '/no/jailer', uids });
+    await expect(boot('running', { options: { jail } })).rejects.toMatchObject({
+      code: 'failed-precondition',
+      message: 'cannot run the jailer (vm.jailer in the config file) "/no/jailer": ENOENT',
+      hint: 'install the jailer of your Firecracker, or set vm.jail = "off"',
+    });
+    expectNothingLeft();
+  });
+
+  test.each([
+    ['the jailer', 'running', 'hang', 'jailer.arguments'],
+    ['Firecracker', 'idle', 'jail', 'jailer.arguments'],
+    ['a request', 'hang=GET /version', 'jail', 'firecracker.requests'],
+  ])('a start that nobody wants any more is ended at %s', async (_where, mode, jailer, begun) => {
+    const giveUp = new AbortController();
+    const gaveUp = expect(boot(mode, { jailer }, giveUp.signal)).rejects.toThrow('enough');
+    await workspace.appears(begun);
+    giveUp.abort(new Error('enough'));
+    await gaveUp;
+    expectNothingLeft();
+  });
+
+  test('a socket with too long a path is told before anything is started', async () => {
+    const directory = workspace.path('x'.repeat(100));
+    mkdirSync(directory);
+    await expect(boot('running', { ...jailed, config: { directory } })).rejects.toThrow("the system's limit is 107");
+    expectNothingLeft();
+    expect(readdirSync(directory)).toEqual([]);
+  });
+
+  test('a guest that reboots ends Firecracker, with the last of its console', async () => {
+    const vm = await boot('guest-stops', jailed);
+    expect(await vm.wait()).toMatchObject({ signal: null, consoleTail: 'Kernel panic - not syncing' });
   });
 });

@@ -8,6 +8,7 @@
  * - configuration comes before the start, PATCH /drives after it, InstanceStart once (src/vmm/src/rpc_interface.rs);
  * - PUT /vsock binds `uds_path`, which must not exist; a guest's call to port P arrives at `<uds_path>_P`, and
  *   "CONNECT P\n" must come in one piece (docs/vsock.md; src/vmm/src/devices/virtio/vsock/unix/muxer.rs);
+ * - under a jailer, which says so by --parent-cpu-time-us, every path is one below its root directory (docs/jailer.md);
  * - neither socket is removed at the end, and a guest that reboots ends it with 0 (FAQ.md).
  */
 import { appendFileSync, existsSync } from 'node:fs';
@@ -15,7 +16,12 @@ import http from 'node:http';
 import net from 'node:net';
 import { z } from 'zod';
 
-const file = z.string().refine((path) => existsSync(path), { error: 'No such file or directory (os error 2)' });
+const jailed = process.argv.includes('--parent-cpu-time-us');
+
+/** Where a path of its own is; the jailer has made the root directory the working directory. */
+const real = (path: string): string => (jailed ? `.${path}` : path);
+
+const file = z.string().refine((path) => existsSync(real(path)), { error: 'No such file or directory (os error 2)' });
 const driveId = z.string().regex(/^[A-Za-z0-9_]+$/);
 const bodies: Readonly<Record<string, z.ZodType>> = {
   'PUT /machine-config': z.strictObject({
@@ -54,6 +60,10 @@ export function main(mode: string, self: string): void {
   const [name = '', detail = ''] = mode.split('=');
   const args = process.argv.slice(2);
   const argument = (flag: string): string => args[args.indexOf(flag) + 1] ?? '';
+  if (args.includes('--version')) {
+    process.stdout.write(`Firecracker v${name === 'version' ? detail : '1.16.1'}\n\n`);
+    return;
+  }
   if (!/^[A-Za-z0-9-]{1,64}$/.test(argument('--id'))) end('Invalid instance ID', 153);
   if (name === 'exit') end('Firecracker panicked at start', Number(detail));
   if (name === 'idle') setInterval(() => {}, 1 << 30);
@@ -89,7 +99,7 @@ class Firecracker {
       });
     });
     server.on('error', (error) => end(`Failed to open the API socket: ${error.message}`, 1));
-    server.listen(socket);
+    server.listen(real(socket));
   }
 
   #answer(method: string, url: string, text: string, response: http.ServerResponse): void {
@@ -147,7 +157,8 @@ class Firecracker {
     return fields;
   }
 
-  #bindVsock(udsPath: string): void {
+  #bindVsock(path: string): void {
+    const udsPath = real(path);
     if (existsSync(udsPath)) throw new Refusal('Cannot create backend for vsock device: Address in use (os error 98)');
     this.#udsPath = udsPath;
     const server = net.createServer((socket) => {

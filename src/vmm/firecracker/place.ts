@@ -1,0 +1,106 @@
+import { closeSync, fchmodSync, ftruncateSync, mkdirSync, openSync } from 'node:fs';
+import { rm } from 'node:fs/promises';
+import path from 'node:path';
+import { type HelperProcess, startHelper } from '../../host/helper-process.ts';
+import { mkfifo } from '../../sys/fifo.ts';
+import type { SlotName } from '../vmm.ts';
+
+/** One file under its two paths. */
+export interface Seen {
+  /** Kiln's. */
+  readonly host: string;
+  /** Firecracker's. */
+  readonly inside: string;
+}
+
+/** Where a Firecracker runs, and what it sees there: the host as it is, or a jail. Disposing it leaves nothing of it. */
+export interface Place extends AsyncDisposable {
+  /** The user id of the jail; undefined where Firecracker runs as we do. */
+  readonly uid: number | undefined;
+  /** The sockets, made when the VM starts. */
+  readonly apiSocket: Seen;
+  readonly vsock: Seen;
+  /** Makes a file of the host readable for Firecracker and returns its path for it. */
+  show(name: 'kernel' | 'initrd' | 'guest', file: string): Promise<string>;
+  /** For a file that Firecracker needs no more. */
+  hide(name: 'kernel' | 'initrd'): void;
+  /** Makes an empty file, for a drive that has none yet. */
+  makeEmpty(slot: SlotName, size: { readonly bytes: number; readonly readOnly: boolean }): string;
+  /** Makes a file usable behind a slot and returns its path for Firecracker. */
+  fill(slot: SlotName, file: string, readOnly: boolean): Promise<string>;
+  /** Takes back what `fill` has made. */
+  clear(slot: SlotName): void;
+  /** Makes a FIFO that Firecracker writes to. */
+  makeFifo(name: FifoName): Seen;
+  /** The FIFO that was made earlier. */
+  fifo(name: FifoName): Seen;
+  /** Lets Firecracker connect to a socket of ours. */
+  admit(socket: string): void;
+  /** Starts Firecracker. Throws the errors of `startHelper`, and `internal` with the words of a program that ended. */
+  start(args: readonly string[], signal: AbortSignal): Promise<HelperProcess>;
+}
+
+export type FifoName = 'log' | 'metrics';
+
+/** What Firecracker itself prints, and the guest on its serial port. */
+export const logName = 'vmm.log';
+
+export const firecrackerTitle = 'Firecracker (vm.firecracker in the config file)';
+
+export interface OpenPlaceOptions {
+  /** Program name or path. */
+  readonly program: string;
+  /** Firecracker's --id. */
+  readonly id: string;
+  readonly directory: string;
+}
+
+/** The host as it is. */
+export function openPlace(directory: string, options?: Omit<OpenPlaceOptions, 'directory'>): Place {
+  const own = (name: string) => path.join(directory, name);
+  const seen = (file: string): Seen => ({ host: file, inside: file });
+  const slots = own('slots');
+  const apiSocket = seen(own('fc.sock'));
+  const vsock = seen(own('vsock'));
+  const fifo = (name: FifoName) => seen(own(`${name}.fifo`));
+  return {
+    ...{ uid: undefined, apiSocket, vsock, fifo },
+    show: async (_name, file) => file,
+    hide: () => {},
+    makeEmpty(slot, { bytes }) {
+      mkdirSync(slots, { recursive: true, mode: 0o700 });
+      return makeSparse(path.join(slots, slot), bytes, 0o600);
+    },
+    fill: async (_slot, file) => file,
+    clear: () => {},
+    makeFifo(name) {
+      mkfifo(fifo(name).host, 0o600);
+      return fifo(name);
+    },
+    admit: () => {},
+    start(args) {
+      const { program = '', id = '' } = options ?? {};
+      return startHelper({
+        ...{ program, directory, logName, title: firecrackerTitle },
+        args: ['--id', id, '--api-sock', apiSocket.inside, ...args],
+        hint: 'install Firecracker, or set vm.vmm = "qemu"',
+      });
+    },
+    async [Symbol.asyncDispose]() {
+      const left = [slots, apiSocket.host, vsock.host, fifo('log').host, fifo('metrics').host];
+      for (const file of left) await rm(file, { recursive: true, force: true });
+    },
+  };
+}
+
+/** A file of that length which takes no space, of that mode whatever the umask. */
+export function makeSparse(file: string, bytes: number, mode: number): string {
+  const fd = openSync(file, 'wx', mode);
+  try {
+    fchmodSync(fd, mode);
+    ftruncateSync(fd, bytes);
+  } finally {
+    closeSync(fd);
+  }
+  return file;
+}

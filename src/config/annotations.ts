@@ -6,7 +6,7 @@
  */
 import { KilnError } from '../errors.ts';
 import type { KilnConfig } from './config.ts';
-import { allowed, memoryMib, vcpus, writableSizeGib } from './schema.ts';
+import { allowed, memoryMib, vcpus, vmm, writableSizeGib } from './schema.ts';
 import { closestMatch } from './suggest.ts';
 
 export const annotationPrefix = 'io.kiln.';
@@ -16,6 +16,7 @@ export interface AnnotationOverrides {
   readonly memoryMib?: number;
   readonly vcpus?: number;
   readonly kernel?: 'default' | 'minimal';
+  readonly vmm?: 'auto' | 'qemu' | 'firecracker';
   /** Size limit of the writable layer in GiB. */
   readonly writableSizeGib?: number;
 }
@@ -43,6 +44,13 @@ const annotations: Readonly<Record<string, { readonly allowed: string; readonly 
   'io.kiln.kernel': {
     allowed: '"default" or "minimal"; a path can only be set in the host\'s config.toml',
     read: (value) => (value === 'default' || value === 'minimal' ? { kernel: value } : undefined),
+  },
+  'io.kiln.vmm': {
+    allowed: allowed.vmm,
+    read: (value) => {
+      const { data } = vmm.safeParse(value);
+      return data === undefined ? undefined : { vmm: data };
+    },
   },
   'io.kiln.writable_size_gib': {
     allowed: allowed.writableSizeGib,
@@ -85,6 +93,7 @@ export function applyAnnotations(config: KilnConfig, given: Readonly<Record<stri
       ...config.vm,
       memoryMib: overrides.memoryMib ?? config.vm.memoryMib,
       vcpus: overrides.vcpus ?? config.vm.vcpus,
+      vmm: overrides.vmm ?? config.vm.vmm,
       kernel: overrides.kernel ?? config.vm.kernel,
       // An initrd belongs to the kernel that the host's owner paired it with.
       initrd: overrides.kernel === undefined ? config.vm.initrd : undefined,

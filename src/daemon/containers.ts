@@ -58,7 +58,7 @@ export async function createContainer(
       id,
       directory: context.directory,
       config,
-      vmm: selectVmm(config, logger),
+      vmm: await selectVmm(config, logger),
       spec: stringifyJson(guest.spec),
       rootfs,
       hooks: {

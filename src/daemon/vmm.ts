@@ -2,7 +2,9 @@ import type { KilnConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
 import { findProgram } from '../host/find-program.ts';
 import type { Logger } from '../observe/logger.ts';
+import { chooseVmm } from '../vmm/choice.ts';
 import { createFirecracker, type JailSettings } from '../vmm/firecracker/driver.ts';
+import { type HostDevices, hostDevices } from '../vmm/host-devices.ts';
 import { chooseAccelerator } from '../vmm/qemu/accelerator.ts';
 import { createQemu } from '../vmm/qemu/driver.ts';
 import type { Vmm } from '../vmm/vmm.ts';
@@ -23,9 +25,14 @@ const drivers: Readonly<Record<string, (config: KilnConfig, logger: Logger) => V
   },
 };
 
-/** The VMM that the configuration asks for. Says once at warning level when VMs run under software emulation. */
-export function selectVmm(config: KilnConfig, logger: Logger): Vmm {
-  return vmmNamed(config.vm.vmm === 'auto' ? 'qemu' : config.vm.vmm, config, logger);
+/**
+ * The VMM that the configuration asks for. Says once at info level which that is and why, and at warning level when VMs run
+ * under software emulation or without a jail.
+ */
+export async function selectVmm(config: KilnConfig, logger: Logger, devices: HostDevices = hostDevices): Promise<Vmm> {
+  const { name, reason } = await chooseVmm(config.vm, devices);
+  once(`${name}: ${reason}`, () => logger.info({ vmm: name, reason }, 'chose the virtual machine monitor'));
+  return vmmNamed(name, config, logger);
 }
 
 /** The VMM of a VM that was booted earlier, under another configuration maybe. @throws KilnError not-found */

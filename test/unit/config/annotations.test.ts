@@ -18,9 +18,16 @@ describe('io.kiln.* annotations', () => {
       'io.kiln.memory_mib': '1024',
       'io.kiln.vcpus': '2',
       'io.kiln.kernel': 'minimal',
+      'io.kiln.vmm': 'firecracker',
       'io.kiln.writable_size_gib': '3',
     });
-    expect(config.vm).toEqual({ ...defaultConfig.vm, memoryMib: 1024, vcpus: 2, kernel: 'minimal' });
+    expect(config.vm).toEqual({
+      ...defaultConfig.vm,
+      memoryMib: 1024,
+      vcpus: 2,
+      kernel: 'minimal',
+      vmm: 'firecracker',
+    });
     expect(config.storage.writableSizeGib).toBe(3);
   });
 
@@ -40,7 +47,7 @@ describe('io.kiln.* annotations', () => {
     expect(error.code).toBe('invalid-argument');
     expect(error.message).toBe(
       'unknown annotation io.kiln.memory="512", did you mean io.kiln.memory_mib?; known are ' +
-        'io.kiln.memory_mib, io.kiln.vcpus, io.kiln.kernel, io.kiln.writable_size_gib',
+        'io.kiln.memory_mib, io.kiln.vcpus, io.kiln.kernel, io.kiln.vmm, io.kiln.writable_size_gib',
     );
     expect(errorOf({ 'io.kiln.constructor': '' }).message).toContain('unknown annotation');
   });

@@ -15,7 +15,7 @@ const told = new Set<string>();
 
 const drivers: Readonly<Record<string, (config: KilnConfig, logger: Logger) => Vmm>> = {
   firecracker: ({ vm }, logger) =>
-    createFirecracker({ firecracker: vm.firecracker, jail: () => jailSettings(vm, logger) }),
+    createFirecracker({ firecracker: vm.firecracker, jail: () => jailSettings(vm, logger), logger }),
   qemu({ vm, template }, logger) {
     warnOfEmulation(vm.accelerator, logger);
     const { qemu, accelerator } = vm;

@@ -3,6 +3,7 @@ import { KilnError } from '../../errors.ts';
 import { findProgram } from '../../host/find-program.ts';
 import { adoptHelper, type HelperProcess } from '../../host/helper-process.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
+import type { Logger } from '../../observe/logger.ts';
 import type { AgentListener } from '../channel.ts';
 import { requireGuestFiles } from '../guest-files.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
@@ -20,8 +21,9 @@ import type { UidRange } from './jail-uids.ts';
 import { firecrackerTitle, logName, openPlace, type Place } from './place.ts';
 import { parseFirecrackerRecord } from './record.ts';
 import { holdSocket } from './socket-path.ts';
+import { Telemetry } from './telemetry.ts';
 import { requireSupportedVersion } from './version.ts';
-import { describeFirecrackerExit, FirecrackerVm } from './vm.ts';
+import { describeFirecrackerExit, FirecrackerVm, withExitCode } from './vm.ts';
 
 export interface FirecrackerOptions {
   /** Program name or path. */
@@ -30,6 +32,8 @@ export interface FirecrackerOptions {
    * Asked at each start. Undefined starts it on the host as it is: as this user, confined by its own seccomp filter alone.
    */
   readonly jail: () => JailSettings | undefined;
+  /** Gets Firecracker's own log, and its failures. */
+  readonly logger: Logger;
 }
 
 export interface JailSettings {
@@ -61,7 +65,7 @@ export function createFirecracker(options: FirecrackerOptions, host: Firecracker
   return {
     name: 'firecracker',
     boot: (config, signal) => bootFirecracker(options, host, config, signal),
-    adopt: (record, directory, signal) => adoptFirecracker(host, record, directory, signal),
+    adopt: (record, directory, signal) => adoptFirecracker({ ...host, ...options }, record, directory, signal),
   };
 }
 
@@ -80,13 +84,15 @@ async function bootFirecracker(
     requireSocketPath(socket);
     requireSocketPath(hostSocketFor(socket, agentPort));
   }
+  const { telemetry, args } = Telemetry.begin(place, options.logger);
+  stack.use(telemetry);
   const agent = stack.use(await listenHybrid(place.vsock.host, agentPort));
   place.admit(hostSocketFor(place.vsock.host, agentPort));
   using awaited = new AwaitedSocket(place.apiSocket.host);
   const limit = AbortSignal.timeout(startLimitMs);
   const either = AbortSignal.any([signal, limit]);
-  const firecracker = stack.use(await place.start(['--level', 'Warning'], either));
-  const api = await whileItStarts(firecracker, { signal, limit }, async (ended) => {
+  const firecracker = stack.use(await place.start(args, either));
+  const api = await whileItStarts({ firecracker, telemetry }, { signal, limit }, async (ended) => {
     await awaited.answering(either, ended);
     const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
     requireSupportedVersion(await api.version(either));
@@ -96,7 +102,7 @@ async function bootFirecracker(
   });
   // They are in the guest's memory now.
   for (const name of ['kernel', 'initrd'] as const) place.hide(name);
-  return new FirecrackerVm({ firecracker, api, place, agent, resources: stack.move() });
+  return new FirecrackerVm({ firecracker, api, place, telemetry, agent, resources: stack.move() });
 }
 
 function requireHost({ vcpus }: VmConfig, devices: HostDevices): void {
@@ -163,13 +169,15 @@ async function kernelCommandLine(config: VmConfig): Promise<string> {
 
 /** Runs the steps of a start. A failure that is Firecracker's end carries its exit and its own last words. */
 async function whileItStarts<T>(
-  firecracker: HelperProcess,
+  { firecracker, telemetry }: { readonly firecracker: HelperProcess; readonly telemetry: Telemetry },
   { signal, limit }: { readonly signal: AbortSignal; readonly limit: AbortSignal },
   steps: (ended: Promise<never>) => Promise<T>,
 ): Promise<T> {
+  const words = () => [firecracker.lastWords(), telemetry.log.lastWords()].filter((each) => each !== '').join('; ');
   const ended = firecracker.exited.then((exit) => {
-    const how = `Firecracker ended at start ${describeFirecrackerExit(exit)}`;
-    throw new KilnError('internal', `${how}: ${firecracker.lastWords()}`);
+    telemetry.end();
+    const how = `Firecracker ended at start ${describeFirecrackerExit(withExitCode(exit, telemetry))}`;
+    throw new KilnError('internal', `${how}: ${words()}`);
   });
   ended.catch(() => {});
   try {
@@ -177,8 +185,8 @@ async function whileItStarts<T>(
   } catch (error) {
     if (signal.aborted) throw error;
     if (limit.aborted) {
-      const words = firecracker.lastWords();
-      throw new KilnError('deadline-exceeded', `Firecracker did not start a VM in ${startLimitMs / 1000} s: ${words}`);
+      const message = `Firecracker did not start a VM in ${startLimitMs / 1000} s: ${words()}`;
+      throw new KilnError('deadline-exceeded', message);
     }
     // Its connection breaks a moment before it has exited, and its exit says more.
     if (error instanceof KilnError && error.code === 'unavailable') await Promise.race([ended, limitEnd(limit)]);
@@ -192,7 +200,7 @@ function limitEnd(limit: AbortSignal): Promise<void> {
 
 /** Takes over a VM whose kilnd is gone: its API is there, and the agent dials again. */
 async function adoptFirecracker(
-  { jails }: FirecrackerHost,
+  { jails, logger }: Pick<FirecrackerHost, 'jails'> & Pick<FirecrackerOptions, 'logger'>,
   given: VmRecord,
   directory: string,
   signal: AbortSignal,
@@ -207,6 +215,7 @@ async function adoptFirecracker(
   }
   const firecracker = stack.use(withExitStatus(found));
   const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
+  const telemetry = stack.use(Telemetry.resume(place, logger));
   const { state } = await api.describe(signal);
   if (state !== 'Running') throw new KilnError('internal', `the VM does not run; Firecracker says "${state}"`);
   const resources = stack.move();
@@ -214,7 +223,7 @@ async function adoptFirecracker(
     return resources.use(await listenAgain(place)).accept(accepting);
   };
   const agent = { accept };
-  return new FirecrackerVm({ firecracker, api, place, agent, usedSlots: record.usedSlots, resources });
+  return new FirecrackerVm({ firecracker, api, place, telemetry, agent, usedSlots: record.usedSlots, resources });
 }
 
 /** Listens in an earlier kilnd's place for the agent, and asks it to call. */

@@ -7,6 +7,7 @@ import type { SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
 import type { FirecrackerApi } from './api.ts';
 import { isReadOnly, serialOf } from './drives.ts';
 import type { Place } from './place.ts';
+import type { Telemetry } from './telemetry.ts';
 
 /** Bytes of console kept for an exit report: what fits an error message. */
 const consoleTailBytes = 4096;
@@ -31,11 +32,17 @@ export function describeFirecrackerExit(exit: ProcessExit): string {
   return reason === undefined ? describeExit(exit) : `(exit code ${exit.code}: ${reason})`;
 }
 
+/** An exit that the kernel did not tell, since it was not our child's, is what Firecracker's last line says. */
+export function withExitCode({ code, signal }: ProcessExit, { log }: Pick<Telemetry, 'log'>): ProcessExit {
+  return { code: code ?? (signal === null ? log.exitCode : null), signal };
+}
+
 /** What a running VM is made of. */
 export interface FirecrackerParts {
   readonly firecracker: HelperProcess;
   readonly api: FirecrackerApi;
   readonly place: Place;
+  readonly telemetry: Telemetry;
   /** Where the agent calls. */
   readonly agent: Pick<FirstConnection, 'accept'>;
   /** Drive slots that have a file already. */
@@ -63,7 +70,10 @@ export class FirecrackerVm implements Vm {
 
   /** A guest that reboots, or panics and so reboots, ends Firecracker with 0. */
   async #awaitExit(): Promise<VmExit> {
-    const { code, signal } = await this.#parts.firecracker.exited;
+    const { firecracker, telemetry } = this.#parts;
+    const exit = await firecracker.exited;
+    telemetry.end();
+    const { code, signal } = withExitCode(exit, telemetry);
     return { code, signal, guestStopped: code === 0, consoleTail: await this.consoleTail(consoleTailBytes) };
   }
 

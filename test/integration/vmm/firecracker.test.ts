@@ -1,7 +1,8 @@
 import { spawnSync } from 'node:child_process';
-import { chmodSync, mkdirSync, readdirSync, readFileSync, readlinkSync, statSync } from 'node:fs';
+import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, readlinkSync, statSync } from 'node:fs';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { loggerTo } from '../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../src/vmm/firecracker/driver.ts';
 import { clearJail, jailHost } from '../../../src/vmm/firecracker/jail.ts';
 import { hostDevices } from '../../../src/vmm/host-devices.ts';
@@ -20,9 +21,13 @@ const guest = (name: string): string => path.join(projectRoot, 'dist/guest', nam
 const never = new AbortController().signal;
 const uids = { first: 1_900_100_000, count: 4 };
 
+let log: Record<string, unknown>[] = [];
+const logger = loggerTo({ write: (line) => void log.push(JSON.parse(line)) }, 'trace');
+
 let workspace: Workspace;
 let vm: Vm | undefined;
 beforeEach(() => {
+  log = [];
   workspace = new Workspace();
   mkdirSync(workspace.path('modules/kvm_intel'), { recursive: true });
 });
@@ -39,7 +44,7 @@ const jails = () => ({ ...jailHost, claims: workspace.path('claims') });
 function driver(options: Partial<FirecrackerOptions> = {}): Vmm {
   const devices = { ...hostDevices, modules: workspace.path('modules') };
   return createFirecracker(
-    { firecracker: program ?? '', jail: () => undefined, ...options },
+    { firecracker: program ?? '', jail: () => undefined, logger, ...options },
     { devices, jails: jails() },
   );
 }
@@ -64,6 +69,9 @@ describe.runIf(program !== undefined)('the real Firecracker without a jail', () 
     expect(await running.attachDisk('rw1', disk('other'))).toMatch(/^\d{1,20}$/);
     await running.kill();
     expect(await running.wait()).toMatchObject({ signal: 'SIGKILL', guestStopped: false });
+    expect(log).toContainEqual(expect.objectContaining({ vm: 'my-c-1', msg: 'Firecracker: API server started.' }));
+    const counters = expect.objectContaining({ 'put_api_requests.drive_count': 11 });
+    expect(log).toContainEqual(expect.objectContaining({ msg: "Firecracker's counters", counters }));
     expect(workspace.processes()).toEqual([]);
     expect(workspace.files()).toEqual([]);
   });
@@ -114,6 +122,14 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
       expect(readlinkSync(`/proc/${pid}/ns/${namespace}`)).not.toBe(readlinkSync(`/proc/self/ns/${namespace}`));
     }
     expect(readFileSync(`/proc/${pid}/cgroup`, 'utf8')).toContain(`/kiln-${uid}/my-c-1-${uid}`);
+    // 256 MiB, a sixteenth of it and 512; one CPU and 16 threads.
+    const limits = cgroups().flatMap((group) =>
+      ['memory.limit_in_bytes', 'memory.max', 'pids.max']
+        .map((name) => path.join(group, `my-c-1-${uid}`, name))
+        .filter((file) => existsSync(file))
+        .map((file) => readFileSync(file, 'utf8').trim()),
+    );
+    expect(limits.toSorted()).toEqual(['17', String((256 + 16 + 512) * 2 ** 20)]);
     expect(readFileSync(`/proc/${pid}/limits`, 'utf8')).toMatch(/Max open files\s+2048\s+2048/);
     expect(readdirSync(`/proc/${pid}/root`).sort()).toEqual(
       ['api', 'dev', 'files', 'firecracker', 'firecracker.pid', 'run', 'v', 'v_1024'].sort(),
@@ -143,6 +159,9 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
     }
     expect(before.map(([file]) => owner(file))).toEqual(owners);
     await running.kill();
+    expect(log).toContainEqual(
+      expect.objectContaining({ vm: `my-c-1-${uid}`, msg: 'Firecracker: API server started.' }),
+    );
     expect(before.map(([file]) => owner(file))).toEqual(owners);
     expectNothingLeft();
   });

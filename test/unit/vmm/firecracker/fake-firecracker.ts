@@ -9,9 +9,12 @@
  * - PUT /vsock binds `uds_path`, which must not exist; a guest's call to port P arrives at `<uds_path>_P`, and
  *   "CONNECT P\n" must come in one piece (docs/vsock.md; src/vmm/src/devices/virtio/vsock/unix/muxer.rs);
  * - under a jailer, which says so by --parent-cpu-time-us, every path is one below its root directory (docs/jailer.md);
+ * - the log and the metrics go to FIFOs that are there, and what does not fit is lost (src/vmm/src/utils/mod.rs,
+ *   open_file_nonblock); the form of a log line is that of --show-level (src/vmm/src/logger/logging.rs), metrics are written at
+ *   the start (docs/metrics.md), and the last line of the log tells the exit code (src/firecracker/src/main.rs);
  * - neither socket is removed at the end, and a guest that reboots ends it with 0 (FAQ.md).
  */
-import { appendFileSync, existsSync } from 'node:fs';
+import { appendFileSync, constants, existsSync, openSync, writeSync } from 'node:fs';
 import http from 'node:http';
 import net from 'node:net';
 import { z } from 'zod';
@@ -54,6 +57,13 @@ const bodies: Readonly<Record<string, z.ZodType>> = {
   'PUT /actions': z.strictObject({ action_type: z.enum(['InstanceStart', 'FlushMetrics', 'SendCtrlAltDel']) }),
 };
 
+/** v1.16 src/firecracker/src/main.rs; each is there since 1.13. */
+const flags = new Set(
+  '--id --api-sock --log-path --level --show-level --metrics-path --start-time-us --start-time-cpu-us --parent-cpu-time-us'.split(
+    ' ',
+  ),
+);
+
 class Refusal extends Error {}
 
 export function main(mode: string, self: string): void {
@@ -64,15 +74,38 @@ export function main(mode: string, self: string): void {
     process.stdout.write(`Firecracker v${name === 'version' ? detail : '1.16.1'}\n\n`);
     return;
   }
+  for (const flag of args.filter((each) => each.startsWith('--'))) {
+    if (!flags.has(flag)) end(`Found argument '${flag}' which wasn't expected`, 153);
+  }
   if (!/^[A-Za-z0-9-]{1,64}$/.test(argument('--id'))) end('Invalid instance ID', 153);
   if (name === 'exit') end('Firecracker panicked at start', Number(detail));
+  write('--log-path', logLine('INFO', 'Running Firecracker v1.16.1'));
   if (name === 'idle') setInterval(() => {}, 1 << 30);
   else new Firecracker(name, detail, self).serve(argument('--api-sock'));
 }
 
 function end(words: string, code: number): never {
   process.stderr.write(`${words}\n`);
+  write('--log-path', logLine('ERROR', words));
+  write('--log-path', logLine('INFO', `Firecracker exiting with error. exit_code=${code}`));
   process.exit(code);
+}
+
+function logLine(level: string, words: string): string {
+  const id = process.argv[process.argv.indexOf('--id') + 1];
+  return `2026-01-31T12:00:00.000000000 [${id}:main:${level}] ${words}\n`;
+}
+
+/** Writes to the file that an argument names, without waiting. */
+function write(flag: string, text: string): void {
+  const at = process.argv.indexOf(flag);
+  if (at === -1) return;
+  const { O_RDWR, O_CREAT, O_NONBLOCK } = constants;
+  try {
+    writeSync(openSync(real(process.argv[at + 1] ?? ''), O_RDWR | O_CREAT | O_NONBLOCK), text);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'EAGAIN') throw error;
+  }
 }
 
 class Firecracker {
@@ -177,8 +210,15 @@ class Firecracker {
 
   #start(): void {
     this.#started = true;
+    write(
+      '--metrics-path',
+      `${JSON.stringify({ utc_timestamp_ms: 1, put_api_requests: { drive_count: 11 }, vsock: { conn_event_fails: 2 } })}\n`,
+    );
+    for (let line = 0; this.#mode === 'noisy' && line < 10_000; line += 1)
+      write('--log-path', logLine('WARN', 'noise'));
     if (this.#mode === 'guest-stops') {
       process.stdout.write('Kernel panic - not syncing\u001b[2J\r\n');
+      write('--log-path', logLine('INFO', 'Firecracker exiting successfully. exit_code=0'));
       setImmediate(() => process.exit(0));
     } else if (this.#udsPath !== undefined) {
       // The agent, which dials when it is up.

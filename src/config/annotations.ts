@@ -6,7 +6,7 @@
  */
 import { KilnError } from '../errors.ts';
 import type { KilnConfig } from './config.ts';
-import { allowed, memoryMib, vcpus, vmm, writableSizeGib } from './schema.ts';
+import { allowed, diskMibPerS, diskOpsPerS, memoryMib, vcpus, vmm, writableSizeGib } from './schema.ts';
 import { closestMatch } from './suggest.ts';
 
 export const annotationPrefix = 'io.kiln.';
@@ -19,6 +19,9 @@ export interface AnnotationOverrides {
   readonly vmm?: 'auto' | 'qemu' | 'firecracker';
   /** Size limit of the writable layer in GiB. */
   readonly writableSizeGib?: number;
+  /** Of each disk; 0 for no limit. */
+  readonly diskMibPerS?: number;
+  readonly diskOpsPerS?: number;
 }
 
 type Reader = (value: string) => AnnotationOverrides | undefined;
@@ -57,6 +60,20 @@ const annotations: Readonly<Record<string, { readonly allowed: string; readonly 
     read: (value) => {
       const { data } = writableSizeGib.safeParse(integer(value));
       return data === undefined ? undefined : { writableSizeGib: data };
+    },
+  },
+  'io.kiln.disk_mib_per_s': {
+    allowed: allowed.diskMibPerS,
+    read: (value) => {
+      const { data } = diskMibPerS.safeParse(integer(value));
+      return data === undefined ? undefined : { diskMibPerS: data };
+    },
+  },
+  'io.kiln.disk_ops_per_s': {
+    allowed: allowed.diskOpsPerS,
+    read: (value) => {
+      const { data } = diskOpsPerS.safeParse(integer(value));
+      return data === undefined ? undefined : { diskOpsPerS: data };
     },
   },
 };
@@ -98,7 +115,11 @@ export function applyAnnotations(config: KilnConfig, given: Readonly<Record<stri
       // An initrd belongs to the kernel that the host's owner paired it with.
       initrd: overrides.kernel === undefined ? config.vm.initrd : undefined,
     },
-    storage: { writableSizeGib: overrides.writableSizeGib ?? config.storage.writableSizeGib },
+    storage: {
+      writableSizeGib: overrides.writableSizeGib ?? config.storage.writableSizeGib,
+      diskMibPerS: overrides.diskMibPerS ?? config.storage.diskMibPerS,
+      diskOpsPerS: overrides.diskOpsPerS ?? config.storage.diskOpsPerS,
+    },
   };
 }
 

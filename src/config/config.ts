@@ -37,6 +37,8 @@ export interface KilnConfig {
     /** The user ids of jailed virtual machines, one each: from this on, so many. */
     readonly jailUidFirst: number;
     readonly jailUids: number;
+    /** Guest memory in pages of 2 MiB, from the host's pool. */
+    readonly hugePages: boolean;
     readonly channel: 'auto' | 'hybrid-vsock' | 'kernel-vsock' | 'virtio-serial';
   };
   readonly template: {
@@ -56,6 +58,10 @@ export interface KilnConfig {
   readonly storage: {
     /** Size limit of a container's writable layer in GiB. */
     readonly writableSizeGib: number;
+    /** What each of a container's disks may transfer, in MiB per second; 0 for no limit. */
+    readonly diskMibPerS: number;
+    /** How many requests per second it may have; 0 for no limit. */
+    readonly diskOpsPerS: number;
   };
   readonly daemon: {
     /** Seconds without a container after which kilnd ends; 0 for never. */
@@ -176,11 +182,16 @@ function toConfig({ vm, template, pool, storage, daemon }: ConfigFile): KilnConf
       jailer: vm.jailer,
       jailUidFirst: vm.jail_uid_first,
       jailUids: vm.jail_uids,
+      hugePages: vm.huge_pages,
       channel: vm.channel,
     },
     template: { enabled: template.enabled, keepDays: template.keep_days, maxTotalMib: template.max_total_mib },
     pool,
-    storage: { writableSizeGib: storage.writable_size_gib },
+    storage: {
+      writableSizeGib: storage.writable_size_gib,
+      diskMibPerS: storage.disk_mib_per_s,
+      diskOpsPerS: storage.disk_ops_per_s,
+    },
     daemon: { idleTimeoutS: daemon.idle_timeout_s, logLevel: daemon.log_level },
   };
 }

@@ -27,12 +27,17 @@ export const memoryMib = z
   .max(16 * 1024 * 1024);
 export const vmm = z.enum(['auto', 'qemu', 'firecracker']);
 export const vcpus = z.int().min(1).max(255);
+/** Rates of each of a container's disks; 0 is none. The upper ends only tell a rate from a typing error. */
+export const diskMibPerS = z.int().min(0).max(1_000_000);
+export const diskOpsPerS = z.int().min(0).max(100_000_000);
 export const writableSizeGib = z.int().min(1).max(maxDiskGib);
 
 export const allowed = {
   memoryMib: 'an integer from 128 to 16777216 (MiB)',
   vcpus: 'an integer from 1 to 255',
   vmm: '"auto", "qemu" or "firecracker"',
+  diskMibPerS: 'an integer from 0 (no limit) to 1000000 (MiB per second)',
+  diskOpsPerS: 'an integer from 0 (no limit) to 100000000 (requests per second)',
   writableSizeGib: `an integer from 1 to ${maxDiskGib} (GiB)`,
 } as const;
 
@@ -53,6 +58,7 @@ const vm = z.strictObject({
   jailer: program('jailer'),
   jail_uid_first: z.int().min(1).max(maxUid).default(1_900_000_000).describe(`an integer from 1 to ${maxUid}`),
   jail_uids: z.int().min(1).max(1_000_000).default(65_536).describe('an integer from 1 to 1000000'),
+  huge_pages: z.boolean().default(false).describe('true or false'),
   channel: z
     .enum(['auto', 'hybrid-vsock', 'kernel-vsock', 'virtio-serial'])
     .default('auto')
@@ -84,6 +90,8 @@ const pool = z
 
 const storage = z.strictObject({
   writable_size_gib: writableSizeGib.default(10).describe(allowed.writableSizeGib),
+  disk_mib_per_s: diskMibPerS.default(0).describe(allowed.diskMibPerS),
+  disk_ops_per_s: diskOpsPerS.default(0).describe(allowed.diskOpsPerS),
 });
 
 const daemon = z.strictObject({

@@ -14,8 +14,11 @@ import { vsockBackendProgram } from './installation.ts';
 const told = new Set<string>();
 
 const drivers: Readonly<Record<string, (config: KilnConfig, logger: Logger) => Vmm>> = {
-  firecracker: ({ vm }, logger) =>
-    createFirecracker({ firecracker: vm.firecracker, jail: () => jailSettings(vm, logger), logger }),
+  firecracker({ vm, storage }, logger) {
+    const { firecracker, hugePages } = vm;
+    const diskLimits = { bytesPerS: storage.diskMibPerS * 2 ** 20, opsPerS: storage.diskOpsPerS };
+    return createFirecracker({ firecracker, hugePages, diskLimits, jail: () => jailSettings(vm, logger), logger });
+  },
   qemu({ vm, template }, logger) {
     warnOfEmulation(vm.accelerator, logger);
     const { qemu, accelerator } = vm;
@@ -28,11 +31,29 @@ const drivers: Readonly<Record<string, (config: KilnConfig, logger: Logger) => V
 /**
  * The VMM that the configuration asks for. Says once at info level which that is and why, and at warning level when VMs run
  * under software emulation or without a jail.
+ *
+ * @throws KilnError failed-precondition for a setting that only Firecracker has, where it is not the one
  */
 export async function selectVmm(config: KilnConfig, logger: Logger, devices: HostDevices = hostDevices): Promise<Vmm> {
   const { name, reason } = await chooseVmm(config.vm, devices);
   once(`${name}: ${reason}`, () => logger.info({ vmm: name, reason }, 'chose the virtual machine monitor'));
+  if (name === 'qemu') refuseForQemu(config, reason);
   return vmmNamed(name, config, logger);
+}
+
+/** A setting that cannot be kept is an error, since a limit that does not limit would be worse. */
+function refuseForQemu({ vm, storage }: KilnConfig, reason: string): void {
+  const asked = {
+    'vm.huge_pages': vm.hugePages,
+    'a limit of disk bandwidth (disk_mib_per_s)': storage.diskMibPerS > 0,
+    'a limit of disk requests (disk_ops_per_s)': storage.diskOpsPerS > 0,
+  };
+  for (const [what, isAsked] of Object.entries(asked)) {
+    if (!isAsked) continue;
+    throw new KilnError('failed-precondition', `${what} needs Firecracker, but this VM runs under QEMU: ${reason}`, {
+      hint: 'leave it out, or install Firecracker on a host with hardware virtualisation',
+    });
+  }
 }
 
 /** The VMM of a VM that was booted earlier, under another configuration maybe. @throws KilnError not-found */
@@ -42,8 +63,12 @@ export function vmmNamed(name: string, config: KilnConfig, logger: Logger): Vmm 
   return create(config, logger);
 }
 
-/** @throws KilnError failed-precondition when a jail is asked for and there is no jailer */
-function jailSettings(vm: KilnConfig['vm'], logger: Logger): JailSettings | undefined {
+/**
+ * The jail that the configuration asks for, or undefined for none, of which it warns once.
+ *
+ * @throws KilnError failed-precondition when a jail is asked for and there is no jailer
+ */
+export function jailSettings(vm: KilnConfig['vm'], logger: Logger): JailSettings | undefined {
   if (vm.jail === 'off') return undefined;
   const jailer = findProgram(vm.jailer);
   if (jailer !== undefined) return { jailer, uids: { first: vm.jailUidFirst, count: vm.jailUids } };

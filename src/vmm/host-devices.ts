@@ -8,6 +8,8 @@ export interface HostDevices {
   readonly vhostVsock: string;
   /** proc_cpuinfo(5). */
   readonly cpuinfo: string;
+  /** How many pages of 2 MiB the pool has left: admin-guide/mm/hugetlbpage.rst. */
+  readonly freeHugePages: string;
 }
 
 export const hostDevices: HostDevices = {
@@ -16,4 +18,5 @@ export const hostDevices: HostDevices = {
   kvm: '/dev/kvm',
   vhostVsock: '/dev/vhost-vsock',
   cpuinfo: '/proc/cpuinfo',
+  freeHugePages: '/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages',
 };

@@ -12,7 +12,12 @@ const maxAnswerBytes = 1 << 20;
 
 /** Body of each request, by method and path. Units and limits are those of firecracker.yaml. */
 export interface FirecrackerRequests {
-  'PUT /machine-config': { readonly vcpu_count: number; readonly mem_size_mib: number };
+  'PUT /machine-config': {
+    readonly vcpu_count: number;
+    readonly mem_size_mib: number;
+    /** "2M": from hugetlbfs' pool; the memory is then a multiple of 2 MiB. Since 1.7. */
+    readonly huge_pages?: '2M';
+  };
   'PUT /boot-source': {
     readonly kernel_image_path: string;
     readonly initrd_path?: string;
@@ -25,12 +30,31 @@ export interface FirecrackerRequests {
     readonly is_read_only: boolean;
     /** `Unsafe`, the default, ignores the guest's flushes. */
     readonly cache_type: 'Unsafe' | 'Writeback';
+    readonly rate_limiter?: RateLimiter;
   };
   /** Swaps the backing file of a running VM's drive. */
   'PATCH /drives': { readonly drive_id: string; readonly path_on_host: string };
   'PUT /vsock': { readonly guest_cid: number; readonly uds_path: string };
+  /** `free_page_reporting` since 1.14. */
+  'PUT /balloon': {
+    readonly amount_mib: number;
+    readonly deflate_on_oom: boolean;
+    readonly free_page_reporting: boolean;
+  };
   'PUT /entropy': Readonly<Record<string, never>>;
   'PUT /actions': { readonly action_type: 'InstanceStart' };
+}
+
+/** Of bytes, and of requests. A bucket that is missing does not limit. */
+export interface RateLimiter {
+  readonly bandwidth?: TokenBucket;
+  readonly ops?: TokenBucket;
+}
+
+/** `size` tokens at first, and as many again in `refill_time` ms. */
+export interface TokenBucket {
+  readonly size: number;
+  readonly refill_time: number;
 }
 
 /** GET / */

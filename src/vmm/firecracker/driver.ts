@@ -1,3 +1,4 @@
+import { readFileSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import { KilnError } from '../../errors.ts';
 import { findProgram } from '../../host/find-program.ts';
@@ -13,7 +14,7 @@ import { kvmProblem } from '../kvm.ts';
 import { AwaitedSocket } from '../socket-file.ts';
 import { agentPort, type Vm, type VmConfig, type Vmm, type VmRecord } from '../vmm.ts';
 import { FirecrackerApi } from './api.ts';
-import { makeDrives, serialOf } from './drives.ts';
+import { type DiskLimits, makeDrives, serialOf } from './drives.ts';
 import { withExitStatus } from './exit-status.ts';
 import { findJail, type JailHost, jailHost, makeJail } from './jail.ts';
 import type { CgroupLimits } from './jail-cgroup.ts';
@@ -22,7 +23,7 @@ import { firecrackerTitle, logName, openPlace, type Place } from './place.ts';
 import { parseFirecrackerRecord } from './record.ts';
 import { holdSocket } from './socket-path.ts';
 import { Telemetry } from './telemetry.ts';
-import { requireSupportedVersion } from './version.ts';
+import { isAtLeast, requireSupportedVersion } from './version.ts';
 import { describeFirecrackerExit, FirecrackerVm, withExitCode } from './vm.ts';
 
 export interface FirecrackerOptions {
@@ -32,6 +33,9 @@ export interface FirecrackerOptions {
    * Asked at each start. Undefined starts it on the host as it is: as this user, confined by its own seccomp filter alone.
    */
   readonly jail: () => JailSettings | undefined;
+  readonly diskLimits: DiskLimits;
+  /** Guest memory in pages of 2 MiB from the host's pool. */
+  readonly hugePages: boolean;
   /** Gets Firecracker's own log, and its failures. */
   readonly logger: Logger;
 }
@@ -57,6 +61,11 @@ const startLimitMs = 30_000;
 /** firecracker.yaml, MachineConfiguration. */
 const maxVcpus = 32;
 
+/** The minor version of Firecracker 1 that has free page reporting: CHANGELOG.md, 1.14.0. */
+const reportingSince = 14;
+
+const hugePageMib = 2;
+
 /** The guest's own CID. Each VM has a vsock of its own, so the number need not differ between VMs. */
 const guestCid = 3;
 
@@ -77,6 +86,7 @@ async function bootFirecracker(
 ): Promise<Vm> {
   requireGuestFiles(config);
   requireHost(config, host.devices);
+  if (options.hugePages) requireHugePages(config, host.devices);
   signal.throwIfAborted();
   await using stack = new AsyncDisposableStack();
   const place = stack.use(await placeFor(options, host, config));
@@ -95,8 +105,9 @@ async function bootFirecracker(
   const api = await whileItStarts({ firecracker, telemetry }, { signal, limit }, async (ended) => {
     await awaited.answering(either, ended);
     const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
-    requireSupportedVersion(await api.version(either));
-    await configure(api, place, config, either);
+    const version = await api.version(either);
+    requireSupportedVersion(version);
+    await configure({ api, place, config, options, version }, either);
     await api.call('PUT /actions', { action_type: 'InstanceStart' }, either);
     return api;
   });
@@ -114,6 +125,29 @@ function requireHost({ vcpus }: VmConfig, devices: HostDevices): void {
   }
   if (vcpus > maxVcpus) {
     throw new KilnError('failed-precondition', `${vcpus} vCPUs are more than Firecracker's ${maxVcpus}`);
+  }
+}
+
+/** Firecracker reserves none, and gets SIGBUS when the pool is empty: docs/hugepages.md. So it is told before. */
+function requireHugePages({ memoryMib }: VmConfig, { freeHugePages }: HostDevices): void {
+  const needed = inHugePages(memoryMib);
+  const free = Number(readOr(freeHugePages, '0'));
+  if (free >= needed) return;
+  const message = `vm.huge_pages is set, but the host has ${free} free pages of 2 MiB, and the VM needs ${needed}`;
+  throw new KilnError('resource-exhausted', message, {
+    hint: 'raise vm.nr_hugepages (sysctl), or set vm.huge_pages = false in the config file',
+  });
+}
+
+function inHugePages(mib: number): number {
+  return Math.ceil(mib / hugePageMib);
+}
+
+function readOr(file: string, otherwise: string): string {
+  try {
+    return readFileSync(file, 'utf8');
+  } catch {
+    return otherwise; // A kernel without huge pages.
   }
 }
 
@@ -143,19 +177,36 @@ function limitsOf({ memoryMib, vcpus }: VmConfig): CgroupLimits {
   return { memoryBytes: (memoryMib + Math.ceil(memoryMib / 16) + 512) * 2 ** 20, pids: vcpus + 16 };
 }
 
+interface Configuration {
+  readonly api: FirecrackerApi;
+  readonly place: Place;
+  readonly config: VmConfig;
+  readonly options: FirecrackerOptions;
+  /** Firecracker's. */
+  readonly version: string;
+}
+
 /** Everything before the start, each with an answer of its own, so that an error names what was refused. */
-async function configure(api: FirecrackerApi, place: Place, config: VmConfig, signal: AbortSignal): Promise<void> {
+async function configure({ api, place, config, options, version }: Configuration, signal: AbortSignal): Promise<void> {
   const { kernel, initrd, guestImage, vcpus, memoryMib } = config;
-  await api.call('PUT /machine-config', { vcpu_count: vcpus, mem_size_mib: memoryMib }, signal);
+  const { hugePages, diskLimits } = options;
+  const memory = hugePages
+    ? ({ mem_size_mib: inHugePages(memoryMib) * hugePageMib, huge_pages: '2M' } as const)
+    : { mem_size_mib: memoryMib };
+  await api.call('PUT /machine-config', { vcpu_count: vcpus, ...memory }, signal);
   const boot = {
     kernel_image_path: await place.show('kernel', kernel),
     ...(initrd === undefined ? {} : { initrd_path: await place.show('initrd', initrd) }),
     boot_args: await kernelCommandLine(config),
   };
   await api.call('PUT /boot-source', boot, signal);
-  for (const drive of await makeDrives(guestImage, place)) await api.call('PUT /drives', drive, signal);
+  for (const drive of await makeDrives(guestImage, place, diskLimits)) await api.call('PUT /drives', drive, signal);
   await api.call('PUT /vsock', { guest_cid: guestCid, uds_path: place.vsock.inside }, signal);
   await api.call('PUT /entropy', {}, signal);
+  // The guest tells what memory it does not use, and the host has it back. Huge pages are nobody else's anyway.
+  if (isAtLeast(version, reportingSince) && !hugePages) {
+    await api.call('PUT /balloon', { amount_mib: 0, deflate_on_oom: true, free_page_reporting: true }, signal);
+  }
 }
 
 /**

@@ -4,7 +4,7 @@
  */
 import { stat } from 'node:fs/promises';
 import { readOnlySlots, type SlotName, writableSlots } from '../vmm.ts';
-import type { FirecrackerRequests } from './api.ts';
+import type { FirecrackerRequests, RateLimiter, TokenBucket } from './api.ts';
 import type { Place } from './place.ts';
 
 type Drive = FirecrackerRequests['PUT /drives'];
@@ -29,13 +29,30 @@ export function isReadOnly(slot: SlotName): boolean {
   return readOnlySlots.includes(slot);
 }
 
+/** What each of a container's disks may do in a second; 0 is no limit. */
+export interface DiskLimits {
+  readonly bytesPerS: number;
+  readonly opsPerS: number;
+}
+
 /** The guest image, first so that the guest finds it as /dev/vda, and an empty file per slot, which is made. */
-export async function makeDrives(guestImage: string, place: Place): Promise<Drive[]> {
+export async function makeDrives(guestImage: string, place: Place, limits: DiskLimits): Promise<Drive[]> {
   const slots = [...readOnlySlots, ...writableSlots].map((slot) => {
     const readOnly = isReadOnly(slot);
-    return drive(slot, place.makeEmpty(slot, { bytes: emptySlotBytes, readOnly }), readOnly);
+    const file = place.makeEmpty(slot, { bytes: emptySlotBytes, readOnly });
+    return { ...drive(slot, file, readOnly), ...limiterOf(limits) };
   });
   return [drive('guest', await place.show('guest', guestImage), true), ...slots];
+}
+
+/** Firecracker looks at a limiter each 100 ms, so a second's worth at once is as fine as need be. */
+function limiterOf({ bytesPerS, opsPerS }: DiskLimits): { readonly rate_limiter?: RateLimiter } {
+  const bucket = (size: number): TokenBucket => ({ size, refill_time: 1000 });
+  const limiter = {
+    ...(bytesPerS === 0 ? {} : { bandwidth: bucket(bytesPerS) }),
+    ...(opsPerS === 0 ? {} : { ops: bucket(opsPerS) }),
+  };
+  return Object.keys(limiter).length === 0 ? {} : { rate_limiter: limiter };
 }
 
 function drive(id: string, file: string, readOnly: boolean): Drive {

@@ -2,10 +2,12 @@ import { spawnSync } from 'node:child_process';
 import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, readlinkSync, statSync } from 'node:fs';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { takeStock } from '../../../src/daemon/earlier.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../src/vmm/firecracker/driver.ts';
 import { clearJail, jailHost } from '../../../src/vmm/firecracker/jail.ts';
-import { hostDevices } from '../../../src/vmm/host-devices.ts';
+import { uidsOf } from '../../../src/vmm/firecracker/jail-uids.ts';
+import { type HostDevices, hostDevices } from '../../../src/vmm/host-devices.ts';
 import type { Vm, Vmm } from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
 import { Workspace } from '../../unit/vmm/workspace.ts';
@@ -41,13 +43,17 @@ afterEach(async () => {
 /** With claims of the test's own, beside an installed Kiln. */
 const jails = () => ({ ...jailHost, claims: workspace.path('claims') });
 
-function driver(options: Partial<FirecrackerOptions> = {}): Vmm {
-  const devices = { ...hostDevices, modules: workspace.path('modules') };
-  return createFirecracker(
-    { firecracker: program ?? '', jail: () => undefined, logger, ...options },
-    { devices, jails: jails() },
-  );
+function driver(options: Partial<FirecrackerOptions> = {}, host: Partial<HostDevices> = {}, on = jails()): Vmm {
+  const devices = { ...hostDevices, modules: workspace.path('modules'), ...host };
+  return createFirecracker({ firecracker: program ?? '', ...defaults, ...options }, { devices, jails: on });
 }
+
+const defaults = {
+  jail: () => undefined,
+  logger,
+  hugePages: false,
+  diskLimits: { bytesPerS: 2 ** 20, opsPerS: 100 },
+};
 
 const files = { kernel: guest('vmlinux'), initrd: guest('initrd'), guestImage: guest('guest.erofs') };
 
@@ -184,6 +190,28 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
     await clearJail(workspace.sandbox, jails());
     await adopted.wait();
     expectNothingLeft();
+  });
+
+  test('takes huge pages, and fails at the start where the pool is empty after all', async () => {
+    const devices = { freeHugePages: workspace.file('free', '1000') };
+    await expect(boot(driver({ jail, hugePages: true }, devices))).rejects.toThrow('Firecracker refused PUT /actions');
+    expectNothingLeft();
+  });
+
+  test('is cleared by the next kilnd, which knows no more than its state folder', async () => {
+    const directory = workspace.path('state/c/0123456789abcdef');
+    mkdirSync(directory, { recursive: true });
+    const vmm = driver({ jail }, {}, jailHost);
+    const running = await vmm.boot({ ...workspace.vm(), ...files, directory, memoryMib: 256 }, never);
+    await running.attachDisk('rw0', disk('writable'));
+    await takeStock(workspace.path('state'), logger);
+    // Nothing here has told this one that its Firecracker was ended.
+    expect(await running.wait()).toMatchObject({ guestStopped: false });
+    expect(readdirSync(workspace.path('state/c'))).toEqual([]);
+    expect(mounts()).toEqual([]);
+    expect(cgroups()).toEqual([]);
+    expect(uidsOf(directory, jailHost.claims)).toEqual([]);
+    expect(readFileSync(workspace.path('writable'), 'utf8')).toContain('writable');
   });
 
   test('leaves nothing when its start fails, in the jailer or later', async () => {

@@ -20,6 +20,8 @@ describe('io.kiln.* annotations', () => {
       'io.kiln.kernel': 'minimal',
       'io.kiln.vmm': 'firecracker',
       'io.kiln.writable_size_gib': '3',
+      'io.kiln.disk_mib_per_s': '20',
+      'io.kiln.disk_ops_per_s': '300',
     });
     expect(config.vm).toEqual({
       ...defaultConfig.vm,
@@ -28,7 +30,7 @@ describe('io.kiln.* annotations', () => {
       kernel: 'minimal',
       vmm: 'firecracker',
     });
-    expect(config.storage.writableSizeGib).toBe(3);
+    expect(config.storage).toEqual({ writableSizeGib: 3, diskMibPerS: 20, diskOpsPerS: 300 });
   });
 
   test('that are absent leave the configuration as it is', () => {
@@ -47,7 +49,8 @@ describe('io.kiln.* annotations', () => {
     expect(error.code).toBe('invalid-argument');
     expect(error.message).toBe(
       'unknown annotation io.kiln.memory="512", did you mean io.kiln.memory_mib?; known are ' +
-        'io.kiln.memory_mib, io.kiln.vcpus, io.kiln.kernel, io.kiln.vmm, io.kiln.writable_size_gib',
+        'io.kiln.memory_mib, io.kiln.vcpus, io.kiln.kernel, io.kiln.vmm, ' +
+        'io.kiln.writable_size_gib, io.kiln.disk_mib_per_s, io.kiln.disk_ops_per_s',
     );
     expect(errorOf({ 'io.kiln.constructor': '' }).message).toContain('unknown annotation');
   });
@@ -60,6 +63,9 @@ describe('io.kiln.* annotations', () => {
     ['io.kiln.vcpus', '0', 'an integer from 1 to 255'],
     ['io.kiln.vcpus', '-1', 'an integer from 1 to 255'],
     ['io.kiln.vcpus', '01', 'an integer from 1 to 255'],
+    ['io.kiln.disk_mib_per_s', '-1', 'an integer from 0 (no limit) to 1000000 (MiB per second)'],
+    ['io.kiln.disk_ops_per_s', '1k', 'an integer from 0 (no limit) to 100000000 (requests per second)'],
+    ['io.kiln.vmm', 'xen', '"auto", "qemu" or "firecracker"'],
     ['io.kiln.writable_size_gib', '1025', 'an integer from 1 to 1024 (GiB)'],
     ['io.kiln.kernel', '/boot/vmlinux', '"default" or "minimal"; a path can only be set in the host\'s config.toml'],
   ])('%s=%j is refused', (name, value, allowed) => {

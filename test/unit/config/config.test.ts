@@ -50,11 +50,12 @@ describe('the configuration file', () => {
         jailer: 'jailer',
         jailUidFirst: 1_900_000_000,
         jailUids: 65_536,
+        hugePages: false,
         channel: 'auto',
       },
       template: { enabled: true, keepDays: 7, maxTotalMib: 4096 },
       pool: { min: 0, max: 0 },
-      storage: { writableSizeGib: 10 },
+      storage: { writableSizeGib: 10, diskMibPerS: 0, diskOpsPerS: 0 },
       daemon: { idleTimeoutS: 300, logLevel: 'info' },
     });
   });
@@ -75,6 +76,7 @@ describe('the configuration file', () => {
       jailer = "/opt/jailer"
       jail_uid_first = 7000
       jail_uids = 8
+      huge_pages = true
       channel = "kernel-vsock"
       [template]
       enabled = false
@@ -85,6 +87,8 @@ describe('the configuration file', () => {
       max = 8
       [storage]
       writable_size_gib = 1
+      disk_mib_per_s = 20
+      disk_ops_per_s = 300
       [daemon]
       idle_timeout_s = 0
       log_level = "debug"`;
@@ -103,11 +107,12 @@ describe('the configuration file', () => {
         jailer: '/opt/jailer',
         jailUidFirst: 7000,
         jailUids: 8,
+        hugePages: true,
         channel: 'kernel-vsock',
       },
       template: { enabled: false, keepDays: 30, maxTotalMib: 1000 },
       pool: { min: 1, max: 8 },
-      storage: { writableSizeGib: 1 },
+      storage: { writableSizeGib: 1, diskMibPerS: 20, diskOpsPerS: 300 },
       daemon: { idleTimeoutS: 0, logLevel: 'debug' },
     });
   });
@@ -129,10 +134,11 @@ describe('the configuration file', () => {
     expect(messageFor('[vm]\nmemory_mb = 64')).toBe(
       '/etc/kiln/config.toml: unknown key vm.memory_mb = 64, did you mean memory_mib?; keys of [vm] are ' +
         'vmm, memory_mib, vcpus, kernel, initrd, boot_timeout_s, accelerator, qemu, firecracker, ' +
-        'jail, jailer, jail_uid_first, jail_uids, channel',
+        'jail, jailer, jail_uid_first, jail_uids, huge_pages, channel',
     );
     expect(messageFor('[storage]\ncolour = "red"')).toBe(
-      '/etc/kiln/config.toml: unknown key storage.colour = "red"; keys of [storage] are writable_size_gib',
+      '/etc/kiln/config.toml: unknown key storage.colour = "red"; keys of [storage] are writable_size_gib, ' +
+        'disk_mib_per_s, disk_ops_per_s',
     );
   });
 

@@ -126,6 +126,7 @@ export class Workspace implements Disposable {
       kvm: this.path('kvm'),
       vhostVsock: this.path('vhost-vsock'),
       cpuinfo: this.file('cpuinfo', 'processor\t: 0\ncpu MHz\t\t: 2799.998\n'),
+      freeHugePages: this.path('free_hugepages'),
       ...extra,
     };
   }

@@ -46,7 +46,8 @@ function vmm(mode: string, { options, kvm = true, jailer }: Host = {}) {
     workspace.file('kvm');
   }
   const jail = () => (jailer === undefined ? undefined : { jailer: workspace.jailer(jailer), uids });
-  return createFirecracker({ firecracker: workspace.firecracker(mode), jail, logger, ...options }, host());
+  const defaults = { jail, logger, hugePages: false, diskLimits: { bytesPerS: 0, opsPerS: 0 } };
+  return createFirecracker({ firecracker: workspace.firecracker(mode), ...defaults, ...options }, host());
 }
 
 /** The host of jails, with cgroups of version 2 that a folder plays. */
@@ -92,7 +93,7 @@ describe('a start', () => {
     expect(requests.map(({ name }) => name)).toEqual([
       ...['GET /version', 'PUT /machine-config', 'PUT /boot-source', 'PUT /drives/guest'],
       ...slots.map((slot) => `PUT /drives/${slot}`),
-      ...['PUT /vsock', 'PUT /entropy', 'PUT /actions'],
+      ...['PUT /vsock', 'PUT /entropy', 'PUT /balloon', 'PUT /actions'],
     ]);
     const bodyOf = (name: string) => requests.find((request) => request.name === name)?.body;
     expect(bodyOf('PUT /machine-config')).toEqual({ vcpu_count: 2, mem_size_mib: 256 });
@@ -117,6 +118,50 @@ describe('a start', () => {
     const { body } = workspace.firecrackerRequests().find(({ name }) => name === 'PUT /boot-source') ?? {};
     expect(body).not.toHaveProperty('initrd_path');
     expect((body as { boot_args: string }).boot_args).toContain('root=/dev/vda rootfstype=erofs ro');
+  });
+});
+
+describe('a start, where it is asked for,', () => {
+  const bodyOf = (name: string) => workspace.firecrackerRequests().find((request) => request.name === name)?.body;
+
+  test('limits each disk of a container, and not the guest image', async () => {
+    await boot('running', { options: { diskLimits: { bytesPerS: 5 * 2 ** 20, opsPerS: 100 } } });
+    const limiter = { bandwidth: { size: 5 * 2 ** 20, refill_time: 1000 }, ops: { size: 100, refill_time: 1000 } };
+    for (const slot of ['ro0', 'rw1']) expect(bodyOf(`PUT /drives/${slot}`)).toMatchObject({ rate_limiter: limiter });
+    expect(bodyOf('PUT /drives/guest')).not.toHaveProperty('rate_limiter');
+  });
+
+  test('limits what alone has a limit', async () => {
+    await boot('running', { options: { diskLimits: { bytesPerS: 0, opsPerS: 100 } } });
+    expect(bodyOf('PUT /drives/rw0')).toMatchObject({ rate_limiter: { ops: { size: 100, refill_time: 1000 } } });
+    expect(bodyOf('PUT /drives/rw0')).not.toHaveProperty('rate_limiter.bandwidth');
+  });
+
+  test('takes memory in huge pages, of which there have to be enough', async () => {
+    const asked = { options: { hugePages: true }, config: { memoryMib: 129 } };
+    const pages = (free: number) =>
+      `vm.huge_pages is set, but the host has ${free} free pages of 2 MiB, and the VM needs 65`;
+    await expect(boot('running', asked)).rejects.toMatchObject({ code: 'resource-exhausted', message: pages(0) });
+    workspace.file('free_hugepages', '64\n');
+    await expect(boot('running', asked)).rejects.toMatchObject({
+      message: pages(64),
+      hint: 'raise vm.nr_hugepages (sysctl), or set vm.huge_pages = false in the config file',
+    });
+    expectNothingLeft();
+    workspace.file('free_hugepages', '65\n');
+    await boot('running', asked);
+    expect(bodyOf('PUT /machine-config')).toEqual({ vcpu_count: 1, mem_size_mib: 130, huge_pages: '2M' });
+    expect(bodyOf('PUT /balloon')).toBeUndefined();
+  });
+
+  test('has free memory reported by the guest, from version 1.14 on', async () => {
+    await boot('version=1.14.0');
+    expect(bodyOf('PUT /balloon')).toEqual({ amount_mib: 0, deflate_on_oom: true, free_page_reporting: true });
+  });
+
+  test('is of version 1.13 without that', async () => {
+    await boot('version=1.13.2');
+    expect(bodyOf('PUT /balloon')).toBeUndefined();
   });
 });
 

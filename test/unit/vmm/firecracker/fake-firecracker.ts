@@ -25,15 +25,24 @@ const jailed = process.argv.includes('--parent-cpu-time-us');
 const real = (path: string): string => (jailed ? `.${path}` : path);
 
 const file = z.string().refine((path) => existsSync(real(path)), { error: 'No such file or directory (os error 2)' });
+const bucket = z.strictObject({
+  size: z.int().min(0),
+  refill_time: z.int().min(0),
+  one_time_burst: z.int().optional(),
+});
+const rateLimiter = z.strictObject({ bandwidth: bucket.optional(), ops: bucket.optional() });
 const driveId = z.string().regex(/^[A-Za-z0-9_]+$/);
 const bodies: Readonly<Record<string, z.ZodType>> = {
-  'PUT /machine-config': z.strictObject({
-    vcpu_count: z.int().min(1).max(32),
-    mem_size_mib: z.int().min(1),
-    smt: z.boolean().optional(),
-    track_dirty_pages: z.boolean().optional(),
-    huge_pages: z.enum(['None', '2M']).optional(),
-  }),
+  'PUT /machine-config': z
+    .strictObject({
+      vcpu_count: z.int().min(1).max(32),
+      mem_size_mib: z.int().min(1),
+      smt: z.boolean().optional(),
+      track_dirty_pages: z.boolean().optional(),
+      huge_pages: z.enum(['None', '2M']).optional(),
+    })
+    // src/vmm/src/vmm_config/machine_config.rs, IncompatibleMemorySize.
+    .refine(({ huge_pages: pages, mem_size_mib: mib }) => pages !== '2M' || mib % 2 === 0),
   'PUT /boot-source': z.strictObject({
     kernel_image_path: file,
     initrd_path: file.optional(),
@@ -45,6 +54,7 @@ const bodies: Readonly<Record<string, z.ZodType>> = {
     is_root_device: z.boolean(),
     is_read_only: z.boolean().optional(),
     cache_type: z.enum(['Unsafe', 'Writeback']).optional(),
+    rate_limiter: rateLimiter.optional(),
     partuuid: z.string().optional(),
   }),
   'PATCH /drives': z.strictObject({ drive_id: driveId, path_on_host: file.optional() }),
@@ -52,6 +62,13 @@ const bodies: Readonly<Record<string, z.ZodType>> = {
     guest_cid: z.int().min(3),
     uds_path: z.string(),
     vsock_id: z.string().optional(),
+  }),
+  'PUT /balloon': z.strictObject({
+    amount_mib: z.int().min(0),
+    deflate_on_oom: z.boolean(),
+    stats_polling_interval_s: z.int().optional(),
+    free_page_reporting: z.boolean().optional(),
+    free_page_hinting: z.boolean().optional(),
   }),
   'PUT /entropy': z.strictObject({}),
   'PUT /actions': z.strictObject({ action_type: z.enum(['InstanceStart', 'FlushMetrics', 'SendCtrlAltDel']) }),
@@ -155,10 +172,13 @@ class Firecracker {
     }
   }
 
+  get #version(): string {
+    return this.#mode === 'version' ? this.#detail : '1.16.1';
+  }
+
   /** The body of the answer, if it has one. */
   #act(method: string, url: string, body: unknown): object | undefined {
-    const version = this.#mode === 'version' ? this.#detail : '1.16.1';
-    if (method === 'GET' && url === '/version') return { firecracker_version: version };
+    if (method === 'GET' && url === '/version') return { firecracker_version: this.#version };
     if (method === 'GET' && url === '/') return { state: this.#started ? 'Running' : 'Not started', id: 'x' };
     const [, resource = '', id] = url.split('/');
     const name = `${method} /${resource}`;
@@ -174,6 +194,14 @@ class Firecracker {
   #fieldsOf(name: string, id: string | undefined, body: unknown): Record<string, string> {
     const schema = bodies[name];
     if (schema === undefined) throw new Refusal(`Invalid request method and/or path: ${name}.`);
+    // CHANGELOG.md, 1.14.0: before that the field is unknown.
+    if (
+      name === 'PUT /balloon' &&
+      /^1\.13\./.test(this.#version) &&
+      Object.hasOwn(Object(body), 'free_page_reporting')
+    ) {
+      throw new Refusal('unknown field `free_page_reporting`');
+    }
     if (body === undefined) throw new Refusal(`Empty ${name.split(' ')[0]} request.`);
     const result = schema.safeParse(body);
     if (!result.success) {

@@ -19,26 +19,42 @@ const PF_EXITING = 0x4;
 interface ProcessStat {
   readonly startTime: string;
   readonly ending: boolean;
+  /** It has ended, and its parent has not taken notice. */
+  readonly ended: boolean;
+  /** As wait(2) has it; of one that has ended. */
+  readonly waitStatus: number;
 }
 
 /** Undefined when there is no such process, or it has ended. */
 export function identityOf(pid: number): ProcessIdentity | undefined {
   const stat = statOf(pid);
-  return stat === undefined ? undefined : { pid, startTime: stat.startTime, bootId: bootId() };
+  return stat === undefined || stat.ended ? undefined : { pid, startTime: stat.startTime, bootId: bootId() };
 }
 
 /** False once the process has ended, also before its parent took notice. */
 export function isAlive(identity: ProcessIdentity): boolean {
-  return identity.bootId === bootId() && statOf(identity.pid)?.startTime === identity.startTime;
+  return statOfSame(identity)?.ended === false;
+}
+
+/** How a process has ended, as the status of wait(2), while its parent has not taken notice; else undefined. */
+export function waitStatusOf(identity: ProcessIdentity): number | undefined {
+  const stat = statOfSame(identity);
+  return stat?.ended ? stat.waitStatus : undefined;
 }
 
 /** Whether the process has ended, or is past the point where it closes its descriptors. */
 export function isEnding(pid: number): boolean {
-  return statOf(pid)?.ending ?? true;
+  const stat = statOf(pid);
+  return stat === undefined || stat.ended || stat.ending;
 }
 
 function bootId(): string {
   return readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim();
+}
+
+function statOfSame(identity: ProcessIdentity): ProcessStat | undefined {
+  const stat = identity.bootId === bootId() ? statOf(identity.pid) : undefined;
+  return stat?.startTime === identity.startTime ? stat : undefined;
 }
 
 /** proc_pid_stat(5). */
@@ -52,6 +68,10 @@ function statOf(pid: number): ProcessStat | undefined {
   // The name may hold spaces and brackets; state, the third field, follows the last bracket.
   const fields = text.slice(text.lastIndexOf(')') + 2).split(' ');
   const field = (number: number): string => fields[number - 3] ?? '';
-  if (field(3) === 'Z' || field(3) === 'X') return undefined;
-  return { startTime: field(22), ending: (Number(field(9)) & PF_EXITING) !== 0 };
+  return {
+    startTime: field(22),
+    ending: (Number(field(9)) & PF_EXITING) !== 0,
+    ended: field(3) === 'Z' || field(3) === 'X',
+    waitStatus: Number(field(52)),
+  };
 }

@@ -50,9 +50,13 @@ export function exitStatusOf(pidfd: number): Exit | 'unreaped' | undefined {
   fields.setBigUint64(0, PIDFD_INFO_EXIT, true);
   if (cIoctl(pidfd, PIDFD_GET_INFO, info) === -1) return undefined;
   if ((fields.getBigUint64(0, true) & PIDFD_INFO_EXIT) === 0n) return 'unreaped';
-  const status = fields.getInt32(EXIT_CODE, true);
-  const signal = status & 0x7f;
-  return signal === 0 ? { kind: 'exited', code: status >> 8 } : { kind: 'signaled', signal };
+  return exitOf(fields.getInt32(EXIT_CODE, true));
+}
+
+/** What a status of wait(2) says. */
+export function exitOf(waitStatus: number): Exit {
+  const signal = waitStatus & 0x7f;
+  return signal === 0 ? { kind: 'exited', code: waitStatus >> 8 } : { kind: 'signaled', signal };
 }
 
 /** koffi's poll on a descriptor, in libuv's loop. It says more than this to its callback, which nobody needs here. */

@@ -188,7 +188,7 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
     await adopted.attachDisk('rw1', disk('other'));
     // As the next kilnd does with what is not written down.
     await clearJail(workspace.sandbox, jails());
-    await adopted.wait();
+    expect(await adopted.wait()).toMatchObject({ code: null, signal: 'SIGKILL' });
     expectNothingLeft();
   });
 

@@ -90,14 +90,12 @@ async function bootFirecracker(
   signal.throwIfAborted();
   await using stack = new AsyncDisposableStack();
   const place = stack.use(await placeFor(options, host, config));
-  for (const { host: socket } of [place.vsock, place.apiSocket]) {
-    requireSocketPath(socket);
-    requireSocketPath(hostSocketFor(socket, agentPort));
-  }
+  const agentSocket = hostSocketFor(place.vsock.host, agentPort);
+  for (const socket of [place.apiSocket.host, place.vsock.host, agentSocket]) requireSocketPath(socket);
   const { telemetry, args } = Telemetry.begin(place, options.logger);
   stack.use(telemetry);
   const agent = stack.use(await listenHybrid(place.vsock.host, agentPort));
-  place.admit(hostSocketFor(place.vsock.host, agentPort));
+  place.admit(agentSocket);
   using awaited = new AwaitedSocket(place.apiSocket.host);
   const limit = AbortSignal.timeout(startLimitMs);
   const either = AbortSignal.any([signal, limit]);

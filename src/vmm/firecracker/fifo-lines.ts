@@ -3,8 +3,11 @@ import type { Socket } from 'node:net';
 import { KilnError } from '../../errors.ts';
 import { socketFromFd } from '../../sys/pipe.ts';
 
-/** A FIFO's own size: pipe(7). */
+/** A FIFO's own size, which is the most that is read at once: pipe(7). */
 const chunkBytes = 64 * 1024;
+
+/** Between two reads, so that a writer without end costs kilnd little. */
+const pauseMs = 100;
 
 /**
  * Reads lines from a FIFO that Firecracker writes to without ever waiting: what finds no room is lost (v1.16
@@ -16,6 +19,7 @@ export class FifoLines implements Disposable {
   readonly #maxBytes: number;
   readonly #onLine: (line: string) => void;
   #begun = '';
+  #pause: NodeJS.Timeout | undefined;
 
   /**
    * @param maxBytes of a line; the rest of a longer one is dropped
@@ -31,7 +35,11 @@ export class FifoLines implements Disposable {
       throw new KilnError('internal', `${file} is no FIFO`);
     }
     this.#stream = socketFromFd(this.#fd, 'read');
-    this.#stream.on('data', (chunk: Buffer) => this.#take(chunk.toString()));
+    this.#stream.on('data', (chunk: Buffer) => {
+      this.#take(chunk.toString());
+      this.#stream.pause();
+      this.#pause = setTimeout(() => this.#stream.resume(), pauseMs).unref();
+    });
     this.#stream.on('error', () => this.#stream.destroy());
   }
 
@@ -50,6 +58,7 @@ export class FifoLines implements Disposable {
   }
 
   [Symbol.dispose](): void {
+    clearTimeout(this.#pause);
     this.#stream.destroy();
   }
 

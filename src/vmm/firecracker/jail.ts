@@ -14,7 +14,7 @@
  * itself. So nothing is opened or mounted there by path after the start: `files` it cannot rename, as a mount point, and of a
  * socket the file is looked at first (socket-path.ts).
  */
-import { chmodSync, mkdirSync, realpathSync, rmdirSync, rmSync, statSync, symlinkSync } from 'node:fs';
+import { chmodSync, existsSync, mkdirSync, realpathSync, rmdirSync, rmSync, statSync, symlinkSync } from 'node:fs';
 import { stat } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
@@ -65,7 +65,7 @@ const endIntervalMs = 5;
 /**
  * Makes a jail. Its user id, and so its cgroup, are no other live VM's.
  *
- * @throws KilnError resource-exhausted without a free user id, permission-denied for a kilnd that is not root
+ * @throws KilnError resource-exhausted without a free user id; SysError EPERM for a kilnd that is not root
  */
 export async function makeJail(options: JailOptions, host: JailHost): Promise<Place> {
   const { directory, uids } = options;
@@ -74,7 +74,7 @@ export async function makeJail(options: JailOptions, host: JailHost): Promise<Pl
     // As the jailer does before it takes the program's name.
     const program = realpathSync(options.program);
     const id = jailId(options.id, uid);
-    const base = path.join(directory, 'j');
+    const base = baseOf(directory);
     const root = path.join(base, path.basename(program), id, 'root');
     mkdirSync(base);
     const sizeBytes = statSync(program).size + spareBytes;
@@ -103,10 +103,11 @@ export function findJail(directory: string, uid: number, host: JailHost): Place 
  */
 export async function clearJail(directory: string, host: JailHost = jailHost): Promise<void> {
   const uids = uidsOf(directory, host.claims);
-  if (uids.length === 0) return;
+  const base = baseOf(directory);
+  if (uids.length === 0 && !existsSync(base)) return;
   await endProcesses(rootLink(directory), host.kernel);
   rmSync(rootLink(directory), { force: true });
-  removeBase(path.join(directory, 'j'), host.kernel);
+  removeBase(base, host.kernel);
   for (const uid of uids) {
     await removeCgroups(uid, host.mounts);
     // Last: from here on another VM may have it.
@@ -147,6 +148,10 @@ function kill(pid: number): void {
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error;
   }
+}
+
+function baseOf(directory: string): string {
+  return path.join(directory, 'j');
 }
 
 function rootLink(directory: string): string {

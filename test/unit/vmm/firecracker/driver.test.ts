@@ -484,6 +484,8 @@ describe('in a jail', () => {
     expect(claims()).toEqual([]);
     expect([...kernel.mounts]).toEqual([]);
     claimUid(uids, workspace.sandbox, workspace.path('claims'));
+    await clearJail(workspace.sandbox, host().jails);
+    expectNothingLeft();
     mkdirSync(path.join(workspace.sandbox, 'j'));
     await clearJail(workspace.sandbox, host().jails);
     expectNothingLeft();

@@ -11,7 +11,8 @@ import { type AgentListener, firstConnection } from './channel.ts';
  *   host -> guest: the host connects to U and sends "CONNECT P\n"; the answer is "OK <port>\n", then bytes flow.
  * Kiln uses the first direction: the agent dials port 1024, and that the connection arrives is the ready signal. The second
  * serves only to wake an agent up.
- * Who may connect to U_P is a matter of file permissions: its directory is open to root only.
+ * Who may connect to U_P is a matter of file permissions: its directory is open to root only, or in a jail to its
+ * user.
  */
 
 /** The agent's port for that. */

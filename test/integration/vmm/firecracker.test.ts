@@ -198,6 +198,21 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
     expectNothingLeft();
   });
 
+  test('is not in the way of others: several start at once, each as another user', async () => {
+    const started = await Promise.all(
+      ['one', 'two', 'three', 'four'].map((name) => {
+        const directory = workspace.path(name);
+        mkdirSync(directory, { mode: 0o700 });
+        return jailed().boot({ ...workspace.vm(), ...files, id: name, directory, memoryMib: 128 }, never);
+      }),
+    );
+    expect(new Set(started.map(({ pid }) => status(pid, 'Uid'))).size).toBe(4);
+    await Promise.all(started.map((each) => each.attachDisk('rw0', disk(`disk-of-${each.pid}`))));
+    await expect(boot(jailed())).rejects.toThrow('every user id for jailed VMs is in use: 1900100000 to 1900100003');
+    await Promise.all(started.map((each) => each.kill()));
+    expectNothingLeft();
+  });
+
   test('is cleared by the next kilnd, which knows no more than its state folder', async () => {
     const directory = workspace.path('state/c/0123456789abcdef');
     mkdirSync(directory, { recursive: true });

@@ -45,6 +45,10 @@ export class FifoLines implements Disposable {
 
   /** Takes what lies in the FIFO now, for after the writer's end. */
   drain(): void {
+    // What the stream has read during a pause comes first: each read(), until there is nothing, is a 'data' event.
+    let left: unknown;
+    do left = this.#stream.read();
+    while (left !== null);
     const chunk = Buffer.alloc(chunkBytes);
     while (!this.#stream.destroyed) {
       try {

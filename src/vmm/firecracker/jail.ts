@@ -69,27 +69,25 @@ const endIntervalMs = 5;
  */
 export async function makeJail(options: JailOptions, host: JailHost): Promise<Place> {
   const { directory, uids } = options;
+  await using undo = new AsyncDisposableStack();
+  undo.defer(() => clearJail(directory, host));
   const uid = claimUid(uids, directory, host.claims);
-  try {
-    // As the jailer does before it takes the program's name.
-    const program = realpathSync(options.program);
-    const id = jailId(options.id, uid);
-    const base = baseOf(directory);
-    const root = path.join(base, path.basename(program), id, 'root');
-    mkdirSync(base);
-    const sizeBytes = statSync(program).size + spareBytes;
-    host.kernel.mountTmpfs(base, { sizeBytes, inodes: rootInodes, shared: false });
-    const files = path.join(root, 'files');
-    mkdirSync(files, { recursive: true, mode: 0o755 });
-    symlinkSync(path.relative(directory, root), rootLink(directory));
-    host.kernel.mountTmpfs(files, { sizeBytes: filesBytes, inodes: filesInodes, shared: true });
-    const { jailer, limits } = options;
-    const entry = { jailer, program, limits, id, directory, base, uid, root, mounts: host.mounts };
-    return new Jail({ directory, uid, host, enter: (args, signal) => startJailer({ ...entry, args }, signal) });
-  } catch (error) {
-    await clearJail(directory, host);
-    throw error;
-  }
+  // As the jailer does before it takes the program's name.
+  const program = realpathSync(options.program);
+  const id = jailId(options.id, uid);
+  const base = baseOf(directory);
+  const root = path.join(base, path.basename(program), id, 'root');
+  mkdirSync(base);
+  const sizeBytes = statSync(program).size + spareBytes;
+  host.kernel.mountTmpfs(base, { sizeBytes, inodes: rootInodes, shared: false });
+  const files = path.join(root, 'files');
+  mkdirSync(files, { recursive: true, mode: 0o755 });
+  symlinkSync(path.relative(directory, root), rootLink(directory));
+  host.kernel.mountTmpfs(files, { sizeBytes: filesBytes, inodes: filesInodes, shared: true });
+  undo.move();
+  const { jailer, limits } = options;
+  const entry = { jailer, program, limits, id, directory, base, uid, root, mounts: host.mounts };
+  return new Jail({ directory, uid, host, enter: (args, signal) => startJailer({ ...entry, args }, signal) });
 }
 
 /** The jail of a VM whose kilnd is gone. */
@@ -129,8 +127,9 @@ async function endProcesses(root: string, kernel: JailKernel): Promise<void> {
   const left = () => {
     try {
       return kernel.processesIn(root);
-    } catch {
-      return []; // There is no root directory yet, so nobody is in it.
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code === 'ENOENT') return []; // No root directory yet, so nobody is in it.
+      throw error;
     }
   };
   for (let waited = 0; waited < endLimitMs; waited += endIntervalMs) {

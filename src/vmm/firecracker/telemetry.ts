@@ -37,16 +37,16 @@ export class Telemetry implements Disposable {
     return new Telemetry(place, logger);
   }
 
-  /** Takes the last words of a Firecracker that has ended. */
+  /** Takes the last words of a Firecracker that has ended, and lets go of the FIFOs. Safe to call twice. */
   end(): void {
     if (this.#ended) return;
     this.#ended = true;
     for (const lines of this.#lines) lines.drain();
     this.#logger.debug({ counters: this.#metrics.totals }, "Firecracker's counters");
-    this[Symbol.dispose]();
+    for (const lines of this.#lines) lines[Symbol.dispose]();
   }
 
   [Symbol.dispose](): void {
-    for (const lines of this.#lines) lines[Symbol.dispose]();
+    this.end();
   }
 }

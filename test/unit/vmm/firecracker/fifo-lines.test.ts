@@ -33,6 +33,19 @@ test('what lies in the FIFO at the end is taken at once', () => {
   expect(lines).toHaveLength(2);
 });
 
+test('what came during a pause, which follows each read, is not lost and in order', async () => {
+  const lines: string[] = [];
+  using reader = new FifoLines(fifo, 100, (line) => lines.push(line));
+  appendFileSync(fifo, 'one\n');
+  await vi.waitFor(() => expect(lines).toEqual(['one']));
+  appendFileSync(fifo, 'two\n');
+  // Time for the stream to read it, if it does so while it is paused.
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  appendFileSync(fifo, 'three\n');
+  reader.drain();
+  expect(lines).toEqual(['one', 'two', 'three']);
+});
+
 test('a line without end is cut', () => {
   const lines: string[] = [];
   using reader = new FifoLines(fifo, 10, (line) => lines.push(line));

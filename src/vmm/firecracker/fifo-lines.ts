@@ -6,6 +6,9 @@ import { socketFromFd } from '../../sys/pipe.ts';
 /** A FIFO's own size, which is the most that is read at once: pipe(7). */
 const chunkBytes = 64 * 1024;
 
+/** A FIFO can be made to hold 1 MiB: pipe(7), pipe-max-size. More than that comes from a writer that is still there. */
+const drainReads = 16;
+
 /** Between two reads, so that a writer without end costs kilnd little. */
 const pauseMs = 100;
 
@@ -43,14 +46,14 @@ export class FifoLines implements Disposable {
     this.#stream.on('error', () => this.#stream.destroy());
   }
 
-  /** Takes what lies in the FIFO now, for after the writer's end. */
+  /** Takes what lies in the FIFO now, for after the writer's end. Returns also when the writer goes on. */
   drain(): void {
     // What the stream has read during a pause comes first: each read(), until there is nothing, is a 'data' event.
     let left: unknown;
     do left = this.#stream.read();
     while (left !== null);
     const chunk = Buffer.alloc(chunkBytes);
-    while (!this.#stream.destroyed) {
+    for (let reads = 0; reads < drainReads && !this.#stream.destroyed; reads += 1) {
       try {
         const length = readSync(this.#fd, chunk);
         if (length === 0) return;

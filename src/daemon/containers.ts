@@ -86,7 +86,7 @@ export async function keepPool({ host, load }: Installation, logger: Logger): Pr
     const { config, paths } = load();
     const { memoryMib, vcpus, bootTimeoutS } = config.vm;
     const shape = { memoryMib, vcpus, ...guestFiles(config, paths) };
-    const request = { vmm: selectVmm(config, logger), shape, bootTimeoutMs: bootTimeoutS * 1000 };
+    const request = { vmm: await selectVmm(config, logger), shape, bootTimeoutMs: bootTimeoutS * 1000 };
     const template = await host.templates.provide(request, new AbortController().signal);
     if (template === undefined) logger.warn('there is no pool: virtual machines cannot be restored from a template');
     else host.pool.keep(template, request, config.pool);

@@ -1,6 +1,6 @@
 import type { KilnConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
-import { findProgram } from '../host/find-program.ts';
+import { findProgram } from '../host/program.ts';
 import type { Logger } from '../observe/logger.ts';
 import { chooseVmm } from '../vmm/choice.ts';
 import { createFirecracker, type JailSettings } from '../vmm/firecracker/driver.ts';

@@ -2,10 +2,15 @@ import { accessSync, constants, statSync } from 'node:fs';
 import path from 'node:path';
 import { KilnError } from '../errors.ts';
 
-/** Where a program lies: an absolute path as it is, a name as PATH has it; undefined when it is not there. */
+/**
+ * Where execvp(3) would find a program: a name is looked for on PATH, anything with a slash is a path.
+ *
+ * @returns its absolute path, or undefined where there is no such file, or nobody may execute it
+ */
 export function findProgram(program: string, searchPath = process.env.PATH ?? ''): string | undefined {
-  const candidates = program.includes('/') ? [program] : searchPath.split(':').map((dir) => path.join(dir, program));
-  return candidates.find(isExecutable);
+  if (program.includes('/')) return isExecutable(program) ? path.resolve(program) : undefined;
+  const folders = searchPath.split(':').filter((folder) => path.isAbsolute(folder));
+  return folders.map((folder) => path.join(folder, program)).find(isExecutable);
 }
 
 /**

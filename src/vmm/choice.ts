@@ -1,4 +1,4 @@
-import { findProgram } from '../host/find-program.ts';
+import { findProgram } from '../host/program.ts';
 import { isSupported, versionOf } from './firecracker/version.ts';
 import { type HostDevices, hostDevices } from './host-devices.ts';
 import { kvmProblem } from './kvm.ts';

@@ -1,8 +1,8 @@
 import { readFileSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
 import { KilnError } from '../../errors.ts';
-import { findProgram } from '../../host/find-program.ts';
 import { adoptHelper, type HelperProcess } from '../../host/helper-process.ts';
+import { findProgram } from '../../host/program.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
 import type { Logger } from '../../observe/logger.ts';
 import type { AgentListener } from '../channel.ts';

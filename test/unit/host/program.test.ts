@@ -50,6 +50,10 @@ describe('a program', () => {
     expect(findProgram(join(folder, 'one/tool'))).toBeUndefined();
   });
 
+  test('is not looked for in the working directory, which an empty part of PATH means to execvp(3)', () => {
+    expect(findProgram('tool', '::')).toBeUndefined();
+  });
+
   test('is neither a directory nor a file that may not be executed', () => {
     mkdirSync(join(folder, 'directory/tool'), { recursive: true });
     chmodSync(program('plain'), 0o644);

@@ -11,11 +11,12 @@ import { type HostDevices, hostDevices } from '../../../src/vmm/host-devices.ts'
 import type { Vm, Vmm } from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
 import { Workspace } from '../../unit/vmm/workspace.ts';
+import { tinyGuest } from './tiny-guest.ts';
 
 /**
  * The real Firecracker, where KILN_FIRECRACKER names it and /dev/kvm opens, whatever is behind that, and the real jailer,
- * where KILN_JAILER names it: they must accept all that Kiln asks of them. That the guest comes up is another matter: that
- * takes hardware.
+ * where KILN_JAILER names it: they must accept all that Kiln asks of them. That Linux comes up in the guest is another matter:
+ * that takes hardware. A guest of ten instructions does anywhere.
  */
 const program = process.env.KILN_FIRECRACKER;
 const jailer = process.env.KILN_JAILER;
@@ -68,7 +69,23 @@ const disk = (name: string, mode = 0o600): string => {
   return file;
 };
 
+/** Boots a guest that says a word and reboots. */
+async function expectGuestsEnd(vmm: Vmm): Promise<void> {
+  const kernel = workspace.file('tiny', tinyGuest('Ki'));
+  const config = { ...workspace.vm(), kernel, initrd: undefined, memoryMib: 128 };
+  vm = await vmm.boot({ ...config, guestImage: disk('image', 0o644) }, never);
+  const stopped = 'the guest stopped before the agent called; last output:\nKi';
+  await expect(vm.acceptAgent(never)).rejects.toMatchObject({ code: 'unavailable', message: stopped });
+  expect(await vm.wait()).toEqual({ code: 0, signal: null, guestStopped: true, consoleTail: 'Ki' });
+  await vm.kill();
+}
+
 describe.runIf(program !== undefined)('the real Firecracker without a jail', () => {
+  test('ends when its guest reboots, with what that has said', async () => {
+    await expectGuestsEnd(driver());
+    expect(workspace.files()).toEqual([]);
+  });
+
   test('takes the configuration, starts the VM, swaps drives, and leaves nothing', async () => {
     const running = await boot(driver());
     expect(await running.attachDisk('ro0', disk('disk'))).toMatch(/^\d{1,20}$/);
@@ -195,6 +212,11 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
   test('takes huge pages, and fails at the start where the pool is empty after all', async () => {
     const devices = { freeHugePages: workspace.file('free', '1000') };
     await expect(boot(driver({ jail, hugePages: true }, devices))).rejects.toThrow('Firecracker refused PUT /actions');
+    expectNothingLeft();
+  });
+
+  test("ends when its guest reboots, with what that has said, though it is nobody's child", async () => {
+    await expectGuestsEnd(jailed());
     expectNothingLeft();
   });
 

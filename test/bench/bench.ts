@@ -8,84 +8,70 @@ import { projectRoot } from '../support/paths.ts';
 import { Scene } from '../support/scene.ts';
 import { describeExec, measureExec } from './exec.ts';
 import { describeLatency, measureLatency } from './latency.ts';
-import { type MemoryUse, measureMemory, measureStart, type StartTimes } from './measure.ts';
-import { measureOutput, type OutputUse } from './output.ts';
-import { table } from './statistics.ts';
+import { describeMemory, measureMemory } from './memory.ts';
+import { describeOutput, measureOutput } from './output.ts';
+import { describeStart, measureStart, plotStart } from './start.ts';
+import { type Way, ways } from './ways.ts';
 
 const { values } = parseArgs({
   options: {
+    only: { type: 'string', multiple: true },
     runs: { type: 'string', default: '10' },
-    idle: { type: 'string', default: '10' },
+    way: { type: 'string', multiple: true },
     kernel: { type: 'string' },
-    only: { type: 'string', multiple: true, default: ['start', 'memory', 'exec', 'latency', 'output'] },
+    idle: { type: 'string', default: '10' },
     mib: { type: 'string', default: '1024' },
     execs: { type: 'string', default: '50' },
     tasks: { type: 'string', default: '10' },
+    plots: { type: 'string' },
   },
 });
 const say = (text: string): void => void process.stdout.write(`${text}\n`);
-const ms = (value: number): string => value.toFixed(0);
-const mib = (value: number): string => value.toFixed(1);
 
 const containerdVersion = '2.1';
 const guestDir = process.env.KILN_GUEST_DIR ?? join(projectRoot, 'dist', 'guest');
 const kernels = values.kernel === undefined ? ['default', 'minimal'] : [values.kernel];
 const built = kernels.filter((name) => name !== 'minimal' || existsSync(join(guestDir, 'vmlinux-minimal')));
+const chosen = values.way?.map((name): Way => {
+  const way = ways.find((known) => known === name);
+  if (way === undefined) throw new Error(`--way ${name}: it is one of ${ways.join(', ')}`);
+  return way;
+});
 
-function printStart(kernel: string, start: StartTimes): void {
-  say(`\nctr run --rm … true, ${start.kilnMs.n} times each in turn, guest kernel "${kernel}", in ms`);
-  const row = (name: string, { median, p95, min, max }: StartTimes['kilnMs']): string[] => {
-    return [name, ms(median), ms(p95), ms(min), ms(max)];
+interface Part<T> {
+  readonly measure: (scene: Scene) => Promise<T>;
+  readonly describe: (use: T) => string;
+  readonly plot?: (use: T) => string;
+}
+
+/** Measures and tells; what is left is for the files. */
+type Run = (scene: Scene) => Promise<{ readonly use: unknown; readonly plot: string | undefined }>;
+
+function part<T>({ measure, describe, plot }: Part<T>): Run {
+  return async (scene) => {
+    const use = await measure(scene);
+    say(describe(use));
+    return { use, plot: plot?.(use) };
   };
-  say(table([['', 'median', 'p95', 'least', 'most'], row('kiln', start.kilnMs), row('runc', start.runcMs)]));
-  say(`  kiln : runc = ${start.ratio.toFixed(1)}`);
-  say('\nwhere the time goes (medians, in ms)');
-  say(
-    table([
-      ['', 'at', '+'],
-      ...start.timeline.map(({ name, sinceStartMs, sincePreviousMs }) => [name, ms(sinceStartMs), ms(sincePreviousMs)]),
-    ]),
-  );
-  const { kilndMs, launcherMs } = start.cpu;
-  say(`\nCPU on the host for one container: kilnd ${ms(kilndMs)} ms, launcher ${ms(launcherMs)} ms`);
 }
 
-function printMemory({ kilnd, perContainer }: MemoryUse): void {
-  say('\nmemory of kilnd, in MiB');
-  say(
-    table([
-      ['idle containers', 'RSS', 'PSS'],
-      ...kilnd.map(({ containers, rssMib, pssMib }) => [String(containers), mib(rssMib), mib(pssMib)]),
-    ]),
-  );
-  say('\nmemory of one idle container on the host (PSS, median, in MiB)');
-  const { vmm, vsockBackend, standIn, relay } = perContainer;
-  say(
-    table([
-      ['VMM', mib(vmm)],
-      ['vsock backend', mib(vsockBackend)],
-      ['stand-in', mib(standIn)],
-      ['relay', mib(relay)],
-    ]),
-  );
-}
-
-function printOutput({ mib: size, mibPerS, slow }: OutputUse): void {
-  say(`\na container that writes ${size} MiB to stdout, through ctr, in MiB/s`);
-  say(
-    table([
-      ['kiln', mib(mibPerS.kiln)],
-      ['runc', mib(mibPerS.runc)],
-    ]),
-  );
-  const { stalledS, readerMibPerS, kilndRss, vmmPss } = slow;
-  say(`\nthe same with a reader that stalls ${stalledS} s and then takes ${mib(readerMibPerS)} MiB/s, in MiB`);
-  const row = (name: string, { before, most, after }: OutputUse['slow']['kilndRss']): string[] => {
-    return [name, mib(before), mib(most), mib(after)];
-  };
-  say(table([['', 'before', 'most', 'at the end'], row('kilnd (RSS)', kilndRss), row('VMM (PSS)', vmmPss)]));
-  say(`  the container wrote ${mib(slow.mibPerS)} MiB/s, and ${mib(slow.heldBackMib)} MiB while the reader stalled`);
-}
+/** In the order in which they run. */
+const parts: Readonly<Record<string, Run>> = {
+  start: part({
+    measure: (scene) => {
+      const variants = (chosen ?? ways).flatMap((way) => built.map((name) => ({ way, kernel: name })));
+      return measureStart(scene, variants, Number(values.runs));
+    },
+    describe: describeStart,
+    plot: plotStart,
+  }),
+  memory: part({ measure: (scene) => measureMemory(scene, Number(values.idle)), describe: describeMemory }),
+  exec: part({ measure: (scene) => measureExec(scene, Number(values.execs)), describe: describeExec }),
+  latency: part({ measure: (scene) => measureLatency(scene, Number(values.tasks)), describe: describeLatency }),
+  output: part({ measure: (scene) => measureOutput(scene, Number(values.mib)), describe: describeOutput }),
+};
+const unknown = values.only?.find((name) => !(name in parts));
+if (unknown !== undefined) throw new Error(`--only ${unknown}: it is one of ${Object.keys(parts).join(', ')}`);
 
 async function machine(): Promise<Record<string, unknown>> {
   const load = (await readFile('/proc/loadavg', 'utf8')).trim();
@@ -100,34 +86,28 @@ async function machine(): Promise<Record<string, unknown>> {
   };
 }
 
+async function writeTo(folder: string, name: string, text: string): Promise<void> {
+  await mkdir(folder, { recursive: true });
+  await writeFile(join(folder, name), text);
+  say(`\nwritten to ${join(folder, name)}`);
+}
+
 const startedAt = new Date();
 const facts = await machine();
 say(`${facts.cpus} × ${facts.cpu}, kernel ${facts.kernel}, load ${facts.load}, containerd ${containerdVersion}`);
 const scene = new Scene({ version: containerdVersion });
 try {
   await scene.setUp();
-  const start: Record<string, StartTimes> = {};
-  for (const kernel of values.only.includes('start') ? built : []) {
-    await scene.configure(`[vm]\nkernel = "${kernel}"\n`);
-    start[kernel] = await measureStart(scene, Number(values.runs));
-    printStart(kernel, start[kernel]);
+  const uses: Record<string, unknown> = {};
+  for (const [name, run] of Object.entries(parts)) {
+    if (values.only?.includes(name) === false) continue;
+    const { use, plot } = await run(scene);
+    uses[name] = use;
+    if (values.plots !== undefined && plot !== undefined) await writeTo(values.plots, `${name}.svg`, plot);
   }
-  const memory = values.only.includes('memory') ? await measureMemory(scene, Number(values.idle)) : undefined;
-  if (memory !== undefined) printMemory(memory);
-  const exec = values.only.includes('exec') ? await measureExec(scene, Number(values.execs)) : undefined;
-  if (exec !== undefined) say(describeExec(exec));
-  const latency = values.only.includes('latency') ? await measureLatency(scene, Number(values.tasks)) : undefined;
-  if (latency !== undefined) say(describeLatency(latency));
-  const output = values.only.includes('output') ? await measureOutput(scene, Number(values.mib)) : undefined;
-  if (output !== undefined) printOutput(output);
-  const folder = join(projectRoot, 'dist', 'bench');
-  const file = join(folder, `${startedAt.toISOString().slice(0, 19).replaceAll(':', '-')}Z.json`);
-  await mkdir(folder, { recursive: true });
-  await writeFile(
-    file,
-    `${JSON.stringify({ startedAt, machine: facts, start, memory, exec, latency, output }, null, 2)}\n`,
-  );
-  say(`\nwritten to ${file}`);
+  const json = `${JSON.stringify({ startedAt, machine: facts, ...uses }, null, 2)}\n`;
+  const file = `${startedAt.toISOString().slice(0, 19).replaceAll(':', '-')}Z.json`;
+  await writeTo(join(projectRoot, 'dist', 'bench'), file, json);
 } catch (error) {
   process.exitCode = 1;
   process.stderr.write(`the benchmark failed: ${String(error)}\n${await scene.logs()}\n`);

@@ -1,12 +1,9 @@
 /** What one more process in a running container costs, beside runc's. */
 import { busyboxImage } from '../support/images.ts';
 import type { Scene } from '../support/scene.ts';
-import type { Summary } from './measure.ts';
 import { cpuOf, findProcesses } from './processes.ts';
-import { summary, table } from './statistics.ts';
-
-const kiln = 'io.containerd.kiln.v2';
-const runc = 'io.containerd.runc.v2';
+import { type Summary, summary, table } from './statistics.ts';
+import { kiln, runc } from './ways.ts';
 
 export interface ExecUse {
   readonly kilnMs: Summary;

@@ -11,10 +11,9 @@ import type { Scene } from '../support/scene.ts';
 import { signal, waitForEnd } from '../support/wait-for-end.ts';
 import { TaskClient } from '../unit/shim/task-client.ts';
 import { idleContainer } from './exec.ts';
-import type { Summary } from './measure.ts';
-import { summary, table } from './statistics.ts';
+import { type Summary, summary, table } from './statistics.ts';
+import { kiln } from './ways.ts';
 
-const kiln = 'io.containerd.kiln.v2';
 /** Questions to each task. */
 const rounds = 20;
 /** Tasks without a virtual machine, for the number that does not fit under emulation. */

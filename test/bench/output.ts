@@ -3,9 +3,9 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import type { Scene } from '../support/scene.ts';
 import type { RunningProgram } from '../support/spawn.ts';
 import { findProcesses, memoryOf } from './processes.ts';
+import { table } from './statistics.ts';
+import { kiln, runc } from './ways.ts';
 
-const kiln = 'io.containerd.kiln.v2';
-const runc = 'io.containerd.runc.v2';
 const mebibyte = 2 ** 20;
 
 interface Range {
@@ -106,4 +106,20 @@ async function slowReader(scene: Scene, mib: number, readerMibPerS: number): Pro
   } finally {
     clearInterval(sampler);
   }
+}
+
+export function describeOutput({ mib: size, mibPerS, slow }: OutputUse): string {
+  const mib = (value: number): string => value.toFixed(1);
+  const { stalledS, readerMibPerS, kilndRss, vmmPss } = slow;
+  const row = (name: string, { before, most, after }: Range): string[] => [name, mib(before), mib(most), mib(after)];
+  return [
+    `\na container that writes ${size} MiB to stdout, through ctr, in MiB/s`,
+    table([
+      ['kiln', mib(mibPerS.kiln)],
+      ['runc', mib(mibPerS.runc)],
+    ]),
+    `\nthe same with a reader that stalls ${stalledS} s and then takes ${mib(readerMibPerS)} MiB/s, in MiB`,
+    table([['', 'before', 'most', 'at the end'], row('kilnd (RSS)', kilndRss), row('VMM (PSS)', vmmPss)]),
+    `  the container wrote ${mib(slow.mibPerS)} MiB/s, and ${mib(slow.heldBackMib)} MiB while the reader stalled`,
+  ].join('\n');
 }

@@ -11,14 +11,16 @@ export function quantile(values: readonly number[], p: number): number {
 
 export const median = (values: readonly number[]): number => quantile(values, 0.5);
 
-/** Median, 95th percentile, least and greatest. */
-export function summary(values: readonly number[]): {
-  median: number;
-  p95: number;
-  min: number;
-  max: number;
-  n: number;
-} {
+export interface Summary {
+  readonly median: number;
+  /** 95th percentile. */
+  readonly p95: number;
+  readonly min: number;
+  readonly max: number;
+  readonly n: number;
+}
+
+export function summary(values: readonly number[]): Summary {
   return {
     median: median(values),
     p95: quantile(values, 0.95),
@@ -27,6 +29,9 @@ export function summary(values: readonly number[]): {
     n: values.length,
   };
 }
+
+export const mean = (values: readonly number[]): number =>
+  values.reduce((sum, value) => sum + value, 0) / values.length;
 
 /** Rows as text, columns aligned: the first to the left, the others to the right. */
 export function table(rows: readonly (readonly string[])[]): string {

@@ -10,6 +10,7 @@ import { describeExec, measureExec } from './exec.ts';
 import { describeLatency, measureLatency } from './latency.ts';
 import { describeMemory, measureMemory } from './memory.ts';
 import { describeOutput, measureOutput } from './output.ts';
+import { describeParallel, measureParallel, plotParallel } from './parallel.ts';
 import { describeStart, measureStart, plotStart } from './start.ts';
 import { type Way, ways } from './ways.ts';
 
@@ -19,6 +20,7 @@ const { values } = parseArgs({
     runs: { type: 'string', default: '10' },
     way: { type: 'string', multiple: true },
     kernel: { type: 'string' },
+    parallel: { type: 'string', multiple: true, default: ['1', '10', '50'] },
     idle: { type: 'string', default: '10' },
     mib: { type: 'string', default: '1024' },
     execs: { type: 'string', default: '50' },
@@ -32,6 +34,7 @@ const containerdVersion = '2.1';
 const guestDir = process.env.KILN_GUEST_DIR ?? join(projectRoot, 'dist', 'guest');
 const kernels = values.kernel === undefined ? ['default', 'minimal'] : [values.kernel];
 const built = kernels.filter((name) => name !== 'minimal' || existsSync(join(guestDir, 'vmlinux-minimal')));
+const { kernel = 'default' } = values;
 const chosen = values.way?.map((name): Way => {
   const way = ways.find((known) => known === name);
   if (way === undefined) throw new Error(`--way ${name}: it is one of ${ways.join(', ')}`);
@@ -64,6 +67,13 @@ const parts: Readonly<Record<string, Run>> = {
     },
     describe: describeStart,
     plot: plotStart,
+  }),
+  parallel: part({
+    measure: (scene) => {
+      return measureParallel(scene, { ways: chosen ?? ['template'], kernel, sizes: values.parallel.map(Number) });
+    },
+    describe: describeParallel,
+    plot: plotParallel,
   }),
   memory: part({ measure: (scene) => measureMemory(scene, Number(values.idle)), describe: describeMemory }),
   exec: part({ measure: (scene) => measureExec(scene, Number(values.execs)), describe: describeExec }),

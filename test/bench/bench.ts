@@ -6,6 +6,7 @@ import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { projectRoot } from '../support/paths.ts';
 import { Scene } from '../support/scene.ts';
+import { describeClones, measureClones, plotClones } from './clones.ts';
 import { describeExec, measureExec } from './exec.ts';
 import { describeLatency, measureLatency } from './latency.ts';
 import { describeMemory, measureMemory } from './memory.ts';
@@ -21,6 +22,7 @@ const { values } = parseArgs({
     way: { type: 'string', multiple: true },
     kernel: { type: 'string' },
     parallel: { type: 'string', multiple: true, default: ['1', '10', '50'] },
+    clones: { type: 'string', default: '50' },
     idle: { type: 'string', default: '10' },
     mib: { type: 'string', default: '1024' },
     execs: { type: 'string', default: '50' },
@@ -74,6 +76,11 @@ const parts: Readonly<Record<string, Run>> = {
     },
     describe: describeParallel,
     plot: plotParallel,
+  }),
+  clones: part({
+    measure: (scene) => measureClones(scene, kernel, Number(values.clones)),
+    describe: describeClones,
+    plot: plotClones,
   }),
   memory: part({ measure: (scene) => measureMemory(scene, Number(values.idle)), describe: describeMemory }),
   exec: part({ measure: (scene) => measureExec(scene, Number(values.execs)), describe: describeExec }),

@@ -44,7 +44,8 @@ export async function versionOf(program: string): Promise<string> {
   const { ino, mtimeMs } = statSync(program);
   const key = `${program} ${ino} ${mtimeMs}`;
   const version = known.get(key) ?? (await askVersion(program));
-  known.set(key, version);
+  // A program that did not answer may do so the next time.
+  if (parseVersion(version) !== undefined) known.set(key, version);
   return version;
 }
 

@@ -1,4 +1,4 @@
-import { mkdirSync } from 'node:fs';
+import { mkdirSync, readFileSync } from 'node:fs';
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import { chooseVmm, type Wishes } from '../../../src/vmm/choice.ts';
 import { Workspace } from './workspace.ts';
@@ -59,6 +59,16 @@ test('QEMU is chosen where there is no Firecracker, or an old one, or something 
 test('a program that was replaced is asked again', async () => {
   expect(await choose({ firecracker: workspace.firecracker('version=1.12.0') })).toMatchObject({ name: 'qemu' });
   expect(await choose({ firecracker: workspace.firecracker('version=1.14.0') })).toMatchObject({ name: 'firecracker' });
+});
+
+test('a program is asked once, but again after it has failed to answer', async () => {
+  const count = `echo >>${workspace.path('asked')}`;
+  const answers = workspace.program('vmm', `#!/bin/sh\n${count}; echo 'Firecracker v1.16.1'\n`);
+  for (const _ of [1, 2]) expect(await choose({ firecracker: answers })).toMatchObject({ name: 'firecracker' });
+  expect(readFileSync(workspace.path('asked'), 'utf8')).toBe('\n');
+  const fails = workspace.program('other', `#!/bin/sh\n${count}; exit 1\n`);
+  for (const _ of [1, 2]) expect(await choose({ firecracker: fails })).toMatchObject({ name: 'qemu' });
+  expect(readFileSync(workspace.path('asked'), 'utf8')).toBe('\n\n\n');
 });
 
 test('what only QEMU has chooses QEMU', async () => {

@@ -66,6 +66,8 @@ export interface KilnConfig {
   readonly daemon: {
     /** Seconds without a container after which kilnd ends; 0 for never. */
     readonly idleTimeoutS: number;
+    /** Where Prometheus finds /metrics, as host:port; empty for nowhere. */
+    readonly metricsAddress: string;
     readonly logLevel: 'trace' | 'debug' | 'info' | 'warn' | 'error';
   };
 }
@@ -192,6 +194,10 @@ function toConfig({ vm, template, pool, storage, daemon }: ConfigFile): KilnConf
       diskMibPerS: storage.disk_mib_per_s,
       diskOpsPerS: storage.disk_ops_per_s,
     },
-    daemon: { idleTimeoutS: daemon.idle_timeout_s, logLevel: daemon.log_level },
+    daemon: {
+      idleTimeoutS: daemon.idle_timeout_s,
+      metricsAddress: daemon.metrics_address,
+      logLevel: daemon.log_level,
+    },
   };
 }

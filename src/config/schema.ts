@@ -101,6 +101,12 @@ const daemon = z.strictObject({
     .max(7 * 24 * 3600)
     .default(300)
     .describe('an integer from 0 (never) to 604800 (seconds)'),
+  metrics_address: z
+    .string()
+    .regex(/^$|^(\[[0-9A-Fa-f:.]+\]|[^\s:[\]]+):([1-9]\d{0,4})$/)
+    .refine((address) => Number(address.split(':').at(-1)) <= 65_535)
+    .default('')
+    .describe('"host:port", or "" for none'),
   log_level: z
     .enum(['trace', 'debug', 'info', 'warn', 'error'])
     .default('info')

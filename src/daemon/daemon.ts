@@ -68,6 +68,8 @@ export interface DaemonOptions {
   readonly collectGarbage: () => Promise<unknown>;
   /** What else `kiln status` shows. */
   readonly status: () => Readonly<Record<string, unknown>>;
+  /** Called with the timeline of a container whose process runs. */
+  readonly onStarted?: (timeline: Timeline) => void;
   /** Ends what belongs to no container; called once, when all of them are gone. */
   readonly release: () => Promise<void>;
   readonly log: DaemonLog;
@@ -101,7 +103,7 @@ export class Daemon {
   readonly #turns = new Turns();
   readonly #publishers = new Map<string, EventPublisher>();
   readonly #endings = new Endings();
-  readonly #timelines = new Timelines(timelinesKept);
+  readonly #timelines: Timelines;
   #relays: RelayServer | undefined;
   #control: ControlServer | undefined;
   #idleTimer: NodeJS.Timeout | undefined;
@@ -113,6 +115,7 @@ export class Daemon {
   constructor(options: DaemonOptions) {
     this.#options = options;
     this.#logger = options.log.logger;
+    this.#timelines = new Timelines(timelinesKept, options.onStarted);
   }
 
   /** Clears what a killed kilnd left, and resolves when the launcher is answered. Needs the state folder's lock. */
@@ -195,6 +198,10 @@ export class Daemon {
       });
     }
     return text(0, `${JSON.stringify({ namespace, id, ...timeline.toJSON() })}\n`);
+  }
+
+  get containers(): number {
+    return this.#taskCount();
   }
 
   #endpoints(): Endpoint[] {

@@ -4,7 +4,9 @@ import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { loadConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
-import { createLogger, type DaemonLog } from '../observe/logger.ts';
+import { createLogger, type DaemonLog, type Logger } from '../observe/logger.ts';
+import { Metrics } from '../observe/metrics.ts';
+import { parseAddress, serveMetrics } from '../observe/metrics-server.ts';
 import { RootfsStore } from '../rootfs/index.ts';
 import { BootSlots } from '../sandbox/boot-slots.ts';
 import { SandboxPool } from '../sandbox/pool.ts';
@@ -55,7 +57,17 @@ async function main(): Promise<void> {
   const poolDirectory = path.join(paths.stateDir, poolName);
   const pool = new SandboxPool({ directory: poolDirectory, templates, bootSlots, logger });
   const installation = { host: { rootfs, standInProgram, bootSlots, templates, pool }, load };
-  const daemon = new Daemon({
+  const { metricsAddress } = config.daemon;
+  // They cost something, so only where somebody wants them.
+  const metrics =
+    metricsAddress === ''
+      ? undefined
+      : new Metrics({
+          containers: () => daemon.containers,
+          templates: () => ({ ...templates.counts }),
+          pool: () => pool.status(),
+        });
+  const daemon: Daemon = new Daemon({
     paths,
     // Who wants virtual machines to wait wants kilnd to.
     idleTimeoutMs: config.pool.min > 0 ? 0 : config.daemon.idleTimeoutS * 1000,
@@ -64,6 +76,7 @@ async function main(): Promise<void> {
     prepareExec,
     collectGarbage: () => Promise.all([rootfs.collectGarbage(), templates.collectGarbage(config.template)]),
     status: () => ({ templates: templates.counts, pool: pool.status() }),
+    onStarted: (timeline) => metrics?.noteStart(timeline),
     release: () => pool[Symbol.asyncDispose](),
     log,
     onStopped: () => {
@@ -79,8 +92,19 @@ async function main(): Promise<void> {
     logger.fatal({ err: error }, 'kilnd cannot start');
     throw error;
   }
+  if (metrics !== undefined) await openMetrics(metrics, metricsAddress, logger);
   readiness.ready();
   if (config.pool.min > 0) await keepPool(installation, logger);
+}
+
+/** Where they cannot be served, containers are all the same. */
+async function openMetrics(metrics: Metrics, address: string, logger: Logger): Promise<void> {
+  try {
+    await serveMetrics(metrics, parseAddress(address));
+    logger.info({ address }, 'metrics are served');
+  } catch (error) {
+    logger.error({ err: error, address }, 'cannot serve metrics (daemon.metrics_address in the config file)');
+  }
 }
 
 /** After a rotation of the log. Keeps the open file where there is no new one. */

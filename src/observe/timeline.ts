@@ -39,13 +39,21 @@ export interface TimelineJson {
  */
 export class Timeline {
   readonly #marks = new Map<TimelineMark, number>();
+  readonly #onMark: (name: TimelineMark) => void;
+
+  /** @param onMark called once for each mark */
+  constructor(onMark: (name: TimelineMark) => void = () => {}) {
+    this.#onMark = onMark;
+  }
 
   /**
    * Notes that something happened, now or at `atMs` (milliseconds since the Unix epoch). Only the first note counts:
    * a retried or idempotent call must not move a moment.
    */
   mark(name: TimelineMark, atMs: number = nowMs()): void {
-    if (!this.#marks.has(name)) this.#marks.set(name, atMs);
+    if (this.#marks.has(name)) return;
+    this.#marks.set(name, atMs);
+    this.#onMark(name);
   }
 
   /** Milliseconds since the Unix epoch, or undefined when it has not happened. */

@@ -56,7 +56,7 @@ describe('the configuration file', () => {
       template: { enabled: true, keepDays: 7, maxTotalMib: 4096 },
       pool: { min: 0, max: 0 },
       storage: { writableSizeGib: 10, diskMibPerS: 0, diskOpsPerS: 0 },
-      daemon: { idleTimeoutS: 300, logLevel: 'info' },
+      daemon: { idleTimeoutS: 300, metricsAddress: '', logLevel: 'info' },
     });
   });
 
@@ -91,6 +91,7 @@ describe('the configuration file', () => {
       disk_ops_per_s = 300
       [daemon]
       idle_timeout_s = 0
+      metrics_address = "127.0.0.1:9464"
       log_level = "debug"`;
     expect(parseConfig(text, 'x')).toEqual({
       vm: {
@@ -113,7 +114,7 @@ describe('the configuration file', () => {
       template: { enabled: false, keepDays: 30, maxTotalMib: 1000 },
       pool: { min: 1, max: 8 },
       storage: { writableSizeGib: 1, diskMibPerS: 20, diskOpsPerS: 300 },
-      daemon: { idleTimeoutS: 0, logLevel: 'debug' },
+      daemon: { idleTimeoutS: 0, metricsAddress: '127.0.0.1:9464', logLevel: 'debug' },
     });
   });
 

@@ -6,12 +6,12 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, describe, expect, it } from 'vitest';
 import { hasKvm } from '../support/failure.ts';
-import { execIn } from '../support/fault-notes.ts';
+import { execIn, short } from '../support/fault-notes.ts';
 import { distBin, underKiln } from '../support/paths.ts';
 import type { Scene } from '../support/scene.ts';
 import { run } from '../support/spawn.ts';
 import { useScene } from '../support/use-scene.ts';
-import { helpersOf } from '../support/victims.ts';
+import { Gate, helpersOf, startVictim, Watched } from '../support/victims.ts';
 import { signal, waitForEnd } from '../support/wait-for-end.ts';
 
 interface Counts {
@@ -235,5 +235,36 @@ describe.runIf(underKiln)('a clone', () => {
     expect((await events.waitFor('/tasks/exit', victim)).event.exit_status).toBe(137);
     expect((await execIn(scene, survivor, ['echo', 'here'])).stdout.toString()).toBe('here\n');
     for (const id of [victim, survivor]) await scene.remove(id);
+  });
+
+  it('that is killed during Create fails it, with the reason, and nothing is left', async () => {
+    const id = scene.id();
+    const gate = await Gate.make(scene, id);
+    const hooks = { createRuntime: [gate.hook] };
+    const watched = new Watched(await startVictim(scene, id, { command: short, hooks }));
+    await gate.reached();
+    for (const pid of await helpersOf(scene, id, 'qemu-system')) signal(pid, 'SIGKILL');
+    await gate.open();
+    const { code, said } = await watched.end();
+    expect([code, said]).toEqual([1, expect.stringMatching(/the VM ended \(SIGKILL\) while .* was attached/)]);
+    await scene.ctr(['container', 'rm', id]);
+    await scene.assertNothingLeft();
+  });
+
+  it('whose kilnd is killed during Create is made again by the next one, and the container runs', async () => {
+    const id = scene.id();
+    const gate = await Gate.make(scene, id);
+    const hooks = { createRuntime: [gate.hook] };
+    const watched = new Watched(await startVictim(scene, id, { command: short, hooks }));
+    await gate.reached();
+    for (const pid of scene.kilndPids()) {
+      signal(pid, 'SIGKILL');
+      await waitForEnd(pid, 20_000);
+    }
+    await gate.open();
+    const { code, said } = await watched.end();
+    expect([code, said]).toEqual([5, '']);
+    await scene.containerd.ctr(['task', 'rm', '--force', id]);
+    await scene.ctr(['container', 'rm', id]);
   });
 });

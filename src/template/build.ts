@@ -3,8 +3,7 @@ import path from 'node:path';
 import { KilnError } from '../errors.ts';
 import { Guest } from '../guest/guest.ts';
 import { abortable } from '../vmm/abortable.ts';
-import type { TemplateDriver } from '../vmm/vmm.ts';
-import type { VmShape } from './key.ts';
+import type { TemplateDriver, VmShape } from '../vmm/vmm.ts';
 import { prime } from './prime.ts';
 
 export interface BuildOptions {

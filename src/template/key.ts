@@ -3,10 +3,7 @@ import { readFileSync } from 'node:fs';
 import { release } from 'node:os';
 import { fileIdentity } from '../host/program.ts';
 import { kilnVersion } from '../version.ts';
-import type { TemplateDriver, VmConfig } from '../vmm/vmm.ts';
-
-/** What all clones of a template have in common. */
-export type VmShape = Omit<VmConfig, 'id' | 'directory'>;
+import type { TemplateDriver, VmShape } from '../vmm/vmm.ts';
 
 /** A later Kiln that makes templates in another way has another number. */
 const formatVersion = 1;
@@ -36,7 +33,7 @@ export function templateParts(driver: TemplateDriver, shape: VmShape, host: Host
   return {
     format: formatVersion,
     kiln: kilnVersion,
-    vmm: driver.fingerprint(),
+    vmm: driver.fingerprint(shape),
     kernel: fileIdentity(kernel),
     initrd: initrd === undefined ? null : fileIdentity(initrd),
     guestImage: fileIdentity(guestImage),

@@ -24,9 +24,9 @@ import { SingleFlight } from '../host/single-flight.ts';
 import { killProcessesOf } from '../host/stale.ts';
 import type { Logger } from '../observe/logger.ts';
 import { flock } from '../sys/lock.ts';
-import type { TemplateDriver, Vmm } from '../vmm/vmm.ts';
+import type { TemplateDriver, Vmm, VmShape } from '../vmm/vmm.ts';
 import { buildTemplate } from './build.ts';
-import { type TemplateParts, templateKey, templateParts, type VmShape } from './key.ts';
+import { type TemplateParts, templateKey, templateParts } from './key.ts';
 import { digestOf, readTemplateRecord, recordName, sizeOf, writeTemplateRecord } from './record.ts';
 
 /** How long no template of a kind is made after that has failed, in ms: VMs boot meanwhile. */

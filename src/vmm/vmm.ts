@@ -30,6 +30,9 @@ export interface VmConfig {
   readonly guestImage: string;
 }
 
+/** What all clones of a template have in common. */
+export type VmShape = Omit<VmConfig, 'id' | 'directory'>;
+
 export interface VmExit {
   /** The VMM's exit code, or null when a signal ended it. */
   readonly code: number | null;
@@ -95,10 +98,10 @@ export interface TemplateDriver {
   /** A clone runs slowly what it runs for the first time, since the VMM has to translate it. */
   readonly clonesAreCold: boolean;
   /**
-   * What a template depends on beside its config, as text: the VMM's program and how it is told to run. One that was
-   * made under another value cannot be restored. Throws `failed-precondition` when there is no such program.
+   * What a template of that shape depends on, as text: the VMM's program and how it is told to run. One that was made under
+   * another value cannot be restored. Throws `failed-precondition` when there is no such program.
    */
-  fingerprint(): readonly string[];
+  fingerprint(shape: VmShape): readonly string[];
   /**
    * As `Vmm.boot`, of a VM that can be saved into an existing directory. What this and `save` leave in there when they fail,
    * the caller removes.

@@ -106,8 +106,7 @@ function channelDevice(channel: ChannelDevice, bus: string): string[] {
   }
 }
 
-/** The machine and its CPU: what else a VM can be restored on depends on them. */
-export function machineOptions(accelerator: Accelerator): string[] {
+function machineOptions(accelerator: Accelerator): string[] {
   if (accelerator === 'kvm') return ['-M', 'microvm,accel=kvm,acpi=on,rtc=on,memory-backend=mem', '-cpu', 'host'];
   // Under TCG the guest needs the legacy timers to calibrate against.
   return ['-M', 'microvm,accel=tcg,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem', '-cpu', 'max'];

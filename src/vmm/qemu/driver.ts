@@ -17,7 +17,7 @@ import { listenKernel, randomCid } from '../kernel-vsock.ts';
 import { type SerialConnection, serialConnection } from '../virtio-serial.ts';
 import { agentPort, type TemplateDriver, type Vm, type VmConfig, type Vmm, type VmRecord } from '../vmm.ts';
 import { type Accelerator, chooseAccelerator, hostTscKhz } from './accelerator.ts';
-import { type ChannelDevice, type GuestMemory, machineOptions, qemuArguments, stateFd } from './command-line.ts';
+import { type ChannelDevice, type GuestMemory, qemuArguments, stateFd } from './command-line.ts';
 import { loadState } from './migration.ts';
 import { QmpClient } from './qmp.ts';
 import { type ChannelRecord, parseQemuRecord } from './record.ts';
@@ -63,9 +63,18 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
     get clonesAreCold() {
       return chooseAccelerator(options.accelerator, devices).accelerator === 'tcg';
     },
-    fingerprint() {
+    fingerprint(shape) {
       const { accelerator } = chooseAccelerator(options.accelerator, devices);
-      return ['qemu', programIdentity(options.qemu), accelerator, ...machineOptions(accelerator)];
+      // All that QEMU is told but for what differs from clone to clone, and the CPU's clock, which changes all the time.
+      const args = qemuArguments({
+        config: { ...shape, id: '', directory: '' },
+        accelerator,
+        tscKhz: undefined,
+        channel: { kind: 'serial', socket: '' },
+        memory: { kind: 'anonymous' },
+        agentPort,
+      });
+      return [programIdentity(options.qemu), ...args];
     },
     async boot(config, template, signal) {
       const file = path.join(template, memoryName);

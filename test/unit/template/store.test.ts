@@ -16,9 +16,9 @@ import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { KilnError } from '../../../src/errors.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import type { buildTemplate } from '../../../src/template/build.ts';
-import { hostFacts, templateKey, templateParts, type VmShape } from '../../../src/template/key.ts';
+import { hostFacts, templateKey, templateParts } from '../../../src/template/key.ts';
 import { type Template, TemplateStore } from '../../../src/template/store.ts';
-import type { TemplateDriver, Vmm } from '../../../src/vmm/vmm.ts';
+import type { TemplateDriver, Vmm, VmShape } from '../../../src/vmm/vmm.ts';
 
 const never = new AbortController().signal;
 const days = 24 * 3600;

@@ -1,10 +1,5 @@
 import { describe, expect, test } from 'vitest';
-import {
-  type CommandLineOptions,
-  kernelCommandLine,
-  machineOptions,
-  qemuArguments,
-} from '../../../src/vmm/qemu/command-line.ts';
+import { type CommandLineOptions, kernelCommandLine, qemuArguments } from '../../../src/vmm/qemu/command-line.ts';
 
 const options: CommandLineOptions = {
   config: {
@@ -140,8 +135,9 @@ describe('the guest’s memory', () => {
   });
 
   test('is the machine’s, and the only difference between a VM that is saved and its clones', () => {
-    for (const accelerator of ['tcg', 'kvm'] as const)
-      expect(machineOptions(accelerator)[1]).toMatch(/,memory-backend=mem$/);
+    for (const accelerator of ['tcg', 'kvm'] as const) {
+      expect(valuesOf(qemuArguments({ ...options, accelerator }), '-M')[0]).toMatch(/,memory-backend=mem$/);
+    }
     const kept = argsOf({ kind: 'kept', file }).map((arg) => arg.replace('share=on', 'share=off'));
     expect(argsOf({ kind: 'cloned', file })).toEqual(
       kept.toSpliced(kept.findIndex((arg) => arg.startsWith('memory-backend-file')) + 1, 0, '-incoming', 'defer'),

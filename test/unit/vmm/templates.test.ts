@@ -104,16 +104,20 @@ describe('the templates of QEMU', () => {
 
   test('depend on QEMU’s program, and on how it is told to run', () => {
     workspace.qemu('running');
-    const before = templates().fingerprint();
-    expect(templates().fingerprint()).toEqual(before);
-    const machine = ['-M', expect.stringMatching(/^microvm,accel=tcg,/), '-cpu', 'max'];
-    expect(before).toEqual(['qemu', expect.stringContaining(workspace.path('qemu')), 'tcg', ...machine]);
+    const before = templates().fingerprint(workspace.vm());
+    expect(templates().fingerprint(workspace.vm())).toEqual(before);
+    expect(before[0]).toContain(workspace.path('qemu'));
+    expect(before.join(' ')).toMatch(/ -M microvm,accel=tcg,\S+ -cpu max /);
+    // The CPU's clock changes all the time, and each clone has a name and a directory of its own.
+    workspace.devices({ cpuinfo: workspace.file('cpuinfo', 'cpu MHz\t\t: 1200.0\n') });
+    expect(templates().fingerprint(workspace.vm({ id: 'two', directory: '/elsewhere' }))).toEqual(before);
+    expect(templates().fingerprint(workspace.vm({ memoryMib: 256 }))).not.toEqual(before);
     appendFileSync(workspace.path('qemu'), '// upgraded\n');
-    expect(templates().fingerprint()).not.toEqual(before);
+    expect(templates().fingerprint(workspace.vm())).not.toEqual(before);
   });
 
   test('depend on no program that there is not', () => {
-    expect(() => templates({ qemu: 'no-such-qemu' }).fingerprint()).toThrow(
+    expect(() => templates({ qemu: 'no-such-qemu' }).fingerprint(workspace.vm())).toThrow(
       expect.objectContaining({ code: 'failed-precondition', message: 'there is no program no-such-qemu' }),
     );
   });

@@ -20,6 +20,7 @@ import { createContainer, keepPool, prepareExec } from './containers.ts';
 import { Daemon } from './daemon.ts';
 import { poolName } from './earlier.ts';
 import { defaultGuestDir, standInProgram } from './installation.ts';
+import { endRemains } from './remains.ts';
 
 /**
  * How long a new kilnd waits for one that is just ending: containers that are told to end at once, and a client that does
@@ -53,7 +54,7 @@ async function main(): Promise<void> {
   const rootfs = new RootfsStore({ cacheDir: paths.cacheDir, logger });
   const bootSlots = new BootSlots(bootsPerCpu * availableParallelism());
   const takeTurn = (signal: AbortSignal) => bootSlots.take(signal);
-  const templates = new TemplateStore({ cacheDir: paths.cacheDir, logger, takeTurn });
+  const templates = new TemplateStore({ cacheDir: paths.cacheDir, logger, takeTurn, endRemains });
   const poolDirectory = path.join(paths.stateDir, poolName);
   const pool = new SandboxPool({ directory: poolDirectory, templates, bootSlots, logger });
   const installation = { host: { rootfs, standInProgram, bootSlots, templates, pool }, load };

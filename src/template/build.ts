@@ -31,7 +31,7 @@ export async function buildTemplate(directory: string, options: BuildOptions, si
 }
 
 async function build(directory: string, { driver, shape, limitMs }: BuildOptions, signal: AbortSignal): Promise<void> {
-  const vmDirectory = path.join(directory, 'vm');
+  const vmDirectory = vmDirectoryIn(directory);
   await mkdir(vmDirectory, { mode: 0o700 });
   {
     await using vm = await driver.boot({ ...shape, id: 'template', directory: vmDirectory }, directory, signal);
@@ -46,4 +46,9 @@ async function build(directory: string, { driver, shape, limitMs }: BuildOptions
     await vm.save(signal);
   }
   await rm(vmDirectory, { recursive: true });
+}
+
+/** Where the VM has its directory while its template is made. */
+export function vmDirectoryIn(template: string): string {
+  return path.join(template, 'vm');
 }

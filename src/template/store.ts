@@ -21,11 +21,10 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
 import { fileIdentity } from '../host/program.ts';
 import { SingleFlight } from '../host/single-flight.ts';
-import { killProcessesOf } from '../host/stale.ts';
 import type { Logger } from '../observe/logger.ts';
 import { flock } from '../sys/lock.ts';
 import type { TemplateDriver, Vmm, VmShape } from '../vmm/vmm.ts';
-import { buildTemplate } from './build.ts';
+import { buildTemplate, vmDirectoryIn } from './build.ts';
 import { type TemplateParts, templateKey, templateParts } from './key.ts';
 import { digestOf, readTemplateRecord, recordName, sizeOf, writeTemplateRecord } from './record.ts';
 
@@ -46,6 +45,8 @@ export interface TemplateStoreOptions {
   readonly logger: Logger;
   /** A turn among the VMs that boot. */
   readonly takeTurn: (signal: AbortSignal) => Promise<Disposable>;
+  /** Ends what a kilnd that was killed has left of a VM in a directory, so that this can be removed. */
+  readonly endRemains: (directory: string) => Promise<unknown>;
   /** How a template is made; another way for tests. */
   readonly build?: typeof buildTemplate;
 }
@@ -256,7 +257,7 @@ export class TemplateStore {
 
   /** With what a kilnd that was killed has left running in it. */
   async #remove(directory: string): Promise<void> {
-    await killProcessesOf(directory);
+    await this.#options.endRemains(vmDirectoryIn(directory));
     await rm(directory, { recursive: true, force: true });
   }
 

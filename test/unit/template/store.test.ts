@@ -32,6 +32,8 @@ class Bench implements Disposable {
   fingerprint = ['qemu', '7.2'];
   builds = 0;
   turns = 0;
+  /** Where remains of VMs were ended. */
+  readonly ended: string[] = [];
   build: typeof buildTemplate = async (directory) => this.fill(directory);
   readonly driver: TemplateDriver = {
     files: ['memory', 'state'],
@@ -59,6 +61,9 @@ class Bench implements Disposable {
       takeTurn: async () => {
         this.turns += 1;
         return { [Symbol.dispose]: () => {} };
+      },
+      endRemains: async (directory) => {
+        this.ended.push(directory);
       },
       build: (directory, options, signal) => {
         this.builds += 1;
@@ -232,6 +237,8 @@ describe('a template that cannot be made', () => {
     writeFileSync(join(half, 'memory'), 'half');
     const { directory } = await bench.template();
     expect(bench.kept()).toEqual([key]);
+    // Its VM may be in a jail, whose mounts would be in the way.
+    expect(bench.ended).toEqual([join(half, 'vm')]);
     expect(statSync(join(directory, 'memory')).size).toBe(1 << 20);
     mkdirSync(half);
     await bench.store.collectGarbage(noLimits);

@@ -52,6 +52,8 @@ export interface HelperOptions {
   readonly statusPipe?: boolean;
   /** Descriptors of ours that the program gets as its fds 3, 4 and so on; not together with `statusPipe`. */
   readonly inherit?: readonly number[];
+  /** "/" where it is absent. */
+  readonly workingDirectory?: string;
 }
 
 /** The variable in a helper's environment that says which sandbox's directory it works for. */
@@ -77,7 +79,7 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
     const more: readonly ('pipe' | number)[] = options.statusPipe ? ['pipe'] : (options.inherit ?? []);
     started = await spawned(options, {
       detached: true,
-      cwd: '/',
+      cwd: options.workingDirectory ?? '/',
       env: {
         PATH: process.env.PATH ?? '/usr/sbin:/usr/bin:/sbin:/bin',
         [sandboxVariable]: options.directory,

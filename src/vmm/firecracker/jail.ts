@@ -4,7 +4,7 @@
  *
  *   j/                            a tmpfs, where programs may run and devices work, which neither need to in /run
  *   j/<program>/<id>/root/        Firecracker's root directory: its own user's, once the jailer has entered it
- *   j/<program>/<id>/root/files/  a tmpfs that only root can change: kernel, images, drives, FIFOs
+ *   j/<program>/<id>/root/files/  a tmpfs that only root can change: kernel, images, drives, FIFOs, a template's files
  *   r                             a symbolic link to the root directory, so that the sockets in there have short paths
  *
  * A file of the host gets into `files` as a mount over an empty file. That is a mount of its own which is shared, so what
@@ -25,7 +25,7 @@ import { type CgroupLimits, hostMounts, removeCgroups } from './jail-cgroup.ts';
 import { type JailKernel, realKernel } from './jail-kernel.ts';
 import { claimUid, hostClaims, releaseUid, type UidRange, uidsOf } from './jail-uids.ts';
 import { startJailer } from './jailer.ts';
-import { type FifoName, makeSparse, type Place, type Seen } from './place.ts';
+import { type BootFile, type FifoName, makeSparse, type Place, type Seen, type SnapshotFile } from './place.ts';
 
 /** The host that jails are made on. Another one is for tests. */
 export interface JailHost {
@@ -186,13 +186,17 @@ export class Jail implements Place {
     this.#files = path.join(root, 'files');
   }
 
-  async show(name: 'kernel' | 'initrd' | 'guest', file: string): Promise<string> {
-    const target = makeSparse(this.#own(name), 0, 0o400);
-    await this.#mount(file, target, true);
+  async show(name: BootFile | SnapshotFile | 'guest', file: string): Promise<string> {
+    await this.#mount(file, makeSparse(this.#own(name), 0, 0o400), true);
     return inside(name);
   }
 
-  hide(name: 'kernel' | 'initrd'): void {
+  async lend(name: SnapshotFile, file: string): Promise<string> {
+    await this.#mount(file, makeSparse(this.#own(name), 0, 0o400), false);
+    return inside(name);
+  }
+
+  hide(name: BootFile | SnapshotFile): void {
     this.#parts.host.kernel.unmount(this.#own(name));
   }
 

@@ -21,9 +21,11 @@ export interface Place extends AsyncDisposable {
   readonly apiSocket: Seen;
   readonly vsock: Seen;
   /** Makes a file of the host readable for Firecracker and returns its path for it. */
-  show(name: 'kernel' | 'initrd' | 'guest', file: string): Promise<string>;
-  /** For a file that Firecracker needs no more. */
-  hide(name: 'kernel' | 'initrd'): void;
+  show(name: BootFile | SnapshotFile | 'guest', file: string): Promise<string>;
+  /** As `show`, and writable. The file stays whose it is. */
+  lend(name: SnapshotFile, file: string): Promise<string>;
+  /** Takes a file back that Firecracker needs no more; nothing there is no error. */
+  hide(name: BootFile | SnapshotFile): void;
   /** Makes an empty file, for a drive that has none yet. */
   makeEmpty(slot: SlotName, size: { readonly bytes: number; readonly readOnly: boolean }): string;
   /** Makes a file usable behind a slot and returns its path for Firecracker. */
@@ -40,6 +42,8 @@ export interface Place extends AsyncDisposable {
   start(args: readonly string[], signal: AbortSignal): Promise<HelperProcess>;
 }
 
+export type BootFile = 'kernel' | 'initrd';
+export type SnapshotFile = 'memory' | 'state';
 export type FifoName = 'log' | 'metrics';
 
 /** What Firecracker itself prints, and the guest on its serial port. */
@@ -53,23 +57,33 @@ export interface OpenPlaceOptions {
   /** Firecracker's --id. */
   readonly id: string;
   readonly directory: string;
+  /**
+   * Firecracker knows drive slots and vsock by paths below the VM's directory, which are the same for every VM. What it
+   * saves can then be restored in the directory of another VM.
+   */
+  readonly portable: boolean;
 }
 
 /** The host as it is. */
 export function openPlace(directory: string, options?: Omit<OpenPlaceOptions, 'directory'>): Place {
+  const { program = '', id = '', portable = false } = options ?? {};
   const own = (name: string) => path.join(directory, name);
   const seen = (file: string): Seen => ({ host: file, inside: file });
+  const saved = (name: string): Seen => ({ host: own(name), inside: portable ? name : own(name) });
   const slots = own('slots');
   const apiSocket = seen(own('fc.sock'));
-  const vsock = seen(own('vsock'));
+  const vsock = saved('vsock');
   const fifo = (name: FifoName) => seen(own(`${name}.fifo`));
   return {
     ...{ uid: undefined, apiSocket, vsock, fifo },
     show: async (_name, file) => file,
+    lend: async (_name, file) => file,
     hide: () => {},
     makeEmpty(slot, { bytes }) {
       mkdirSync(slots, { recursive: true, mode: 0o700 });
-      return makeSparse(path.join(slots, slot), bytes, 0o600);
+      const empty = saved(path.join('slots', slot));
+      makeSparse(empty.host, bytes, 0o600);
+      return empty.inside;
     },
     fill: async (_slot, file) => file,
     clear: () => {},
@@ -79,11 +93,11 @@ export function openPlace(directory: string, options?: Omit<OpenPlaceOptions, 'd
     },
     admit: () => {},
     start(args) {
-      const { program = '', id = '' } = options ?? {};
       return startHelper({
         ...{ program, directory, logName, title: firecrackerTitle },
         args: ['--id', id, '--api-sock', apiSocket.inside, ...args],
         hint: 'install Firecracker, or set vm.vmm = "qemu"',
+        ...(portable ? { workingDirectory: directory } : {}),
       });
     },
     async [Symbol.asyncDispose]() {

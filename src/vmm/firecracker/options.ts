@@ -1,0 +1,34 @@
+import type { Logger } from '../../observe/logger.ts';
+import { type HostDevices, hostDevices } from '../host-devices.ts';
+import type { DiskLimits } from './drives.ts';
+import { type JailHost, jailHost } from './jail.ts';
+import type { UidRange } from './jail-uids.ts';
+
+export interface FirecrackerOptions {
+  /** Program name or path. */
+  readonly firecracker: string;
+  /**
+   * Asked at each start. Undefined starts it on the host as it is: as this user, confined by its own seccomp filter alone.
+   */
+  readonly jail: () => JailSettings | undefined;
+  readonly diskLimits: DiskLimits;
+  /** Guest memory in pages of 2 MiB from the host's pool. */
+  readonly hugePages: boolean;
+  /** Gets Firecracker's own log, and its failures. */
+  readonly logger: Logger;
+}
+
+export interface JailSettings {
+  /** Absolute path of the jailer. */
+  readonly jailer: string;
+  /** What user ids its VMs may have. */
+  readonly uids: UidRange;
+}
+
+/** The host that VMs run on. Another one is for tests. */
+export interface FirecrackerHost {
+  readonly devices: HostDevices;
+  readonly jails: JailHost;
+}
+
+export const thisHost: FirecrackerHost = { devices: hostDevices, jails: jailHost };

@@ -1,0 +1,165 @@
+import { KilnError } from '../../errors.ts';
+import type { HelperProcess } from '../../host/helper-process.ts';
+import { findProgram } from '../../host/program.ts';
+import { requireSocketPath } from '../../host/unix-socket.ts';
+import { requireGuestFiles } from '../guest-files.ts';
+import type { HostDevices } from '../host-devices.ts';
+import { hostSocketFor } from '../hybrid-vsock.ts';
+import { kvmProblem } from '../kvm.ts';
+import { AwaitedSocket } from '../socket-file.ts';
+import { agentPort, type VmConfig } from '../vmm.ts';
+import { listenForAgent } from './agent-call.ts';
+import { FirecrackerApi } from './api.ts';
+import { requireHugePages } from './huge-pages.ts';
+import { makeJail } from './jail.ts';
+import type { CgroupLimits } from './jail-cgroup.ts';
+import type { FirecrackerHost, FirecrackerOptions } from './options.ts';
+import { firecrackerTitle, openPlace, type Place } from './place.ts';
+import { holdSocket } from './socket-path.ts';
+import { Telemetry } from './telemetry.ts';
+import { requireSupportedVersion } from './version.ts';
+import { describeFirecrackerExit, type FirecrackerParts, withExitCode } from './vm.ts';
+
+/** How long Firecracker may take until the guest runs: tens of milliseconds in fact, so this only bounds a wrong program. */
+const startLimitMs = 30_000;
+
+/** firecracker.yaml, MachineConfiguration. */
+const maxVcpus = 32;
+
+export interface Start {
+  readonly options: FirecrackerOptions;
+  readonly host: FirecrackerHost;
+  readonly config: VmConfig;
+  /** Whether what Firecracker is told holds in the place of another VM, too: paths in its snapshots are those that it was told. */
+  readonly portable?: boolean;
+  /** What is being done, for errors: "at start". */
+  readonly when: string;
+}
+
+/** A Firecracker that takes requests, and has got none yet. */
+export interface Started {
+  readonly api: FirecrackerApi;
+  readonly place: Place;
+  /** Firecracker's. */
+  readonly version: string;
+  /** Aborts what takes too long, and what nobody wants any more. */
+  readonly signal: AbortSignal;
+}
+
+/**
+ * Starts Firecracker in a place of its own, where the agent's call is awaited already, and takes the steps that make its
+ * VM run. On failure nothing is left, and an error that is Firecracker's end carries its exit and its own last words.
+ *
+ * @throws KilnError failed-precondition where the host, the guest's files, the programs or the paths do not allow it;
+ *   resource-exhausted without enough huge pages or user ids; internal when Firecracker refuses, or ends; deadline-exceeded
+ */
+export async function startFirecracker(
+  { options, host, config, portable = false, when }: Start,
+  steps: (started: Started) => Promise<void>,
+  signal: AbortSignal,
+): Promise<FirecrackerParts> {
+  requireGuestFiles(config);
+  requireHost(config, host.devices);
+  if (options.hugePages) requireHugePages(config, host.devices);
+  signal.throwIfAborted();
+  await using stack = new AsyncDisposableStack();
+  const place = stack.use(await placeFor(options, host, config, portable));
+  const agentSocket = hostSocketFor(place.vsock.host, agentPort);
+  for (const socket of [place.apiSocket.host, place.vsock.host, agentSocket]) requireSocketPath(socket);
+  const { telemetry, args } = Telemetry.begin(place, options.logger);
+  stack.use(telemetry);
+  const agent = stack.use(await listenForAgent(place));
+  using awaited = new AwaitedSocket(place.apiSocket.host);
+  const limit = AbortSignal.timeout(startLimitMs);
+  const either = AbortSignal.any([signal, limit]);
+  const firecracker = stack.use(await place.start(args, either));
+  const api = await whileItStarts({ firecracker, telemetry, when }, { signal, limit }, async (ended) => {
+    await awaited.answering(either, ended);
+    const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
+    const version = await api.version(either);
+    requireSupportedVersion(version);
+    await steps({ api, place, version, signal: either });
+    return api;
+  });
+  return { firecracker, api, place, telemetry, agent, resources: stack.move() };
+}
+
+function requireHost({ vcpus }: VmConfig, devices: HostDevices): void {
+  const problem = kvmProblem(devices);
+  if (problem !== undefined) {
+    throw new KilnError('failed-precondition', `Firecracker needs hardware KVM, but ${problem}`, {
+      hint: 'load the KVM module, or set vm.vmm = "qemu" in the config file',
+    });
+  }
+  if (vcpus > maxVcpus) {
+    throw new KilnError('failed-precondition', `${vcpus} vCPUs are more than Firecracker's ${maxVcpus}`);
+  }
+}
+
+async function placeFor(
+  { firecracker, jail: jailFor }: FirecrackerOptions,
+  { jails }: FirecrackerHost,
+  config: VmConfig,
+  portable: boolean,
+): Promise<Place> {
+  const id = vmId(config.id);
+  const { directory } = config;
+  const jail = jailFor();
+  // A jail is portable anyway.
+  if (jail === undefined) return openPlace(directory, { program: firecracker, id, portable });
+  const program = findProgram(firecracker);
+  if (program === undefined) {
+    throw new KilnError('failed-precondition', `cannot run ${firecrackerTitle} "${firecracker}": no such program`, {
+      hint: 'install Firecracker, or set vm.vmm = "qemu"',
+    });
+  }
+  return makeJail({ ...jail, program, id, directory, limits: limitsOf(config) }, jails);
+}
+
+/**
+ * What a VM may take of the host at the most, so that one that was taken over takes no more. Beside the guest's memory that
+ * is the page cache of its disks and KVM's page tables; beside its CPUs' threads a few of Firecracker's and the kernel's.
+ */
+function limitsOf({ memoryMib, vcpus }: VmConfig): CgroupLimits {
+  return { memoryBytes: (memoryMib + Math.ceil(memoryMib / 16) + 512) * 2 ** 20, pids: vcpus + 16 };
+}
+
+/** Runs the steps of a start. A failure that is Firecracker's end carries its exit and its own last words. */
+async function whileItStarts<T>(
+  {
+    firecracker,
+    telemetry,
+    when,
+  }: { readonly firecracker: HelperProcess; readonly telemetry: Telemetry; readonly when: string },
+  { signal, limit }: { readonly signal: AbortSignal; readonly limit: AbortSignal },
+  steps: (ended: Promise<never>) => Promise<T>,
+): Promise<T> {
+  const words = () => [firecracker.lastWords(), telemetry.log.lastWords()].filter((each) => each !== '').join('; ');
+  const ended = firecracker.exited.then((exit) => {
+    telemetry.end();
+    const how = `Firecracker ended ${when} ${describeFirecrackerExit(withExitCode(exit, telemetry))}`;
+    throw new KilnError('internal', `${how}: ${words()}`);
+  });
+  ended.catch(() => {});
+  try {
+    return await steps(ended);
+  } catch (error) {
+    if (signal.aborted) throw error;
+    if (limit.aborted) {
+      const message = `Firecracker did not start a VM in ${startLimitMs / 1000} s: ${words()}`;
+      throw new KilnError('deadline-exceeded', message);
+    }
+    // Its connection breaks a moment before it has exited, and its exit says more.
+    if (error instanceof KilnError && error.code === 'unavailable') await Promise.race([ended, limitEnd(limit)]);
+    throw error;
+  }
+}
+
+function limitEnd(limit: AbortSignal): Promise<void> {
+  return new Promise((resolve) => limit.addEventListener('abort', () => resolve(), { once: true }));
+}
+
+/** Firecracker's --id: 1 to 64 letters, digits and `-` (src/utils/src/validators.rs). It is only shown. */
+function vmId(id: string): string {
+  return id.replace(/[^A-Za-z0-9-]/g, '-').slice(0, 64);
+}

@@ -108,8 +108,8 @@ export interface TemplateDriver {
    */
   boot(config: VmConfig, template: string, signal: AbortSignal): Promise<SavableVm>;
   /**
-   * Starts a clone, which has not run since it was saved: its agent waits for the host's call. `config` is the
-   * template's, but for id and directory. Fails as `Vmm.boot` does, also for files that are no template.
+   * Starts a clone, which has not run since it was saved: its agent waits for the host's first words, or calls again.
+   * `config` is the template's, but for id and directory. Fails as `Vmm.boot` does, also for files that are no template.
    */
   restore(config: VmConfig, template: string, signal: AbortSignal): Promise<Vm>;
 }

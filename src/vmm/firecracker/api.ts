@@ -43,7 +43,27 @@ export interface FirecrackerRequests {
   };
   'PUT /entropy': Readonly<Record<string, never>>;
   'PUT /actions': { readonly action_type: 'InstanceStart' };
+  'PATCH /vm': { readonly state: 'Paused' };
+  /** Of a paused VM. */
+  'PUT /snapshot/create': {
+    readonly snapshot_type: 'Full';
+    readonly snapshot_path: string;
+    readonly mem_file_path: string;
+  };
+  /** Before anything is configured. `vsock_override` since 1.16. */
+  'PUT /snapshot/load': {
+    readonly snapshot_path: string;
+    /** "File": mapped privately. */
+    readonly mem_backend: { readonly backend_type: 'File'; readonly backend_path: string };
+    readonly resume_vm: true;
+    readonly vsock_override?: { readonly uds_path: string };
+  };
 }
+
+/** A request and its body. */
+export type FirecrackerRequest = {
+  [Name in keyof FirecrackerRequests]: readonly [name: Name, body: FirecrackerRequests[Name]];
+}[keyof FirecrackerRequests];
 
 /** Of bytes, and of requests. A bucket that is missing does not limit. */
 export interface RateLimiter {

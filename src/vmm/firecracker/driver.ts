@@ -12,16 +12,19 @@ import { parseFirecrackerRecord } from './record.ts';
 import { holdSocket } from './socket-path.ts';
 import { startFirecracker } from './start.ts';
 import { Telemetry } from './telemetry.ts';
+import { templatesOf } from './templates.ts';
 import { FirecrackerVm } from './vm.ts';
 
 export type { FirecrackerHost, FirecrackerOptions, JailSettings } from './options.ts';
 
 /** @param host another one than this, for tests */
 export function createFirecracker(options: FirecrackerOptions, host: FirecrackerHost = thisHost): Vmm {
+  const templates = templatesOf(options, host);
   return {
     name: 'firecracker',
     boot: (config, signal) => bootFirecracker(options, host, config, signal),
     adopt: (record, directory, signal) => adoptFirecracker({ ...host, ...options }, record, directory, signal),
+    ...(templates === undefined ? {} : { templates }),
   };
 }
 

@@ -35,14 +35,26 @@ export interface DiskLimits {
   readonly opsPerS: number;
 }
 
-/** The guest image, first so that the guest finds it as /dev/vda, and an empty file per slot, which is made. */
-export async function makeDrives(guestImage: string, place: Place, limits: DiskLimits): Promise<Drive[]> {
-  const slots = [...readOnlySlots, ...writableSlots].map((slot) => {
-    const readOnly = isReadOnly(slot);
-    const file = place.makeEmpty(slot, { bytes: emptySlotBytes, readOnly });
-    return { ...drive(slot, file, readOnly), ...limiterOf(limits) };
-  });
-  return [drive('guest', await place.show('guest', guestImage), true), ...slots];
+/** The guest image's, first so that the guest finds it as /dev/vda, and one per slot. */
+export const driveNames: readonly (SlotName | 'guest')[] = ['guest', ...readOnlySlots, ...writableSlots];
+
+/** Each drive's file, by its path for Firecracker. */
+export type DrivePaths = ReadonlyMap<SlotName | 'guest', string>;
+
+/** Shows the guest image, and makes an empty file per slot. */
+export async function makeDriveFiles(guestImage: string, place: Place): Promise<DrivePaths> {
+  const paths = new Map<SlotName | 'guest', string>([['guest', await place.show('guest', guestImage)]]);
+  for (const slot of [...readOnlySlots, ...writableSlots]) {
+    paths.set(slot, place.makeEmpty(slot, { bytes: emptySlotBytes, readOnly: isReadOnly(slot) }));
+  }
+  return paths;
+}
+
+/** @param limits of each slot's drive */
+export function drivesAt(paths: DrivePaths, limits: DiskLimits): Drive[] {
+  return [...paths].map(([name, file]) =>
+    name === 'guest' ? drive(name, file, true) : { ...drive(name, file, isReadOnly(name)), ...limiterOf(limits) },
+  );
 }
 
 /** Firecracker looks at a limiter each 100 ms, so a second's worth at once is as fine as need be. */

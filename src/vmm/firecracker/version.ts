@@ -34,6 +34,16 @@ export function requireSupportedVersion(version: string): void {
   });
 }
 
+/** Guests that were restored by it could not call their host: CHANGELOG.md, 1.16.1, #5958. */
+const lostCalls = /^1\.16\.0\b/;
+
+/** Throws `failed-precondition` for a Firecracker whose restored VMs are not reached. */
+export function requireVersionWithTemplates(version: string): void {
+  if (!lostCalls.test(version)) return;
+  const message = `Firecracker ${version} loses the calls of restored guests, so there are no templates with it`;
+  throw new KilnError('failed-precondition', message, { hint: 'install version 1.16.1 or newer, or 1.15' });
+}
+
 const known = new Map<string, string>();
 
 /**

@@ -1,9 +1,10 @@
 import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
 import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
+import { abortable } from '../abortable.ts';
 import type { FirstConnection } from '../channel.ts';
 import { DriveSlots } from '../drive-slots.ts';
-import type { SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
+import type { SavableVm, SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
 import type { FirecrackerApi } from './api.ts';
 import { isReadOnly, serialOf } from './drives.ts';
 import type { Place } from './place.ts';
@@ -130,5 +131,28 @@ export class FirecrackerVm implements Vm {
 
   [Symbol.asyncDispose](): Promise<void> {
     return this.kill();
+  }
+}
+
+/** A VM that can become a template. */
+export class SavableFirecrackerVm extends FirecrackerVm implements SavableVm {
+  readonly #save: (signal: AbortSignal) => Promise<void>;
+
+  /** @param save pauses the VM, and writes its files */
+  constructor(parts: FirecrackerParts, save: (signal: AbortSignal) => Promise<void>) {
+    super(parts);
+    this.#save = save;
+  }
+
+  async save(signal: AbortSignal): Promise<void> {
+    try {
+      await this.#save(signal);
+    } catch (error) {
+      if (!(error instanceof KilnError && error.code === 'unavailable')) throw error;
+      // Its connection breaks a moment before it has exited, and its exit says more.
+      const exit = await abortable(this.wait(), signal);
+      const how = exit.guestStopped ? 'the guest stopped' : `Firecracker ended ${describeFirecrackerExit(exit)}`;
+      throw new KilnError('unavailable', `${how} while the VM was saved`, { cause: error });
+    }
   }
 }

@@ -54,6 +54,16 @@ export class Workspace implements Disposable {
     }
   }
 
+  /** Resolves when there is a file of that name that has such a text in it. */
+  async hasLine(name: string, text: string): Promise<void> {
+    const watcher = watch(this.folder);
+    try {
+      while (!(this.has(name) && readFileSync(this.path(name), 'utf8').includes(text))) await once(watcher, 'change');
+    } finally {
+      watcher.close();
+    }
+  }
+
   program(name: string, source: string): string {
     chmodSync(this.file(name, source), 0o755);
     return this.path(name);

@@ -8,6 +8,9 @@
  * - configuration comes before the start, PATCH /drives after it, InstanceStart once (src/vmm/src/rpc_interface.rs);
  * - PUT /vsock binds `uds_path`, which must not exist; a guest's call to port P arrives at `<uds_path>_P`, and
  *   "CONNECT P\n" must come in one piece (docs/vsock.md; src/vmm/src/devices/virtio/vsock/unix/muxer.rs);
+ * - PUT /snapshot/create takes a paused VM, and PUT /snapshot/load a Firecracker that was told nothing of a VM yet; a load
+ *   that fails is answered, and ends it (docs/snapshotting/snapshot-support.md; src/vmm/src/rpc_interface.rs, boot_path). The
+ *   files are in fake-snapshot.ts. A guest that was restored has lost its connections (docs/vsock.md), and calls again;
  * - under a jailer, which says so by --parent-cpu-time-us, every path is one below its root directory (docs/jailer.md);
  * - the log and the metrics go to FIFOs that are there, and what does not fit is lost (src/vmm/src/utils/mod.rs,
  *   open_file_nonblock); the form of a log line is that of --show-level (src/vmm/src/logger/logging.rs), metrics are written at
@@ -18,6 +21,7 @@ import { appendFileSync, constants, existsSync, openSync, writeSync } from 'node
 import http from 'node:http';
 import net from 'node:net';
 import { z } from 'zod';
+import { readSnapshot, type Saved, writeSnapshot } from './fake-snapshot.ts';
 
 const jailed = process.argv.includes('--parent-cpu-time-us');
 
@@ -71,8 +75,31 @@ const bodies: Readonly<Record<string, z.ZodType>> = {
     free_page_hinting: z.boolean().optional(),
   }),
   'PUT /entropy': z.strictObject({}),
+  'PATCH /vm': z.strictObject({ state: z.enum(['Paused', 'Resumed']) }),
+  'PUT /snapshot/create': z.strictObject({
+    snapshot_type: z.enum(['Full', 'Diff']).optional(),
+    snapshot_path: z.string(),
+    mem_file_path: z.string(),
+  }),
+  'PUT /snapshot/load': z.strictObject({
+    snapshot_path: z.string(),
+    mem_backend: z.strictObject({ backend_type: z.enum(['File', 'Uffd']), backend_path: z.string() }),
+    resume_vm: z.boolean().optional(),
+    track_dirty_pages: z.boolean().optional(),
+    vsock_override: z.strictObject({ uds_path: z.string() }).optional(),
+    clock_realtime: z.boolean().optional(),
+  }),
   'PUT /actions': z.strictObject({ action_type: z.enum(['InstanceStart', 'FlushMetrics', 'SendCtrlAltDel']) }),
 };
+
+/** What a request may not have, of the versions before the one that brought it: CHANGELOG.md. */
+const fieldsSince: Readonly<Record<string, Readonly<Record<string, number>>>> = {
+  'PUT /balloon': { free_page_reporting: 14 },
+  'PUT /snapshot/load': { vsock_override: 16, clock_realtime: 16 },
+};
+
+/** src/vmm/src/rpc_interface.rs: after one of these no snapshot is loaded (boot_path). */
+const configuresVm = /^PUT \/(machine-config|boot-source|drives|vsock|balloon|entropy)$/;
 
 /** v1.16 src/firecracker/src/main.rs; each is there since 1.13. */
 const flags = new Set(
@@ -81,7 +108,15 @@ const flags = new Set(
   ),
 );
 
-class Refusal extends Error {}
+class Refusal extends Error {
+  /** Firecracker ends when it has said so. */
+  readonly isFatal: boolean;
+
+  constructor(message: string, isFatal = false) {
+    super(message);
+    this.isFatal = isFatal;
+  }
+}
 
 export function main(mode: string, self: string): void {
   const [name = '', detail = ''] = mode.split('=');
@@ -129,9 +164,13 @@ class Firecracker {
   readonly #mode: string;
   readonly #detail: string;
   readonly #self: string;
-  readonly #drives = new Set<string>();
-  #udsPath: string | undefined;
-  #started = false;
+  /** By id, the path of each one's file. */
+  #drives: Record<string, string> = {};
+  #memoryMib = 0;
+  /** As it was told, and where that is. */
+  #vsock: { readonly told: string; readonly at: string } | undefined;
+  #state: 'Not started' | 'Running' | 'Paused' = 'Not started';
+  #configured = false;
 
   constructor(mode: string, detail: string, self: string) {
     this.#mode = mode;
@@ -168,6 +207,7 @@ class Firecracker {
       reply(answer === undefined ? 204 : 200, answer);
     } catch (error) {
       if (!(error instanceof Refusal)) throw error;
+      if (error.isFatal) response.on('finish', () => end(error.message, 1));
       reply(400, { fault_message: error.message });
     }
   }
@@ -179,28 +219,68 @@ class Firecracker {
   /** The body of the answer, if it has one. */
   #act(method: string, url: string, body: unknown): object | undefined {
     if (method === 'GET' && url === '/version') return { firecracker_version: this.#version };
-    if (method === 'GET' && url === '/') return { state: this.#started ? 'Running' : 'Not started', id: 'x' };
-    const [, resource = '', id] = url.split('/');
+    if (method === 'GET' && url === '/') return { state: this.#state, id: 'x' };
+    const [, resource = '', id] = url.startsWith('/snapshot/') ? ['', url.slice(1)] : url.split('/');
     const name = `${method} /${resource}`;
     const fields = this.#fieldsOf(name, id, body);
-    if (name === 'PUT /drives') this.#drives.add(id ?? '');
-    else if (name === 'PATCH /drives' && !this.#drives.has(id ?? '')) throw new Refusal(`Invalid device ID: ${id}`);
+    if (configuresVm.test(name)) this.#configured = true;
+    if (name === 'PUT /machine-config') this.#memoryMib = Number(fields.mem_size_mib);
+    else if (name === 'PUT /drives') this.#drives[id ?? ''] = fields.path_on_host ?? '';
+    else if (name === 'PATCH /drives') this.#swap(id ?? '', fields.path_on_host ?? '');
     else if (name === 'PUT /vsock') this.#bindVsock(fields.uds_path ?? '');
     else if (name === 'PUT /actions') this.#start();
+    else if (name === 'PATCH /vm') this.#state = fields.state === 'Paused' ? 'Paused' : 'Running';
+    else if (name === 'PUT /snapshot/create') this.#save(body as SnapshotPaths);
+    else if (name === 'PUT /snapshot/load') this.#load(body as LoadRequest);
     return undefined;
+  }
+
+  #swap(id: string, path: string): void {
+    if (this.#drives[id] === undefined) throw new Refusal(`Invalid device ID: ${id}`);
+    this.#drives[id] = path;
+  }
+
+  #save({ snapshot_path: state, mem_file_path: memory }: SnapshotPaths): void {
+    // src/vmm/src/vstate/vcpu.rs: a running vCPU does not answer with its state.
+    if (this.#state !== 'Paused') throw new Refusal('save/restore unavailable while running');
+    const saved = {
+      version: this.#version,
+      memoryMib: this.#memoryMib,
+      drives: this.#drives,
+      vsock: this.#vsock?.told,
+    };
+    writeSnapshot({ state: real(state), memory: real(memory) }, saved);
+  }
+
+  #load(request: LoadRequest): void {
+    const { snapshot_path: state, mem_backend: backend, vsock_override: override, resume_vm: resume } = request;
+    if (this.#configured) {
+      throw new Refusal('Loading a microVM snapshot not allowed after configuring boot-specific resources.', true);
+    }
+    let saved: Saved;
+    try {
+      saved = readSnapshot({ state: real(state), memory: real(backend.backend_path) }, this.#version);
+      for (const path of Object.values(saved.drives)) {
+        if (!existsSync(real(path))) throw new Error(`No such file or directory (os error 2) ${path}`);
+      }
+      const told = override?.uds_path ?? saved.vsock;
+      if (told !== undefined) this.#bindVsock(told);
+    } catch (error) {
+      throw new Refusal(`Load snapshot error: Failed to restore from snapshot: ${(error as Error).message}`, true);
+    }
+    this.#drives = { ...saved.drives };
+    this.#memoryMib = saved.memoryMib;
+    this.#state = resume ? 'Running' : 'Paused';
+    if (resume) this.#call();
   }
 
   /** The body, checked as to its form and its moment. */
   #fieldsOf(name: string, id: string | undefined, body: unknown): Record<string, string> {
     const schema = bodies[name];
     if (schema === undefined) throw new Refusal(`Invalid request method and/or path: ${name}.`);
-    // CHANGELOG.md, 1.14.0: before that the field is unknown.
-    if (
-      name === 'PUT /balloon' &&
-      /^1\.13\./.test(this.#version) &&
-      Object.hasOwn(Object(body), 'free_page_reporting')
-    ) {
-      throw new Refusal('unknown field `free_page_reporting`');
+    const minor = Number(this.#version.split('.')[1]);
+    for (const [field, since] of Object.entries(fieldsSince[name] ?? {})) {
+      if (minor < since && Object.hasOwn(Object(body), field)) throw new Refusal(`unknown field \`${field}\``);
     }
     if (body === undefined) throw new Refusal(`Empty ${name.split(' ')[0]} request.`);
     const result = schema.safeParse(body);
@@ -211,8 +291,9 @@ class Firecracker {
     if (id !== undefined && id !== fields.drive_id) {
       throw new Refusal('The id from the path does not match the id from the body!');
     }
-    if (name.startsWith('PATCH') !== this.#started) {
-      const when = this.#started ? 'after' : 'before';
+    const isStarted = this.#state !== 'Not started';
+    if ((name.startsWith('PATCH') || name === 'PUT /snapshot/create') !== isStarted) {
+      const when = isStarted ? 'after' : 'before';
       throw new Refusal(`The requested operation is not supported ${when} starting the microVM.`);
     }
     return fields;
@@ -221,7 +302,7 @@ class Firecracker {
   #bindVsock(path: string): void {
     const udsPath = real(path);
     if (existsSync(udsPath)) throw new Refusal('Cannot create backend for vsock device: Address in use (os error 98)');
-    this.#udsPath = udsPath;
+    this.#vsock = { told: path, at: udsPath };
     const server = net.createServer((socket) => {
       socket.on('error', () => {});
       socket.once('data', (line) => {
@@ -237,7 +318,7 @@ class Firecracker {
   }
 
   #start(): void {
-    this.#started = true;
+    this.#state = 'Running';
     write(
       '--metrics-path',
       `${JSON.stringify({ utc_timestamp_ms: 1, put_api_requests: { drive_count: 11 }, vsock: { conn_event_fails: 2 } })}\n`,
@@ -248,12 +329,29 @@ class Firecracker {
       process.stdout.write('Kernel panic - not syncing\u001b[2J\r\n');
       write('--log-path', logLine('INFO', 'Firecracker exiting successfully. exit_code=0'));
       setImmediate(() => process.exit(0));
-    } else if (this.#udsPath !== undefined) {
-      // The agent, which dials when it is up.
-      net
-        .connect(`${this.#udsPath}_1024`)
-        .on('error', () => {})
-        .write('hello');
-    }
+    } else this.#call();
   }
+
+  /** What the agent does when it is up, and again at once when its first host has hung up. */
+  #call(again = true): void {
+    if (this.#vsock === undefined) return;
+    const socket = net.connect(`${this.#vsock.at}_1024`).on('error', () => {});
+    socket.write('hello');
+    socket.on('connect', () => {
+      if (again) socket.on('close', () => this.#call(false));
+      socket.resume();
+    });
+  }
+}
+
+interface SnapshotPaths {
+  readonly snapshot_path: string;
+  readonly mem_file_path: string;
+}
+
+interface LoadRequest {
+  readonly snapshot_path: string;
+  readonly mem_backend: { readonly backend_path: string };
+  readonly vsock_override?: { readonly uds_path: string };
+  readonly resume_vm?: boolean;
 }

@@ -1,17 +1,30 @@
 import { spawnSync } from 'node:child_process';
-import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, readlinkSync, statSync } from 'node:fs';
+import {
+  chmodSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  rmSync,
+  statSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs';
+import http from 'node:http';
 import path from 'node:path';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { takeStock } from '../../../src/daemon/earlier.ts';
+import { killProcessesOf } from '../../../src/host/stale.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../src/vmm/firecracker/driver.ts';
 import { clearJail, jailHost } from '../../../src/vmm/firecracker/jail.ts';
 import { uidsOf } from '../../../src/vmm/firecracker/jail-uids.ts';
 import { type HostDevices, hostDevices } from '../../../src/vmm/host-devices.ts';
-import type { Vm, Vmm } from '../../../src/vmm/vmm.ts';
+import type { SavableVm, TemplateDriver, Vm, VmConfig, Vmm } from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
 import { Workspace } from '../../unit/vmm/workspace.ts';
-import { tinyGuest } from './tiny-guest.ts';
+import { tinyGuest, waitingGuest } from './tiny-guest.ts';
 
 /**
  * The real Firecracker, where KILN_FIRECRACKER names it and /dev/kvm opens, whatever is behind that, and the real jailer,
@@ -80,6 +93,168 @@ async function expectGuestsEnd(vmm: Vmm): Promise<void> {
   await vm.kill();
 }
 
+/** A guest that is in the middle of something when it is saved, and goes on when a key is pressed. */
+class TemplateBench {
+  readonly template = workspace.path('template');
+  readonly #vmDirectory = path.join(this.template, 'vm');
+  readonly #driver: TemplateDriver;
+  readonly #config: VmConfig;
+  readonly started: Vm[] = [];
+
+  constructor(vmm: Vmm) {
+    if (vmm.templates === undefined) throw new Error('this Firecracker has no templates');
+    this.#driver = vmm.templates;
+    mkdirSync(this.#vmDirectory, { recursive: true, mode: 0o700 });
+    const kernel = workspace.file('waiting', waitingGuest('before', 'after'));
+    this.#config = { ...workspace.vm(), kernel, initrd: undefined, guestImage: disk('image'), memoryMib: 128 };
+  }
+
+  async boot(): Promise<SavableVm> {
+    const config = { ...this.#config, directory: this.#vmDirectory };
+    const booted = await this.#driver.boot(config, this.template, never);
+    this.started.push(booted);
+    await vi.waitFor(async () => expect(await booted.consoleTail(100)).toBe('before'));
+    return booted;
+  }
+
+  /** As it is when it was made: its VM is gone, with all that it had. */
+  async make(): Promise<void> {
+    const booted = await this.boot();
+    await booted.save(never);
+    await booted.kill();
+    expect(readdirSync(this.#vmDirectory)).toEqual(['vmm.log']);
+    rmSync(this.#vmDirectory, { recursive: true });
+  }
+
+  async restore(name: string): Promise<{ clone: Vm; directory: string }> {
+    const directory = workspace.path(name);
+    mkdirSync(directory, { mode: 0o700 });
+    const clone = await this.#driver.restore({ ...this.#config, id: name, directory }, this.template, never);
+    this.started.push(clone);
+    return { clone, directory };
+  }
+
+  async end(): Promise<void> {
+    for (const each of this.started) await each.kill();
+    await clearJail(this.#vmDirectory, jails());
+  }
+
+  /** The VM that was made by a kilnd which is no more. */
+  get abandoned(): string {
+    return this.#vmDirectory;
+  }
+
+  file(name: string): string {
+    return path.join(this.template, name);
+  }
+}
+
+/** @param socket Firecracker's API */
+async function pressKey(socket: string): Promise<void> {
+  const body = JSON.stringify({ action_type: 'SendCtrlAltDel' });
+  const headers = { 'Content-Length': body.length };
+  await new Promise<void>((resolve, reject) => {
+    const request = http.request({ socketPath: socket, method: 'PUT', path: '/actions', headers, agent: false });
+    request.on('error', reject);
+    request.on('response', (response) => {
+      response.resume();
+      if (response.statusCode === 204) resolve();
+      else reject(new Error(`Firecracker answered ${response.statusCode}`));
+    });
+    request.end(body);
+  });
+}
+
+/** The pages of memory that are a file's, as proc_pid_maps(5) has them: "rw-p" are private. */
+function mappingsOf(pid: number, file: string): string[] {
+  const { ino } = statSync(file);
+  const lines = readFileSync(`/proc/${pid}/maps`, 'utf8').split('\n');
+  return lines.map((line) => line.split(/\s+/)).flatMap(([, how = '', , , inode]) => (inode === `${ino}` ? [how] : []));
+}
+
+interface Clones {
+  readonly vmm: () => Vmm;
+  /** In a VM's directory. */
+  readonly sockets: { readonly api: string; readonly vsock: string };
+  readonly expectNothingLeft: () => void;
+}
+
+/** What holds with a jail and without. */
+function describeTemplates({ vmm, sockets, expectNothingLeft }: Clones): void {
+  let bench: TemplateBench;
+  beforeEach(() => {
+    bench = new TemplateBench(vmm());
+  });
+  afterEach(() => bench.end());
+
+  test('saves a VM, and restores it twice: each goes on where that was, with sockets and disks of its own', async () => {
+    await bench.make();
+    for (const name of ['memory', 'state']) {
+      const { uid, gid, mode } = statSync(bench.file(name));
+      expect({ uid, gid, mode: mode & 0o777 }).toEqual({ uid: 0, gid: 0, mode: 0o600 });
+    }
+    expect(statSync(bench.file('memory')).size).toBe(128 * 2 ** 20);
+    const digest = readFileSync(bench.file('memory'));
+    for (const { clone, directory } of [await bench.restore('one'), await bench.restore('two')]) {
+      for (const socket of [sockets.vsock, `${sockets.vsock}_1024`]) {
+        expect(statSync(path.join(directory, socket)).isSocket()).toBe(true);
+      }
+      expect(new Set(mappingsOf(clone.pid, bench.file('memory')))).toEqual(new Set(['rw-p']));
+      expect(await clone.attachDisk('ro0', disk(`layer-of-${clone.pid}`))).toMatch(/^\d{1,20}$/);
+      expect(await clone.attachDisk('rw1', disk(`disk-of-${clone.pid}`))).toMatch(/^\d{1,20}$/);
+      const called = expect(clone.acceptAgent(never)).rejects.toThrow(
+        'the guest stopped before the agent called; last output:\nafter',
+      );
+      await pressKey(path.join(directory, sockets.api));
+      await called;
+      expect(await clone.wait()).toMatchObject({ code: 0, guestStopped: true, consoleTail: 'after' });
+      await clone.kill();
+      expect(readdirSync(directory)).toEqual(['vmm.log']);
+    }
+    expect(readFileSync(bench.file('memory')).equals(digest)).toBe(true);
+    expectNothingLeft();
+  });
+
+  test('answers the next kilnd for a clone', async () => {
+    await bench.make();
+    const { clone, directory } = await bench.restore('one');
+    await clone.attachDisk('rw0', disk('disk'));
+    const adopted = await vmm().adopt(JSON.parse(JSON.stringify(clone.record())), directory, never);
+    expect(adopted.pid).toBe(clone.pid);
+    await expect(adopted.attachDisk('rw0', disk('disk'))).rejects.toThrow('already has a file');
+    await adopted.attachDisk('rw1', disk('other'));
+    await adopted.kill();
+    // The earlier kilnd would be gone, with its listener.
+    await clone.kill();
+    expect(readdirSync(directory)).toEqual(['vmm.log']);
+    expectNothingLeft();
+  });
+
+  test.each<[string, (file: (name: string) => string) => void]>([
+    ['whose state is none', (file) => writeFileSync(file('state'), 'rubbish')],
+    ['whose state was cut', (file) => truncateSync(file('state'), 5000)],
+    ['whose memory was cut', (file) => truncateSync(file('memory'), 5000)],
+  ])('tells why it restores no template %s, and leaves nothing', async (_which, spoil) => {
+    await bench.make();
+    spoil((name) => bench.file(name));
+    await expect(bench.restore('one')).rejects.toMatchObject({
+      code: 'internal',
+      message: expect.stringMatching(/^Firecracker refused PUT \/snapshot\/load: Load snapshot error: /),
+    });
+    expect(readdirSync(workspace.path('one'))).toEqual(['vmm.log']);
+    expectNothingLeft();
+  });
+
+  test('leaves a VM that is to be saved where a later kilnd finds it', async () => {
+    const booted = await bench.boot();
+    await killProcessesOf(bench.abandoned);
+    await clearJail(bench.abandoned, jails());
+    await booted.wait();
+    rmSync(bench.template, { recursive: true });
+    expectNothingLeft();
+  });
+}
+
 describe.runIf(program !== undefined)('the real Firecracker without a jail', () => {
   test('ends when its guest reboots, with what that has said', async () => {
     await expectGuestsEnd(driver());
@@ -105,6 +280,12 @@ describe.runIf(program !== undefined)('the real Firecracker without a jail', () 
     expect(adopted.pid).toBe(running.pid);
     await adopted.kill();
     expect(workspace.processes()).toEqual([]);
+  });
+
+  describeTemplates({
+    vmm: driver,
+    sockets: { api: 'fc.sock', vsock: 'vsock' },
+    expectNothingLeft: () => expect(workspace.processes()).toEqual([]),
   });
 });
 
@@ -133,6 +314,17 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
     expect(cgroups()).toEqual([]);
     expect(readdirSync(workspace.path('claims'))).toEqual([]);
   };
+
+  describeTemplates({ vmm: jailed, sockets: { api: 'r/api', vsock: 'r/v' }, expectNothingLeft });
+
+  test('has the files of its template no longer than it reads them', async () => {
+    const bench = new TemplateBench(jailed());
+    await bench.make();
+    const { clone } = await bench.restore('one');
+    for (const name of ['memory', 'state']) expect(statSync(`/proc/${clone.pid}/root/files/${name}`).size).toBe(0);
+    await bench.end();
+    expectNothingLeft();
+  });
 
   test('is a user of its own in namespaces and cgroups of its own, with its files below its root', async () => {
     const { pid } = await boot(jailed());

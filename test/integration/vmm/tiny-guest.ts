@@ -1,24 +1,41 @@
 /**
- * A guest of some ten instructions, which any KVM runs that Firecracker runs on: says a word on the serial port, waits a
- * moment, and reboots through the keyboard controller (FAQ.md of Firecracker; osdev's "8042": command 0xFE).
+ * Guests of some ten instructions, which any KVM runs that Firecracker runs on. They say words on the serial port, and reboot
+ * through the keyboard controller (FAQ.md of Firecracker; osdev's "8042": command 0xFE).
  */
 
 /** Where it is loaded: 16 MiB, as Linux is. */
 const address = 0x100_0000;
 const headerBytes = 0x1000;
 
-/** @returns an ELF file as a kernel of x86-64 has to be for the 64-bit boot protocol */
+/** Says a word, waits a moment, and reboots. @returns an ELF file as a kernel of x86-64 has to be for the 64-bit boot protocol */
 export function tinyGuest(word: string): Buffer {
-  const say = [...Buffer.from(`${word}\n`)].flatMap((byte) => [0xb0, byte, 0xee]); // mov $byte, %al; out %al, %dx
-  const code = Buffer.from([
-    ...[0x66, 0xba, 0xf8, 0x03], // mov $0x3f8, %dx: COM1
-    ...say,
+  return kernel([
+    ...say(word),
     // In this time the start is answered: each write to a port nobody has is a round trip to Firecracker.
     ...[0xb9, 0x00, 0x40, 0x00, 0x00], // mov $0x4000, %ecx
     ...[0xe6, 0x80, 0xff, 0xc9, 0x75, 0xfa], // 1: out %al, $0x80; dec %ecx; jnz 1b
+  ]);
+}
+
+/** Says a word, waits until a key is pressed (SendCtrlAltDel of Firecracker's API), says another word, and reboots. */
+export function waitingGuest(word: string, afterwards: string): Buffer {
+  const untilKey = [0xe4, 0x64, 0xa8, 0x01, 0x74, 0xfa]; // 1: in $0x64, %al; test $1, %al; jz 1b
+  return kernel([...say(word), ...untilKey, ...say(afterwards)]);
+}
+
+function say(word: string): number[] {
+  return [
+    ...[0x66, 0xba, 0xf8, 0x03], // mov $0x3f8, %dx: COM1
+    ...[...Buffer.from(`${word}\n`)].flatMap((byte) => [0xb0, byte, 0xee]), // mov $byte, %al; out %al, %dx
+  ];
+}
+
+function kernel(instructions: readonly number[]): Buffer {
+  const reboot = [
     ...[0xb0, 0xfe, 0xe6, 0x64], // mov $0xfe, %al; out %al, $0x64
     ...[0xf4, 0xeb, 0xfd], // 1: hlt; jmp 1b
-  ]);
+  ];
+  const code = Buffer.from([...instructions, ...reboot]);
   return Buffer.concat([header(code.length), code]);
 }
 

@@ -19,8 +19,12 @@ export interface SerialConnection extends FirstConnection {
   open(): void;
 }
 
-/** How long an agent that had a host before may take to answer the next one, in ms; then that hangs up. */
+/**
+ * How long an agent that had a host before may take to answer the next one, in ms; then that hangs up. One whose host was
+ * another kilnd has seen its end, and may just be slow; one whose host was we just now, maybe not.
+ */
 const answerMs = 200;
+const answerAfterRestartMs = 1000;
 
 /** How long the host's end then stays closed, in ms: the agent has to see it. Twice as long each time, to a limit. */
 const firstPauseMs = 50;
@@ -33,6 +37,7 @@ const lastPauseMs = 800;
  */
 export function serialConnection(socketPath: string, { hadHost = false } = {}): SerialConnection {
   const stopped = new AbortController();
+  let patienceMs = hadHost ? answerAfterRestartMs : answerMs;
   /** Opened, and not accepted yet. */
   let waiting: net.Socket | undefined;
   let accepted: net.Socket | undefined;
@@ -60,8 +65,9 @@ export function serialConnection(socketPath: string, { hadHost = false } = {}): 
     async accept(signal) {
       const either = AbortSignal.any([signal, stopped.signal]);
       try {
-        accepted = hadHost ? await hangingUp(session, either) : await session(either);
+        accepted = hadHost ? await hangingUp(session, patienceMs, either) : await session(either);
         hadHost = true;
+        patienceMs = answerMs;
         return accepted;
       } catch (cause) {
         if (signal.aborted || cause instanceof KilnError) throw cause;
@@ -82,10 +88,11 @@ export function serialConnection(socketPath: string, { hadHost = false } = {}): 
  */
 async function hangingUp(
   session: (signal: AbortSignal) => Promise<net.Socket>,
+  patienceMs: number,
   signal: AbortSignal,
 ): Promise<net.Socket> {
   for (let pauseMs = firstPauseMs; ; pauseMs = Math.min(2 * pauseMs, lastPauseMs)) {
-    const limit = AbortSignal.timeout(answerMs + pauseMs);
+    const limit = AbortSignal.timeout(patienceMs + pauseMs);
     try {
       return await session(AbortSignal.any([signal, limit]));
     } catch (error) {

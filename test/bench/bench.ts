@@ -125,6 +125,9 @@ try {
   const json = `${JSON.stringify({ startedAt, machine: facts, ...uses }, null, 2)}\n`;
   const file = `${startedAt.toISOString().slice(0, 19).replaceAll(':', '-')}Z.json`;
   await writeTo(join(projectRoot, 'dist', 'bench'), file, json);
+  // containerd may still be at the end of the last container, for which it would start a kilnd again.
+  await scene.purge();
+  await scene.assertNothingLeft({ within: 20_000 });
 } catch (error) {
   process.exitCode = 1;
   process.stderr.write(`the benchmark failed: ${String(error)}\n${await scene.logs()}\n`);

@@ -75,13 +75,14 @@ export function bars({ title, unit, groups }: BarPlot): string {
     return [rule(x, top - 4, x, y), text(String(tick), { x, y: y + 12, anchor: 'middle' })];
   });
   const axis = text(unit, { x: (left + width - 70) / 2, y: y + 12 + lineHeight, anchor: 'middle' });
-  return svg(y + 2 * lineHeight + margin, [heading(title, margin), ...grid, ...marks, axis]);
+  return svg(title, y + 2 * lineHeight + margin, [heading(title, margin), ...grid, ...marks, axis]);
 }
 
 /** Lines over a common kind of x, a panel for each unit, from top to bottom. */
 export function lines(panels: readonly LinePanel[]): string {
   const step = panelHeight + 6 * lineHeight;
   return svg(
+    panels.map(({ title }) => title).join('; '),
     panels.length * step + margin,
     panels.flatMap((panel, index) => drawPanel(panel, margin + index * step)),
   );
@@ -177,8 +178,9 @@ function heading(words: string, y: number): string {
 }
 
 /** Text is placed by its middle. As an image, an SVG has no colour around it: then it is the style's. */
-function svg(height: number, parts: readonly string[]): string {
+function svg(title: string, height: number, parts: readonly string[]): string {
   return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${Math.ceil(height)}" width="${width}" height="${Math.ceil(height)}" font-family="system-ui, sans-serif" font-size="13" fill="currentColor">
+<title>${escapeXml(title)}</title>
 <style>svg:root { color: #333; } @media (prefers-color-scheme: dark) { svg:root { color: #ddd; } } text { dominant-baseline: central; }</style>
 ${parts.join('\n')}
 </svg>

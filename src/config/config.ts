@@ -23,6 +23,8 @@ export interface KilnConfig {
     readonly kernel: string;
     /** Absolute path of an initrd that replaces the one belonging to the kernel. */
     readonly initrd: string | undefined;
+    /** Network cards that each virtual machine has: as many interfaces can a container have. */
+    readonly networkCards: number;
     /** Seconds from spawning the VMM until the agent must have connected. */
     readonly bootTimeoutS: number;
     readonly accelerator: 'auto' | 'kvm' | 'tcg';
@@ -176,6 +178,7 @@ function toConfig({ vm, template, pool, storage, daemon }: ConfigFile): KilnConf
       vcpus: vm.vcpus,
       kernel: vm.kernel,
       initrd: vm.initrd,
+      networkCards: vm.network_cards,
       bootTimeoutS: vm.boot_timeout_s,
       accelerator: vm.accelerator,
       qemu: vm.qemu,

@@ -50,6 +50,7 @@ const vm = z.strictObject({
     .default('default')
     .describe('"default", "minimal" or the absolute path of a kernel'),
   initrd: absolutePath.optional().describe('an absolute path'),
+  network_cards: z.int().min(0).max(4).default(2).describe('an integer from 0 to 4'),
   boot_timeout_s: z.int().min(1).max(3600).default(60).describe('an integer from 1 to 3600 (seconds)'),
   accelerator: z.enum(['auto', 'kvm', 'tcg']).default('auto').describe('"auto", "kvm" or "tcg"'),
   qemu: program('qemu-system-x86_64'),

@@ -84,8 +84,8 @@ export async function createContainer(
 export async function keepPool({ host, load }: Installation, logger: Logger): Promise<void> {
   try {
     const { config, paths } = load();
-    const { memoryMib, vcpus, bootTimeoutS } = config.vm;
-    const shape = { memoryMib, vcpus, ...guestFiles(config, paths) };
+    const { memoryMib, vcpus, networkCards, bootTimeoutS } = config.vm;
+    const shape = { memoryMib, vcpus, networkCards, ...guestFiles(config, paths) };
     const request = { vmm: await selectVmm(config, logger), shape, bootTimeoutMs: bootTimeoutS * 1000 };
     const template = await host.templates.provide(request, new AbortController().signal);
     if (template === undefined) logger.warn('there is no pool: virtual machines cannot be restored from a template');

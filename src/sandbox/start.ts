@@ -9,7 +9,7 @@ export async function startSandbox(
   signal: AbortSignal,
 ): Promise<Sandbox> {
   const { id, directory, memoryMib, vcpus, files, vmm, timeline, logger, config } = request;
-  const shape = { memoryMib, vcpus, ...files };
+  const shape = { memoryMib, vcpus, networkCards: config.vm.networkCards, ...files };
   const bootTimeoutMs = config.vm.bootTimeoutS * 1000;
   const options: SandboxOptions = {
     vmm,

@@ -29,7 +29,7 @@ export function hostFacts(cpuinfo = '/proc/cpuinfo'): HostFacts {
  * @throws KilnError failed-precondition without the VMM's program, or a system error without one of the guest's files
  */
 export function templateParts(driver: TemplateDriver, shape: VmShape, host: HostFacts = hostFacts()) {
-  const { kernel, initrd, guestImage, memoryMib, vcpus } = shape;
+  const { kernel, initrd, guestImage, memoryMib, vcpus, networkCards } = shape;
   return {
     format: formatVersion,
     kiln: kilnVersion,
@@ -39,6 +39,7 @@ export function templateParts(driver: TemplateDriver, shape: VmShape, host: Host
     guestImage: fileIdentity(guestImage),
     memoryMib,
     vcpus,
+    networkCards,
     host,
   };
 }

@@ -12,6 +12,9 @@ export type SlotName = `ro${number}` | `rw${number}`;
 export const readOnlySlots: readonly SlotName[] = ['ro0', 'ro1', 'ro2', 'ro3', 'ro4', 'ro5', 'ro6', 'ro7'];
 export const writableSlots: readonly SlotName[] = ['rw0', 'rw1'];
 
+/** The vsock port that the guest dials for its files, unless the kernel's command line says `kiln.files_port=`. */
+export const filesPort = 9000;
+
 /** The vsock port on which the host awaits the agent's call, unless the kernel's command line says `kiln.agent_port=`. */
 export const agentPort = 1024;
 
@@ -28,6 +31,23 @@ export interface VmConfig {
   readonly initrd: string | undefined;
   /** The read-only erofs image with the agent. */
   readonly guestImage: string;
+  /** Network cards that the VM has from its start, without a network: 0 to `maxNetworkCards`. */
+  readonly networkCards: number;
+}
+
+export const maxNetworkCards = 4;
+
+/** A network card, and the tap device that is the host's end of it. */
+export interface NetworkCard {
+  /** By which the guest finds the card: the same in every VM, so the guest takes another one over before it is used. */
+  readonly mac: string;
+  /** Its name in the namespace where the VMM was started, until it is moved to another one. It is down. */
+  readonly tap: string;
+}
+
+/** The MAC of a VM's nth card: a local address, whose last bytes are "kiln" and the number. */
+export function cardMac(index: number): string {
+  return `02:6b:69:6c:6e:${index.toString(16).padStart(2, '0')}`;
 }
 
 /** What all clones of a template have in common. */
@@ -45,6 +65,7 @@ export interface VmExit {
 
 /** What a later kilnd needs to find a VM again: JSON, and nobody's business but the driver's. */
 export type VmRecord = Readonly<Record<string, unknown>>;
+
 /** How a VM's memory can grow while it runs. */
 export interface MemoryGrowth {
   /** The most that the VM can have, in MiB. */
@@ -58,6 +79,8 @@ export interface Vm extends AsyncDisposable {
   readonly pid: number;
   /** The VM as it is now, for `Vmm.adopt`. */
   record(): VmRecord;
+  /** One per network card. */
+  readonly nics: readonly NetworkCard[];
   /** Null where the VM keeps the memory that it was booted with. */
   readonly memoryGrowth: MemoryGrowth | null;
   /**
@@ -67,11 +90,24 @@ export interface Vm extends AsyncDisposable {
    */
   acceptAgent(signal: AbortSignal): Promise<net.Socket>;
   /**
+   * The host's end of the guest's file channel, as a non-blocking, close-on-exec descriptor, which is the caller's. Over
+   * vsock this is a connection that the guest dials, over virtio-serial the one byte stream there is, whether or not anybody
+   * is at its other end. It may be called again when an earlier one has been closed.
+   * Rejects with `unavailable` when the VM ends first, with the signal's reason when that aborts, or with `unimplemented`.
+   */
+  acceptFiles(signal: AbortSignal): Promise<number>;
+  /**
    * Puts a file behind a slot, and returns the serial by which the guest knows that disk (at most 20 characters).
    * Precondition: the slot is empty. The guest sees the new content at its next read.
    * Throws `failed-precondition` for a slot in use, `internal` with the VMM's words otherwise.
    */
   attachDisk(slot: SlotName, file: string): Promise<string>;
+  /**
+   * Takes the file from behind a slot, which is empty then as it was at the VM's start, and can get another one. The guest
+   * must have unmounted the disk. An empty slot is none of an error.
+   * Throws `internal` with the VMM's words; `unimplemented` where a slot cannot be emptied.
+   */
+  detachDisk(slot: SlotName): Promise<void>;
   /** Resolves when nobody can reach the agent any more although the VM lives on; else never. */
   readonly channelLost: Promise<void>;
   /** Resolves when the VM has ended, for whatever reason; never rejects. */

@@ -4,7 +4,7 @@ import { describeExit, type HelperProcess, type ProcessExit } from '../../host/h
 import { abortable } from '../abortable.ts';
 import type { FirstConnection } from '../channel.ts';
 import { DriveSlots } from '../drive-slots.ts';
-import type { SavableVm, SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
+import type { NetworkCard, SavableVm, SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
 import type { FirecrackerApi } from './api.ts';
 import { isReadOnly, serialOf } from './drives.ts';
 import type { Place } from './place.ts';
@@ -54,6 +54,7 @@ export interface FirecrackerParts {
 
 export class FirecrackerVm implements Vm {
   readonly pid: number;
+  readonly nics: readonly NetworkCard[] = [];
   readonly memoryGrowth = null;
   /** Firecracker is itself the other end of the guest's vsock. */
   readonly channelLost = new Promise<never>(() => {});
@@ -100,6 +101,10 @@ export class FirecrackerVm implements Vm {
     );
   }
 
+  acceptFiles(): Promise<number> {
+    return Promise.reject(new KilnError('unimplemented', 'this VM has no file channel'));
+  }
+
   attachDisk(slot: SlotName, file: string): Promise<string> {
     return this.#slots.fill(slot, file, async () => {
       const { api, place } = this.#parts;
@@ -113,6 +118,10 @@ export class FirecrackerVm implements Vm {
       }
       return serial;
     });
+  }
+
+  detachDisk(slot: SlotName): Promise<void> {
+    return Promise.reject(new KilnError('unimplemented', `drive slot ${slot} of this VM cannot be emptied`));
   }
 
   wait(): Promise<VmExit> {

@@ -3,7 +3,7 @@ import { KilnError } from '../../errors.ts';
 import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
 import type { FirstConnection } from '../channel.ts';
 import { DriveSlots } from '../drive-slots.ts';
-import type { SavableVm, SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
+import type { NetworkCard, SavableVm, SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
 import { slotNode } from './command-line.ts';
 import { GuestConsole } from './console.ts';
 import { saveState } from './migration.ts';
@@ -33,6 +33,7 @@ export interface QemuParts {
 
 export class QemuVm implements Vm {
   readonly pid: number;
+  readonly nics: readonly NetworkCard[] = [];
   readonly memoryGrowth = null;
   readonly channelLost: Promise<void>;
   readonly #parts: QemuParts;
@@ -134,6 +135,10 @@ export class QemuVm implements Vm {
     await qmp.execute('query-status').catch(() => this.#exit.then(() => new Promise<never>(() => {})));
   }
 
+  acceptFiles(): Promise<number> {
+    return Promise.reject(new KilnError('unimplemented', 'this VM has no file channel'));
+  }
+
   /** The serial is the slot's name, whatever file is behind it. */
   attachDisk(slot: SlotName, file: string): Promise<string> {
     return this.#slots.fill(slot, file, async () => {
@@ -155,6 +160,10 @@ export class QemuVm implements Vm {
       await qmp.execute('blockdev-del', { 'node-name': node }).catch(() => {});
       throw error;
     }
+  }
+
+  detachDisk(slot: SlotName): Promise<void> {
+    return Promise.reject(new KilnError('unimplemented', `drive slot ${slot} of this VM cannot be emptied`));
   }
 
   wait(): Promise<VmExit> {

@@ -15,6 +15,7 @@ const guestDir = process.env.KILN_GUEST_DIR ?? path.join(projectRoot, 'dist/gues
 const shape = {
   memoryMib: 256,
   vcpus: 1,
+  networkCards: 0,
   kernel: path.join(guestDir, 'vmlinux'),
   initrd: path.join(guestDir, 'initrd'),
   guestImage: path.join(guestDir, 'guest.erofs'),

@@ -43,7 +43,7 @@ const never = new AbortController().signal;
 
 async function boot(config: Partial<VmConfig> = {}, changed: Partial<QemuOptions> = {}): Promise<Vm> {
   const vm = await createQemu({ ...options, ...changed }).boot(
-    { id: 'one', directory: workspace.sandbox, memoryMib: 256, vcpus: 1, ...guest, ...config },
+    { id: 'one', directory: workspace.sandbox, memoryMib: 256, vcpus: 1, networkCards: 0, ...guest, ...config },
     never,
   );
   vms.push(vm);
@@ -108,7 +108,7 @@ describe('a guest in QEMU', () => {
     const listener = stack.use(await listenHybrid(udsPath, 40_000));
     const backend = stack.use(await startVsockBackend({ program: options.vsockBackend, directory, udsPath }, never));
     const args = qemuArguments({
-      config: { id: 'one', directory, memoryMib: 256, vcpus: 1, ...guest },
+      config: { id: 'one', directory, memoryMib: 256, vcpus: 1, networkCards: 0, ...guest },
       accelerator: chooseAccelerator('auto').accelerator,
       tscKhz: hostTscKhz(),
       channel: { kind: 'vhost-user', socket: backend.socket },

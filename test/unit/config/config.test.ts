@@ -42,6 +42,7 @@ describe('the configuration file', () => {
         vcpus: 1,
         kernel: 'default',
         initrd: undefined,
+        networkCards: 2,
         bootTimeoutS: 60,
         accelerator: 'auto',
         qemu: 'qemu-system-x86_64',
@@ -68,6 +69,7 @@ describe('the configuration file', () => {
       vcpus = 4
       kernel = "/boot/vmlinux"
       initrd = "/boot/initrd"
+      network_cards = 4
       boot_timeout_s = 5
       accelerator = "tcg"
       qemu = "/opt/qemu"
@@ -100,6 +102,7 @@ describe('the configuration file', () => {
         vcpus: 4,
         kernel: '/boot/vmlinux',
         initrd: '/boot/initrd',
+        networkCards: 4,
         bootTimeoutS: 5,
         accelerator: 'tcg',
         qemu: '/opt/qemu',
@@ -134,7 +137,7 @@ describe('the configuration file', () => {
   test('with a misspelt key is refused, with the key that was probably meant', () => {
     expect(messageFor('[vm]\nmemory_mb = 64')).toBe(
       '/etc/kiln/config.toml: unknown key vm.memory_mb = 64, did you mean memory_mib?; keys of [vm] are ' +
-        'vmm, memory_mib, vcpus, kernel, initrd, boot_timeout_s, accelerator, qemu, firecracker, ' +
+        'vmm, memory_mib, vcpus, kernel, initrd, network_cards, boot_timeout_s, accelerator, qemu, firecracker, ' +
         'jail, jailer, jail_uid_first, jail_uids, huge_pages, channel',
     );
     expect(messageFor('[storage]\ncolour = "red"')).toBe(

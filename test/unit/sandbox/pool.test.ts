@@ -37,7 +37,7 @@ class Bench implements AsyncDisposable {
   };
   readonly request: TemplateRequest = {
     vmm: { name: 'scripted', templates: this.template.driver } as Vmm,
-    shape: { memoryMib: 256, vcpus: 1, kernel: '/k', initrd: undefined, guestImage: '/g' },
+    shape: { memoryMib: 256, vcpus: 1, networkCards: 0, kernel: '/k', initrd: undefined, guestImage: '/g' },
     bootTimeoutMs: 5000,
   };
   readonly pool = new SandboxPool({

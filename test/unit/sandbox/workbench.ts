@@ -24,7 +24,7 @@ import type { ContainerRequest, HostServices } from '../../../src/sandbox/resour
 import type { Sandbox } from '../../../src/sandbox/sandbox.ts';
 import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
 import type { Template } from '../../../src/template/store.ts';
-import type { MemoryGrowth, SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../../../src/vmm/vmm.ts';
+import type { MemoryGrowth, NetworkCard, SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../../../src/vmm/vmm.ts';
 import { type Script, ScriptedAgent, socketPair } from '../guest/scripted-agent.ts';
 
 /** How a network namespace can be had here: as root, or in a user namespace; undefined: not at all. */
@@ -40,6 +40,7 @@ const noHooks = { prestart: [], createRuntime: [], poststart: [], poststop: [] }
 
 export class ScriptedVm implements Vm {
   readonly pid = 1_000_000;
+  nics: readonly NetworkCard[] = [];
   memoryGrowth: MemoryGrowth | null = null;
   readonly config: VmConfig;
   readonly agent: ScriptedAgent;
@@ -73,10 +74,19 @@ export class ScriptedVm implements Vm {
     return ours;
   }
 
+  acceptFiles(): Promise<number> {
+    return Promise.reject(new Error('no file channel is played here'));
+  }
+
   async attachDisk(slot: SlotName, file: string): Promise<string> {
     await this.hooks.attachDisk?.();
     this.disks.push([slot, file]);
     return slot;
+  }
+
+  async detachDisk(slot: SlotName): Promise<void> {
+    const index = this.disks.findIndex(([used]) => used === slot);
+    if (index >= 0) this.disks.splice(index, 1);
   }
 
   record(): VmRecord {

@@ -81,6 +81,7 @@ class Bench implements Disposable {
     return {
       memoryMib: 16,
       vcpus: 1,
+      networkCards: 2,
       kernel: join(this.folder, 'vmlinux'),
       initrd: join(this.folder, 'initrd'),
       guestImage: join(this.folder, 'guest.erofs'),
@@ -148,6 +149,7 @@ describe('a template', () => {
       vmm: ['qemu', '7.2'],
       memoryMib: 16,
       vcpus: 1,
+      networkCards: 2,
       host: { kernel: expect.any(String) },
     });
   });
@@ -162,6 +164,7 @@ describe('a template', () => {
   test.each<[string, (shape: VmShape) => Partial<VmShape> | undefined]>([
     ['memory', () => ({ memoryMib: 32 })],
     ['CPUs', () => ({ vcpus: 2 })],
+    ['network cards', () => ({ networkCards: 1 })],
     ['initrd', () => ({ initrd: undefined })],
     ['kernel', ({ kernel }) => void writeFileSync(kernel, 'another kernel')],
     ['guest image', ({ guestImage }) => void utimesSync(guestImage, 1, 1)],

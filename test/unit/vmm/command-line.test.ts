@@ -7,6 +7,7 @@ const options: CommandLineOptions = {
     directory: '/run/kiln/c/1',
     memoryMib: 512,
     vcpus: 2,
+    networkCards: 0,
     kernel: '/guest/vmlinux',
     initrd: '/guest/initrd',
     guestImage: '/guest/guest.erofs',

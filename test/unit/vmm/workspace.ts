@@ -121,6 +121,7 @@ export class Workspace implements Disposable {
       directory: this.sandbox,
       memoryMib: 128,
       vcpus: 1,
+      networkCards: 0,
       kernel: this.file('vmlinux'),
       initrd: this.file('initrd'),
       guestImage: this.file('guest.erofs'),

@@ -17,7 +17,7 @@ import type { FirecrackerHost, FirecrackerOptions } from './options.ts';
 import { firecrackerTitle, openPlace, type Place } from './place.ts';
 import { holdSocket } from './socket-path.ts';
 import { Telemetry } from './telemetry.ts';
-import { requireSupportedVersion } from './version.ts';
+import { requireSameVersion, requireSupportedVersion } from './version.ts';
 import { describeFirecrackerExit, type FirecrackerParts, withExitCode } from './vm.ts';
 
 /** How long Firecracker may take until the guest runs: tens of milliseconds in fact, so this only bounds a wrong program. */
@@ -113,6 +113,7 @@ async function placeFor(
       hint: 'install Firecracker, or set vm.vmm = "qemu"',
     });
   }
+  await requireSameVersion(program, jail.jailer);
   return makeJail({ ...jail, program, id, directory, limits: limitsOf(config) }, jails);
 }
 

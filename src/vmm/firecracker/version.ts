@@ -2,6 +2,7 @@ import { execFile } from 'node:child_process';
 import { statSync } from 'node:fs';
 import { promisify } from 'node:util';
 import { KilnError } from '../../errors.ts';
+import { findProgram } from '../../host/program.ts';
 
 /** The oldest release that Kiln speaks to, as `[major, minor]`. */
 const oldestVersion = [1, 13] as const;
@@ -44,11 +45,27 @@ export function requireVersionWithTemplates(version: string): void {
   throw new KilnError('failed-precondition', message, { hint: 'install version 1.16.1 or newer, or 1.15' });
 }
 
+/**
+ * The two are made for each other: what the jailer puts on Firecracker's command line changes with the releases (docs/jailer.md).
+ * A program that is not there, or a Firecracker that says no version, is left to the start, which tells more.
+ *
+ * @throws KilnError failed-precondition when they differ
+ */
+export async function requireSameVersion(firecracker: string, jailer: string): Promise<void> {
+  if (findProgram(jailer) === undefined) return;
+  const [its, theJailers] = await Promise.all([versionOf(firecracker), versionOf(jailer)]);
+  if (parseVersion(its) === undefined || its === theJailers) return;
+  const message = `the jailer ${jailer} is of version ${theJailers}, and Firecracker ${firecracker} of version ${its}`;
+  throw new KilnError('failed-precondition', message, {
+    hint: 'install both from one release; vm.firecracker and vm.jailer in the config file name them',
+  });
+}
+
 const known = new Map<string, string>();
 
 /**
- * What a program says to `--version`: "1.16.1" of "Firecracker v1.16.1"; or why it says nothing like that. It is asked once,
- * until there is another program in its place.
+ * What Firecracker or the jailer says to `--version`: "1.16.1" of "Firecracker v1.16.1"; or why it says nothing like that. It
+ * is asked once, until there is another program in its place.
  */
 export async function versionOf(program: string): Promise<string> {
   const { ino, mtimeMs } = statSync(program);
@@ -62,7 +79,7 @@ export async function versionOf(program: string): Promise<string> {
 async function askVersion(program: string): Promise<string> {
   try {
     const { stdout } = await promisify(execFile)(program, ['--version'], { timeout: versionLimitMs, env: {} });
-    return /^Firecracker v(\S+)/.exec(stdout)?.[1] ?? 'unknown';
+    return /^(?:Firecracker|Jailer) v(\S+)/.exec(stdout)?.[1] ?? 'unknown';
   } catch (error) {
     return `unknown (${(error as Error).message.split('\n', 1)[0]})`;
   }

@@ -443,6 +443,14 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
     expect(readFileSync(workspace.path('writable'), 'utf8')).toContain('writable');
   });
 
+  test('starts nothing with the jailer of another release', async () => {
+    const other = workspace.program('other-jailer', "#!/bin/sh\necho 'Jailer v1.0.0'\n");
+    await expect(boot(driver({ jail: () => ({ jailer: other, uids }) }))).rejects.toThrow(
+      /^the jailer \S+ is of version 1\.0\.0, and Firecracker \S+ of version 1\.\d+\.\d+/,
+    );
+    expectNothingLeft();
+  });
+
   test('leaves nothing when its start fails, in the jailer or later', async () => {
     const bad = driver({ jail, firecracker: '/bin/false' });
     await expect(boot(bad)).rejects.toThrow('Firecracker ended at start');

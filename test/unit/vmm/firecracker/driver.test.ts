@@ -512,6 +512,16 @@ describe('in a jail', () => {
     expectNothingLeft();
   });
 
+  test('a start fails and leaves nothing when the jailer is of another version', async () => {
+    await expect(boot('running', { jailer: 'version=1.15.0' })).rejects.toMatchObject({
+      code: 'failed-precondition',
+      message: `the jailer ${workspace.path('jailer')} is of version 1.15.0, and Firecracker ${workspace.path('firecracker')} of version 1.16.1`,
+      hint: 'install both from one release; vm.firecracker and vm.jailer in the config file name them',
+    });
+    expect(workspace.has('jailer.arguments')).toBe(false);
+    expectNothingLeft();
+  });
+
   test('a start fails and leaves nothing when a program is missing', async () => {
     const options = { firecracker: 'no-such-firecracker' };
     await expect(boot('running', { ...jailed, options })).rejects.toMatchObject({

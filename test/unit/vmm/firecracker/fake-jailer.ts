@@ -8,15 +8,20 @@
  * - with --new-pid-ns the program is started as another process, whose id is then in <name>.pid, a new file, and the jailer
  *   ends with 0; the program's environment is empty, and its arguments are --id, times, and what came after `--`.
  *
- * Modes: "jail", "fail=<words>", "hang", and "dies", whose program ends before anybody looks at it.
+ * Modes: "jail", "fail=<words>", "hang", "dies", whose program ends before anybody looks at it, and "version=<version>". It is
+ * of its program's version else.
  */
 import { spawn, spawnSync } from 'node:child_process';
-import { copyFileSync, existsSync, mkdirSync, realpathSync, writeFileSync } from 'node:fs';
+import { copyFileSync, existsSync, mkdirSync, readFileSync, realpathSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
 
 export function main(mode: string, self: string): void {
   const [name, words = ''] = mode.split('=');
+  if (process.argv.includes('--version')) {
+    process.stdout.write(`Jailer v${name === 'version' ? words : versionBeside(self)}\n\n`);
+    return;
+  }
   const end = process.argv.indexOf('--');
   const [args, extra] = [process.argv.slice(2, end), process.argv.slice(end + 1)];
   writeFileSync(`${self}.arguments`, JSON.stringify(args));
@@ -42,6 +47,12 @@ export function main(mode: string, self: string): void {
   const child = spawn(program, ['--id', id, ...times, ...extra], how);
   writeFileSync(pidFile, String(child.pid), { flag: 'wx' });
   child.unref();
+}
+
+/** The version that the played Firecracker in the same folder has. */
+function versionBeside(self: string): string {
+  const source = readFileSync(path.join(path.dirname(self), 'firecracker'), 'utf8');
+  return /"version=([\d.]+)"/.exec(source)?.[1] ?? '1.16.1';
 }
 
 function checked(args: string[]): { id: string; program: string; base: string } {

@@ -16,6 +16,7 @@ import type { Reaper } from './reaper.ts';
 import { deadlyBeforeStart } from './signals.ts';
 import { ContainerState, type State } from './state.ts';
 import { makeStdio, type ProcessStdio } from './stdio.ts';
+import type { Volumes } from './volumes.ts';
 
 const SIGKILL = 9;
 
@@ -69,6 +70,7 @@ export interface ContainersOptions {
   readonly directory: string;
   readonly crun: Crun;
   readonly reaper: Reaper;
+  readonly volumes: Volumes;
 }
 
 export class Containers {
@@ -103,7 +105,7 @@ export class Containers {
   }
 
   async #make(container: Container, request: CreateContainerRequest): Promise<number> {
-    const { directory, crun, reaper } = this.#options;
+    const { directory, crun, reaper, volumes } = this.#options;
     const { id } = container;
     const beyondCrun = new BeyondCrun(request.spec);
     beyondCrun.check();
@@ -113,6 +115,10 @@ export class Containers {
     mkdirSync(directory, { recursive: true, mode: 0o711 });
     mkdirSync(bundle, { recursive: true, mode: 0o700 });
     undo.defer(() => rmSync(bundle, { recursive: true, force: true }));
+    if (request.volumes !== undefined) {
+      await volumes.mount(request.volumes.options);
+      undo.defer(() => volumes.flush());
+    }
     for (const mount of request.mounts) mountOne(mount, undo);
     writeFileSync(join(bundle, 'config.json'), request.spec, { mode: 0o600 });
     const stdio = undo.use(this.#stdio(request.stdio));
@@ -125,7 +131,7 @@ export class Containers {
     beyondCrun.apply(pid);
     stdio.connect();
     const cgroup = cgroupOf(pid);
-    const controls = cgroup === undefined ? undefined : undo.use(new Controls(id, cgroup, request.mounts));
+    const controls = cgroup === undefined ? undefined : undo.use(new Controls(id, cgroup, request.mounts, volumes));
     container.state.become({ kind: 'created', pid });
     const init = new Process(pid, stdio, reaper, (exit) => this.#ended(container, pid, exit));
     container.made = { bundle, cgroup, controls, init, undo: undo.move() };

@@ -7,10 +7,12 @@ import { setLimits } from './limits.ts';
 import { flushAll } from './mounts.ts';
 import { type OomSink, OomWatch } from './oom.ts';
 import { readStats } from './stats.ts';
+import type { Volumes } from './volumes.ts';
 
 export class Controls implements Disposable {
   readonly #cgroup: string;
   readonly #mounts: readonly Mount[];
+  readonly #volumes: Volumes;
   readonly #freezer: Freezer;
   readonly #oom: OomWatch;
 
@@ -18,16 +20,19 @@ export class Controls implements Disposable {
    * @param cgroup the group's directory
    * @param mounts of the container's root filesystem
    */
-  constructor(id: string, cgroup: string, mounts: readonly Mount[]) {
+  constructor(id: string, cgroup: string, mounts: readonly Mount[], volumes: Volumes) {
     this.#cgroup = cgroup;
     this.#mounts = mounts;
+    this.#volumes = volumes;
     this.#freezer = new Freezer(id, cgroup);
     this.#oom = new OomWatch(cgroup);
   }
 
-  /** Afterwards no process of it runs, and what they have written is on the disks. */
+  /** Afterwards no process of it runs, and what they have written is on the disks, and on the host's volumes. */
   pause(): Promise<void> {
-    return this.#freezer.pause(() => flushAll(this.#mounts));
+    return this.#freezer.pause(async () => {
+      await Promise.all([flushAll(this.#mounts), this.#volumes.flush()]);
+    });
   }
 
   get paused(): boolean {

@@ -23,6 +23,7 @@ import { describe } from './errors.ts';
 import { Reaper } from './reaper.ts';
 import { type Dialled, dialSerialPort } from './serial-port.ts';
 import { createService } from './service.ts';
+import { Volumes, volumesChannel } from './volumes.ts';
 
 /** Where the host listens for its guests, unless it says otherwise: `kiln.agent_port=N` on the kernel's command line. */
 const HOST_PORT = 1024;
@@ -75,7 +76,8 @@ async function main(): Promise<never> {
   becomeChildSubreaper();
   const reaper = new Reaper();
   const crun = new Crun({ command, root: join(directory, 'crun'), reaper });
-  const containers = new Containers({ directory: join(directory, 'containers'), crun, reaper });
+  const volumes = new Volumes({ directory: join(directory, 'volumes'), reaper, channel: volumesChannel });
+  const containers = new Containers({ directory: join(directory, 'containers'), crun, reaper, volumes });
   let retry = FIRST_RETRY;
   let served: ServedSocket | undefined;
   let dialAtOnce = () => {};

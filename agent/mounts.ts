@@ -166,7 +166,8 @@ async function detach(target: string): Promise<void> {
   if (busy) sys.umount2(target, sys.MNT_DETACH | sys.UMOUNT_NOFOLLOW);
 }
 
-async function flush(target: string): Promise<void> {
+/** Writes what the filesystem at `target` holds in memory to where it is kept. @throws SysError */
+export async function flush(target: string): Promise<void> {
   const fd = openSync(target, 'r');
   try {
     await syncfs(fd);

@@ -18,7 +18,7 @@ export interface Dialled {
   readonly at: number;
 }
 
-/** The port's name, which src/vmm/qemu/command-line.ts gives it. */
+/** The name of the agent's port, which src/vmm/qemu/command-line.ts gives it. */
 const portName = 'kiln.agent';
 
 const portsDirectory = '/sys/class/virtio-ports';
@@ -26,7 +26,7 @@ const portsDirectory = '/sys/class/virtio-ports';
 /** Opens the port; resolves when the host speaks on it. Rejects when there is none, or the host's end is not open. */
 export async function dialSerialPort(): Promise<Dialled> {
   const { O_RDWR, O_NONBLOCK } = constants;
-  const socket = socketFromDevice(openSync(findPort(), O_RDWR | O_NONBLOCK), 'both');
+  const socket = socketFromDevice(openSync(findPort(portName), O_RDWR | O_NONBLOCK), 'both');
   try {
     return { socket, at: await answerSerialSession(socket) };
   } catch (error) {
@@ -35,7 +35,8 @@ export async function dialSerialPort(): Promise<Dialled> {
   }
 }
 
-function findPort(): string {
+/** The device of the port of that name. @throws AgentError not-found */
+export function findPort(portName: string): string {
   // A module of the generic kernel, built into the minimal one.
   if (!existsSync(portsDirectory)) spawnSync('modprobe', ['virtio_console']);
   const ports = existsSync(portsDirectory) ? readdirSync(portsDirectory) : [];

@@ -117,7 +117,7 @@ export async function create(
   { mounts = [], stdio = {} }: { mounts?: Mount[]; stdio?: Partial<Stdio> } = {},
 ): Promise<number> {
   const spec = Buffer.from(JSON.stringify({ script }));
-  const request = { id, spec, mounts, stdio: { ...pipes, ...stdio } };
+  const request = { id, spec, mounts, stdio: { ...pipes, ...stdio }, volumes: undefined };
   return (await unary<{ pid: number }>((done) => client.createContainer(request, done))).pid;
 }
 

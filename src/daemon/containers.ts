@@ -44,7 +44,8 @@ export async function createContainer(
   const loaded = load();
   const bundle = await readBundle(request.bundle);
   const config = applyAnnotations(loaded.config, bundle.spec.annotations);
-  const guest = toGuestSpec(bundle.spec, { id, rootfsPath: guestRootDirectory(id) });
+  const guestOptions = { id, rootfsPath: guestRootDirectory(id), bundle: bundle.dir };
+  const guest = toGuestSpec(bundle.spec, guestOptions);
   for (const warning of guest.warnings) logger.warn(warning);
   if (request.options !== undefined) {
     logger.warn(`runtime options (${request.options.typeUrl}) are not looked at: Kiln is configured by config.toml`);
@@ -59,7 +60,8 @@ export async function createContainer(
       directory: context.directory,
       config,
       vmm: await selectVmm(config, logger),
-      spec: stringifyJson(guest.spec),
+      spec: (volumeNumbers) => stringifyJson(toGuestSpec(bundle.spec, { ...guestOptions, volumeNumbers }).spec),
+      volumes: guest.volumes,
       rootfs,
       hooks: {
         ...hostHooks(bundle.spec),

@@ -19,6 +19,7 @@ import { adoptContainer } from './adopt.ts';
 import { createContainer, keepPool, prepareExec } from './containers.ts';
 import { Daemon } from './daemon.ts';
 import { poolName } from './earlier.ts';
+import { fileServers } from './file-servers.ts';
 import { defaultGuestDir, standInProgram } from './installation.ts';
 import { endRemains } from './remains.ts';
 
@@ -57,7 +58,7 @@ async function main(): Promise<void> {
   const templates = new TemplateStore({ cacheDir: paths.cacheDir, logger, takeTurn, endRemains });
   const poolDirectory = path.join(paths.stateDir, poolName);
   const pool = new SandboxPool({ directory: poolDirectory, templates, bootSlots, logger });
-  const installation = { host: { rootfs, standInProgram, bootSlots, templates, pool }, load };
+  const installation = { host: { rootfs, standInProgram, bootSlots, templates, pool, fileServers }, load };
   const { metricsAddress } = config.daemon;
   // They cost something, so only where somebody wants them.
   const metrics =

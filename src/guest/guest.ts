@@ -68,6 +68,8 @@ export interface GuestContainer {
   readonly spec: string;
   readonly mounts: readonly GuestMount[];
   readonly stdio: GuestStdio;
+  /** v9fs's mount options for the host's files; absent for a spec that needs none of them. */
+  readonly volumeOptions?: string | undefined;
 }
 
 /** How a process ended. */
@@ -211,8 +213,9 @@ export class Guest implements Disposable {
       options: [...mount.options],
       directories: [...mount.directories],
     }));
-    const { id, stdio } = container;
-    const request = { id, spec: Buffer.from(container.spec), mounts, stdio: toStdio(stdio) };
+    const { id, stdio, volumeOptions } = container;
+    const volumes = volumeOptions === undefined ? undefined : { options: volumeOptions };
+    const request = { id, spec: Buffer.from(container.spec), mounts, stdio: toStdio(stdio), volumes };
     return pidOf(await this.#call(AgentService.createContainer, request, { signal }));
   }
 

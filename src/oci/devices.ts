@@ -16,6 +16,11 @@ const guestDevices: Readonly<Record<string, string>> = {
   'c 10:229': 'fuse',
 };
 
+/** Their names below /dev, of those that are there without a driver being loaded first. */
+export const nodesAlikeEverywhere: ReadonlySet<string> = new Set(
+  Object.entries(guestDevices).flatMap(([number, name]) => (number.startsWith('c 1:') || name === 'tty' ? [name] : [])),
+);
+
 /**
  * linux.devices: device nodes that mean the same in the guest, and FIFOs, are made there. The numbers of any other
  * device name hardware of the host; in the guest they name nothing, or another device.

@@ -3,8 +3,8 @@
  * happens to it. A field without a rule (a later version's) is carried along; crun judges it.
  */
 import { KilnError } from '../errors.ts';
+import type { VolumeMount } from './binds.ts';
 
-/** What the rules of one translation share. */
 /** A translation of a part of a spec that speaks of nothing but itself: a process, a set of limits. */
 export function partialTranslation(id: string, rootfsPath: string): Translation {
   return {
@@ -14,10 +14,14 @@ export function partialTranslation(id: string, rootfsPath: string): Translation 
     domainname: undefined,
     setsNetwork: false,
     mapsIds: false,
+    bundle: '/',
+    volumes: [],
+    volumePath: String,
     warnings: [],
   };
 }
 
+/** What the rules of one translation share. */
 export interface Translation {
   /** The container's id. */
   readonly id: string;
@@ -31,6 +35,12 @@ export interface Translation {
   readonly setsNetwork: boolean;
   /** True when the container has a user namespace. */
   readonly mapsIds: boolean;
+  /** The bundle's directory, to which sources of bind mounts are relative. */
+  readonly bundle: string;
+  /** What the container gets of the host's files, in the order of its mounts. */
+  readonly volumes: VolumeMount[];
+  /** Where the guest has the volume of that place in `volumes`. */
+  readonly volumePath: (index: number) => string;
   /** What was left out, for the caller to log. */
   readonly warnings: string[];
 }

@@ -8,6 +8,7 @@
  * is an error, so that no container runs with less than it asked for.
  */
 import { KilnError } from '../errors.ts';
+import type { VolumeMount } from './binds.ts';
 import { translateDevices } from './devices.ts';
 import {
   applyRules,
@@ -45,14 +46,23 @@ export interface GuestSpecOptions {
   readonly rootfsPath: string;
   /** The container's hostname when the spec names none. */
   readonly hostname?: string;
+  /** The bundle's directory; sources of bind mounts may be relative to it. */
+  readonly bundle?: string;
+  /** The guest's numbers of the volumes that an earlier translation of this spec has named; until then, their places. */
+  readonly volumeNumbers?: readonly number[];
 }
 
 export interface GuestSpec {
   /** For crun in the guest. Serialise it with `stringifyJson`. */
   readonly spec: Spec;
+  /** What the container gets of the host's files, in the order of its mounts. */
+  readonly volumes: readonly VolumeMount[];
   /** What was left out although someone may miss it, one sentence each. */
   readonly warnings: readonly string[];
 }
+
+/** Where the guest has the host's files, below their numbers. */
+export const guestVolumesDirectory = '/run/kiln/volumes';
 
 /** The parent of every container's cgroup in the guest. */
 export const guestCgroupParent = '/kiln';
@@ -167,7 +177,8 @@ export const fieldRules: Readonly<Record<string, Rules>> = {
  *
  * @throws KilnError unimplemented for what Kiln cannot do yet, invalid-argument for what makes no sense in a microVM
  */
-export function toGuestSpec(spec: Spec, { id, rootfsPath, hostname }: GuestSpecOptions): GuestSpec {
+export function toGuestSpec(spec: Spec, options: GuestSpecOptions): GuestSpec {
+  const { id, rootfsPath, hostname, bundle = '/', volumeNumbers = [] } = options;
   // Fields whose rule makes something out of nothing must be there.
   const whole = {
     ...spec,
@@ -179,8 +190,14 @@ export function toGuestSpec(spec: Spec, { id, rootfsPath, hostname }: GuestSpecO
   const { domainname } = spec;
   const setsNetwork = Object.keys(spec.linux?.sysctl ?? {}).some(isOfNetwork);
   const mapsIds = whole.linux.namespaces.some(({ type }) => type === 'user');
-  const translation: Translation = { id, rootfsPath, hostname, domainname, setsNetwork, mapsIds, warnings: [] };
-  return { spec: applyRules(specRules, whole, '', translation) as Spec, warnings: translation.warnings };
+  const warnings: string[] = [];
+  const volumes: VolumeMount[] = [];
+  const volumePath = (index: number) => `${guestVolumesDirectory}/${volumeNumbers[index] ?? index}`;
+  const translation: Translation = {
+    ...{ id, rootfsPath, hostname, domainname, setsNetwork, mapsIds, warnings },
+    ...{ bundle, volumes, volumePath },
+  };
+  return { spec: applyRules(specRules, whole, '', translation) as Spec, volumes, warnings };
 }
 
 /** Of a process that is exec'd: what the agent does for an init before it runs comes too late there. */

@@ -1,4 +1,5 @@
 import { KilnError } from '../errors.ts';
+import { isBind, translateBind } from './binds.ts';
 import type { Translation } from './field-rules.ts';
 import { translateMountOptions } from './mount-options.ts';
 import type { Mount } from './spec.ts';
@@ -12,33 +13,30 @@ const virtual = new Set([
   ...['bpf', 'debugfs', 'tracefs', 'securityfs'],
 ]);
 
-const bindOptions = new Set(['bind', 'rbind']);
-
 /**
- * mounts: virtual filesystems are mounted by crun in the guest; whatever has its source on the host is not there.
+ * mounts, in their order: virtual filesystems are mounted by crun in the guest, and bind mounts from the host's volumes
+ * there (binds.ts).
  *
  * @throws KilnError unimplemented, naming the JSON path and the destination
  */
-export function translateMounts(mounts: readonly Mount[], path: string, { warnings }: Translation): readonly Mount[] {
+export function translateMounts(mounts: readonly Mount[], path: string, translation: Translation): readonly Mount[] {
   return mounts.map((mount, index) => {
     const at = `${path}[${index}]`;
-    const { destination, type = '', source = '', options = [] } = mount;
-    const isBind = type === 'bind' || type === 'rbind' || options.some((option) => bindOptions.has(option));
-    if (isBind || (!virtual.has(type) && source.startsWith('/'))) {
-      throw new KilnError('unimplemented', `${at}: bind mounts are not supported yet: ${destination}`, {
-        hint: `its source is ${source === '' ? 'empty' : source}`,
-      });
-    }
-    if (!virtual.has(type)) {
-      throw new KilnError('unimplemented', `${at}: mounts of type "${type}" are not supported: ${destination}`);
-    }
+    const { destination, type = '', source = '' } = mount;
     for (const mappings of ['uidMappings', 'gidMappings']) {
       if (!(mappings in mount)) continue;
       throw new KilnError('unimplemented', `${at}.${mappings}: idmapped mounts are not supported yet: ${destination}`);
     }
+    if (!isBind(mount) && !virtual.has(type)) {
+      throw new KilnError('unimplemented', `${at}: mounts of type "${type}" are not supported: ${destination}`, {
+        hint: `its source is ${source === '' ? 'empty' : source}`,
+      });
+    }
+    const { options = [], ...rest } = mount;
+    const withOptions = { ...rest, options: withoutSelinux(options, at, translation.warnings) };
+    if (isBind(mount)) return translateBind(withOptions, at, translation);
     if (mount.options === undefined) return mount;
-    const translated = translateMountOptions(mount.options, `${at}.options`);
-    return { ...mount, options: withoutSelinux(translated, at, warnings) };
+    return { ...withOptions, options: translateMountOptions(withOptions.options, `${at}.options`) };
   });
 }
 

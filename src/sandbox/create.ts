@@ -15,6 +15,7 @@ import {
   type Resources,
 } from './resources.ts';
 import { Sandbox } from './sandbox.ts';
+import { inHostsWords, volumeOptions } from './volumes.ts';
 
 /**
  * Makes a container, whose program has not run yet. Everything is acquired side by side, since the VM's boot dwarfs the
@@ -37,7 +38,7 @@ export async function bootContainer(
   stack.defer(() => rm(directory, { recursive: true, force: true }));
   faultPoint('sandbox-directory');
   const resources = await acquire(host, request, signal, stack);
-  const { sandbox, rootfs, stdio } = resources;
+  const { sandbox, rootfs, stdio, volumeNumbers } = resources;
   await hooks.create(resources.standIn.pid, signal);
   faultPoint('hooks');
   const lower = await sandbox.attachDisk(rootfs.lower, signal);
@@ -46,11 +47,16 @@ export async function bootContainer(
   faultPoint('attach-disk');
   const container = {
     id,
-    spec: request.spec,
+    spec: request.spec(volumeNumbers),
     mounts: guestMounts(rootfs, id, { lower, writable }),
     stdio: guestStdio(stdio, request.terminal, request.terminalSize),
+    volumeOptions: request.volumes.length === 0 ? undefined : volumeOptions,
   };
-  await sandbox.createContainer(container, signal);
+  try {
+    await sandbox.createContainer(container, signal);
+  } catch (error) {
+    throw inHostsWords(error, request.volumes, volumeNumbers);
+  }
   timeline.mark('created');
   faultPoint('container-create');
   const state: ContainerState = { kind: 'created' };
@@ -67,9 +73,10 @@ export async function reattachContainer(
   signal: AbortSignal,
 ): Promise<{ container: Container; execs: Map<string, Exec> }> {
   const { record, directory, vmm, logger } = request;
+  const { fileServers } = host;
   const { id, terminal, hooks: hookPlan } = record;
   await using stack = new AsyncDisposableStack();
-  const sandbox = stack.use(await Sandbox.adopt({ vmm, record, directory, logger }, signal));
+  const sandbox = stack.use(await Sandbox.adopt({ vmm, fileServers, record, directory, logger }, signal));
   const guest = await sandbox.guest.describe(id);
   const resources = await adoptResources(host, request, sandbox, stack);
   if (guest.started) resources.stdio.startStdin({ clientMayReturn: true });

@@ -9,6 +9,7 @@ export const faultPoints = [
   'stdio',
   'stand-in',
   'rootfs',
+  'volumes',
   'vm-boot',
   'agent-connect',
   'hooks',

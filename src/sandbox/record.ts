@@ -27,6 +27,8 @@ const containerRecord = z.object({
   vm: z.record(z.string(), z.unknown()),
   /** Of the sandbox: see SandboxRecord. */
   vmDirectory: z.string().optional(),
+  /** Of the sandbox: see VolumesRecord. */
+  volumes: z.object({ server: z.record(z.string(), z.unknown()), connected: z.boolean() }).optional(),
   standIn: identityRecord,
   /** For poststop. Kilnd itself has made it of a spec that was checked. */
   hooks: z.custom<HookPlan>((value) => typeof value === 'object' && value !== null),

@@ -5,6 +5,7 @@ import { adoptHelper, type HelperProcess } from '../host/helper-process.ts';
 import { standInLogName, startStandIn } from '../host/stand-in.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
+import type { VolumeMount } from '../oci/binds.ts';
 import type { PreparedRootfs, RootfsPlan, RootfsStore } from '../rootfs/index.ts';
 import type { TemplateStore } from '../template/store.ts';
 import type { VmConfig, Vmm } from '../vmm/vmm.ts';
@@ -17,6 +18,7 @@ import type { ContainerRecord } from './record.ts';
 import type { Sandbox } from './sandbox.ts';
 import { startSandbox } from './start.ts';
 import type { ContainerStdio } from './stdio.ts';
+import { checkVolumes, type FileServers, SandboxVolumes } from './volumes.ts';
 
 /** What the host provides to every container. */
 export interface HostServices {
@@ -25,6 +27,7 @@ export interface HostServices {
   readonly bootSlots: BootSlots;
   readonly templates: Pick<TemplateStore, 'provide' | 'noteRestored' | 'noteFailure'>;
   readonly pool: Pick<SandboxPool, 'take'>;
+  readonly fileServers: FileServers;
 }
 
 export interface ContainerRequest {
@@ -33,8 +36,12 @@ export interface ContainerRequest {
   readonly directory: string;
   readonly vmm: Vmm;
   readonly config: KilnConfig;
-  /** The guest's runtime-spec, JSON; its root filesystem is at `guestRootDirectory(id)`. */
-  readonly spec: string;
+  /**
+   * The guest's runtime-spec, JSON; its root filesystem is at `guestRootDirectory(id)`, its volumes have these numbers.
+   */
+  readonly spec: (volumeNumbers: readonly number[]) => string;
+  /** What it gets of the host's files. */
+  readonly volumes: readonly VolumeMount[];
   readonly rootfs: RootfsPlan;
   readonly hooks: HookPlan;
   readonly files: Pick<VmConfig, 'kernel' | 'initrd' | 'guestImage'>;
@@ -64,6 +71,12 @@ export interface Resources {
   readonly stdio: ContainerStdio;
 }
 
+/** Resources of a container that is being made. */
+export interface NewResources extends Resources {
+  /** The guest's numbers of its volumes. */
+  readonly volumeNumbers: readonly number[];
+}
+
 /**
  * Acquires a container's resources side by side, since the VM's boot dwarfs the rest, and puts them on the stack in the
  * reverse order of their release. When one fails, the others are given up and its error is thrown.
@@ -73,7 +86,7 @@ export async function acquire(
   request: ContainerRequest,
   signal: AbortSignal,
   stack: AsyncDisposableStack,
-): Promise<Resources> {
+): Promise<NewResources> {
   const failed = new AbortController();
   const either = AbortSignal.any([signal, failed.signal]);
   const guard = async <T>(step: Promise<T>): Promise<T> => {
@@ -84,25 +97,30 @@ export async function acquire(
       throw error;
     }
   };
-  const [stdio, standIn, rootfs, sandbox] = await Promise.allSettled([
+  const [stdio, standIn, rootfs, volumes, sandbox] = await Promise.allSettled([
     guard(request.openStdio()),
     guard(startStandIn({ program: host.standInProgram, id: request.id, directory: request.directory })),
     guard(prepareRootfs(host, request, either)),
+    guard(prepareVolumes(host, request)),
     guard(startSandbox(host, request, either)),
   ]);
   if (stdio.status === 'fulfilled') stack.defer(() => stdio.value.dispose());
   if (standIn.status === 'fulfilled') stack.use(standIn.value);
   if (rootfs.status === 'fulfilled') stack.defer(() => rootfs.value.release());
+  if (volumes.status === 'fulfilled' && volumes.value.volumes !== undefined) stack.use(volumes.value.volumes);
   if (sandbox.status === 'fulfilled') stack.use(sandbox.value);
   // The first failure is the cause; the other steps were aborted by it.
   either.throwIfAborted();
+  const { volumes: served, numbers: volumeNumbers } = fulfilled(volumes);
   const resources = {
     stdio: fulfilled(stdio),
     standIn: fulfilled(standIn),
     rootfs: fulfilled(rootfs),
     sandbox: fulfilled(sandbox),
+    volumeNumbers,
   };
-  for (const point of ['stdio', 'stand-in', 'rootfs'] as const) faultPoint(point);
+  if (served !== undefined) resources.sandbox.useVolumes(served);
+  for (const point of ['stdio', 'stand-in', 'rootfs', 'volumes'] as const) faultPoint(point);
   return resources;
 }
 
@@ -118,6 +136,17 @@ async function prepareRootfs(host: HostServices, request: ContainerRequest, sign
   });
   request.timeline.mark('rootfs-ready');
   return prepared;
+}
+
+/** A file server with the container's volumes, if it has any. */
+async function prepareVolumes(host: HostServices, { volumes: mounts, directory, logger }: ContainerRequest) {
+  if (mounts.length === 0) return { volumes: undefined, numbers: [] };
+  const wanted = await checkVolumes(mounts);
+  await using stack = new AsyncDisposableStack();
+  const volumes = stack.use(await SandboxVolumes.start(host.fileServers, { directory, logger }));
+  const numbers = await volumes.add(wanted);
+  stack.move();
+  return { volumes, numbers };
 }
 
 /** The resources of a container whose VM was taken over, on the stack as `acquire` puts them. */

@@ -19,6 +19,7 @@ import {
 } from '../vmm/vmm.ts';
 import { faultPoint } from './faults.ts';
 import { consoleLimitMs, guestStopGraceMs } from './limits.ts';
+import { type FileServers, SandboxVolumes, type VolumesRecord } from './volumes.ts';
 
 /** Bytes of guest console that go into an error message. */
 const consoleTailBytes = 2000;
@@ -43,10 +44,12 @@ export interface SandboxRecord {
   /** Time for each answer of VMM and agent, in ms. */
   readonly answerLimitMs: number;
   readonly vm: VmRecord;
+  readonly volumes?: VolumesRecord | undefined;
 }
 
 export interface AdoptOptions {
   readonly vmm: Vmm;
+  readonly fileServers: FileServers;
   readonly record: SandboxRecord;
   /** The container's directory, which is the VM's, too, where the record names no other. */
   readonly directory: string;
@@ -67,10 +70,15 @@ export class Sandbox implements AsyncDisposable {
   readonly #session: string;
   readonly #answerLimitMs: number;
   readonly #vmDirectory: string | undefined;
+  #volumes: SandboxVolumes | undefined;
   /** What containers may be promised. */
   #memoryBytes: number;
 
-  private constructor(vm: Vm, guest: Guest, { session, answerLimitMs, vmDirectory }: Omit<SandboxRecord, 'vm'>) {
+  private constructor(
+    vm: Vm,
+    guest: Guest,
+    { session, answerLimitMs, vmDirectory }: Omit<SandboxRecord, 'vm' | 'volumes'>,
+  ) {
     this.vm = vm;
     this.guest = guest;
     this.#session = session;
@@ -86,6 +94,7 @@ export class Sandbox implements AsyncDisposable {
       answerLimitMs: this.#answerLimitMs,
       vmDirectory: this.#vmDirectory,
       vm: this.vm.record(),
+      volumes: this.#volumes?.record(),
     };
   }
 
@@ -93,7 +102,10 @@ export class Sandbox implements AsyncDisposable {
    * Takes over the VM of an earlier kilnd: its agent dials again. Throws `not-found` when it has ended, and whatever
    * else makes it useless; the VM is ended then.
    */
-  static async adopt({ vmm, record, directory, logger }: AdoptOptions, signal: AbortSignal): Promise<Sandbox> {
+  static async adopt(
+    { vmm, fileServers, record, directory, logger }: AdoptOptions,
+    signal: AbortSignal,
+  ): Promise<Sandbox> {
     const { session, answerLimitMs } = record;
     await using stack = new AsyncDisposableStack();
     const either = AbortSignal.any([signal, AbortSignal.timeout(answerLimitMs)]);
@@ -105,8 +117,12 @@ export class Sandbox implements AsyncDisposable {
         const hello = Guest.connect(socket, { hostname: '', answerLimitMs, session, returning: true });
         const guest = await abortable(hello, either);
         logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is taken over');
+        const sandbox = new Sandbox(vm, guest, record);
+        if (record.volumes !== undefined) {
+          sandbox.#volumes = await SandboxVolumes.adopt(fileServers, record.volumes, { directory, logger });
+        }
         stack.move();
-        return new Sandbox(vm, guest, record);
+        return sandbox;
       } catch (error) {
         if (!(error instanceof KilnError && error.code === 'permission-denied')) throw error;
         impostors += 1;
@@ -189,11 +205,21 @@ export class Sandbox implements AsyncDisposable {
     }
   }
 
-  /** As `Guest.createContainer`; when the VM ends meanwhile or the agent is silent, the error shows the console. */
+  /** Gives the sandbox the host's files, which end with it. */
+  useVolumes(volumes: SandboxVolumes): void {
+    this.#volumes = volumes;
+  }
+
+  /** As `Guest.createContainer`, which gets its volumes; when the VM ends meanwhile or the agent is silent, the error shows the console. */
   async createContainer(container: GuestContainer, signal: AbortSignal): Promise<void> {
+    const failed = new AbortController();
+    const either = AbortSignal.any([signal, failed.signal]);
     try {
-      await this.guest.createContainer(container, signal);
+      // The guest asks for its files meanwhile.
+      const connected = container.volumeOptions === undefined ? undefined : this.#volumes?.connect(this.vm, either);
+      await Promise.all([this.guest.createContainer(container, either), connected]);
     } catch (error) {
+      failed.abort(error);
       if (!(error instanceof KilnError)) throw error;
       if (error.code === 'deadline-exceeded') {
         throw new KilnError(error.code, `${error.message}; the guest console's last lines:\n${await tailOf(this.vm)}`, {
@@ -251,6 +277,7 @@ export class Sandbox implements AsyncDisposable {
   async [Symbol.asyncDispose](): Promise<void> {
     this.guest[Symbol.dispose]();
     await this.vm.kill();
+    await this.#volumes?.[Symbol.asyncDispose]();
     if (this.#vmDirectory !== undefined) await rm(this.#vmDirectory, { recursive: true, force: true });
   }
 }

@@ -22,6 +22,7 @@ const refused = (given: unknown, reason: string): Case => ({ given, refused: rea
 const hook = { path: '/bin/true', args: ['true'], timeout: 5 };
 const mount = { destination: '/m', type: 'tmpfs', source: 'tmpfs' };
 const options = (...list: string[]) => [{ ...mount, options: list }];
+const bind = (source: string, ...list: string[]) => ({ destination: '/m', type: 'bind', source, options: list });
 const rlimit = (type: string) => ({ type, soft: 1, hard: 18446744073709551615n });
 const namespaces = ['pid', 'ipc', 'uts', 'mount', 'network'].map((type) => ({ type }));
 const capabilitySet: Case[] = [
@@ -107,7 +108,19 @@ const rows: Readonly<Record<string, readonly Case[]>> = {
     refused(options('ridmap'), '[0].options[0]: ridmap: idmapped mounts are not supported yet'),
     refused([mount, { ...mount, uidMappings: [] }], '[1].uidMappings: idmapped mounts are not supported yet'),
     refused([{ ...mount, gidMappings: [] }], '[0].gidMappings: idmapped mounts are not supported yet'),
-    refused(options('bind'), '[0]: bind mounts are not supported yet: /m'),
+    {
+      given: [mount, bind('/srv', 'rbind', 'rro', 'nosuid', 'rw', 'rslave'), bind('rel/file', 'bind', 'rprivate')],
+      becomes: [
+        mount,
+        bind('/run/kiln/volumes/0', 'rbind', 'nosuid', 'rslave'),
+        bind('/run/kiln/volumes/1', 'bind', 'rprivate'),
+      ],
+    },
+    kept([bind('/sys/fs/cgroup', 'rbind', 'ro'), bind('/dev/shm', 'bind'), bind('/dev/null', 'bind')]),
+    refused([bind('/srv', 'rbind', 'rshared')], '[0].options: rshared: mounts in a guest cannot appear on the host'),
+    refused([bind('/srv/../proc/1', 'rbind')], '[0]: /proc/1 tells of the processes of the host, not of the guest'),
+    refused([bind('/dev/sda', 'bind')], '[0]: /dev/sda is a device of the host, not of the guest'),
+    refused([bind('/dev', 'rbind')], '[0]: /dev is a device of the host, not of the guest'),
     refused([{ ...mount, type: 'nfs', source: 'server:/x' }], '[0]: mounts of type "nfs" are not supported: /m'),
   ],
   hooks: [

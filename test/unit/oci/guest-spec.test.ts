@@ -35,6 +35,33 @@ test("ctr's spec becomes the guest's: another root, hostname and cgroup, and no 
   });
 });
 
+test('bind mounts become volumes, in their order and by the numbers that the guest knows them by', () => {
+  const bind = (source: string, destination: string, ...list: string[]) => ({
+    ...{ destination, type: 'bind', source },
+    options: list,
+  });
+  const mounts = [
+    bind('/srv/a/../data', '/data', 'rbind', 'rslave'),
+    { destination: '/tmp', type: 'tmpfs', source: 'tmpfs' },
+    bind('hosts', '/etc/hosts', 'bind', 'ro'),
+    bind('/sys', '/host-sys', 'rbind', 'ro'),
+  ];
+  const spec = { ...ctrSpec(), mounts } as Spec;
+  const { volumes } = toGuestSpec(spec, { ...options, bundle: '/bundles/b' });
+  expect(volumes).toEqual([
+    { source: '/srv/data', destination: '/data', readOnly: false, recursive: true, follows: true },
+    { source: '/bundles/b/hosts', destination: '/etc/hosts', readOnly: true, recursive: false, follows: false },
+  ]);
+  const guest = toGuestSpec(spec, { ...options, bundle: '/bundles/b', volumeNumbers: [4, 7] });
+  expect(guest.volumes).toEqual(volumes);
+  expect(guest.spec.mounts).toEqual([
+    bind('/run/kiln/volumes/4', '/data', 'rbind', 'rslave'),
+    mounts[1],
+    bind('/run/kiln/volumes/7', '/etc/hosts', 'bind', 'ro'),
+    bind('/sys', '/host-sys', 'rbind', 'ro'),
+  ]);
+});
+
 test('a container is chosen before the agent when memory runs out, whatever its spec says', () => {
   const score = (oomScoreAdj: number) => {
     const { process } = ctrSpec();
@@ -220,29 +247,24 @@ describe('refused', () => {
 
   test.each<[string, object, string]>([
     [
-      'a bind mount',
-      mount({ destination: '/data', type: 'bind', source: '/srv', options: ['rbind', 'ro'] }),
-      'unimplemented: mounts[0]: bind mounts are not supported yet: /data (its source is /srv)',
+      'a mount of the host that shows what the guest mounts',
+      mount({ destination: '/data', type: 'bind', source: '/srv', options: ['rbind', 'shared'] }),
+      'unimplemented: mounts[0].options: shared: mounts in a guest cannot appear on the host (use rslave or rprivate for',
     ],
     [
-      'a bind mount by its option',
-      mount({ destination: '/data', type: 'none', source: '/srv', options: ['bind'] }),
-      'unimplemented: mounts[0]: bind mounts are not supported yet: /data',
-    ],
-    [
-      'a virtual filesystem bound from the host',
-      mount({ destination: '/sys', type: 'sysfs', source: '/sys', options: ['rbind'] }),
-      'unimplemented: mounts[0]: bind mounts are not supported yet: /sys',
+      'processes of the host',
+      mount({ destination: '/p', type: 'none', source: '/proc', options: ['rbind'] }),
+      'unimplemented: mounts[0]: /proc tells of the processes of the host, not of the guest (mount a filesystem of type',
     ],
     [
       'a mount without type',
       mount({ destination: '/d', source: '/s' }),
-      'unimplemented: mounts[0]: bind mounts are not supported',
+      'unimplemented: mounts[0]: mounts of type "" are not supported: /d (its source is /s)',
     ],
     [
       'a block device',
       mount({ destination: '/d', type: 'ext4', source: '/dev/sda' }),
-      'unimplemented: mounts[0]: bind mounts are',
+      'unimplemented: mounts[0]: mounts of type "ext4" are not supported: /d (its source is /dev/sda)',
     ],
     [
       'a network filesystem',

@@ -13,6 +13,7 @@ import type { HelperProcess } from '../../../src/host/helper-process.ts';
 import { startStandIn } from '../../../src/host/stand-in.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { Timeline } from '../../../src/observe/timeline.ts';
+import type { VolumeMount } from '../../../src/oci/binds.ts';
 import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
 import { BootSlots } from '../../../src/sandbox/boot-slots.ts';
 import type { Container } from '../../../src/sandbox/container.ts';
@@ -23,6 +24,7 @@ import { type ContainerRecord, writeContainerRecord } from '../../../src/sandbox
 import type { ContainerRequest, HostServices } from '../../../src/sandbox/resources.ts';
 import type { Sandbox } from '../../../src/sandbox/sandbox.ts';
 import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
+import type { FileServers } from '../../../src/sandbox/volumes.ts';
 import type { Template } from '../../../src/template/store.ts';
 import type { MemoryGrowth, NetworkCard, SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../../../src/vmm/vmm.ts';
 import { type Script, ScriptedAgent, socketPair } from '../guest/scripted-agent.ts';
@@ -212,6 +214,11 @@ export class Workbench implements AsyncDisposable {
   vmHooks: ScriptedVm['hooks'] = {};
   prepareRootfs: (signal: AbortSignal) => Promise<void> = async () => {};
   releaseRootfs: () => Promise<void> = async () => {};
+  fileServers: FileServers = {
+    start: () => Promise.reject(new Error('this test has no volumes')),
+    adopt: () => Promise.reject(new Error('this test has no volumes')),
+  };
+  volumes: readonly VolumeMount[] = [];
   beforeBoot: (signal: AbortSignal) => Promise<void> = async () => {};
   bootTimeoutS = 60;
   #template: Template | undefined;
@@ -316,7 +323,7 @@ export class Workbench implements AsyncDisposable {
       noteFailure: (_template, error) => void this.events.push(`not restored: ${(error as Error).message}`),
     };
     const pool: HostServices['pool'] = { take: async () => this.waiting };
-    return { rootfs: this.#rootfs(), templates, pool };
+    return { rootfs: this.#rootfs(), templates, pool, fileServers: this.fileServers };
   }
 
   #rootfs(): RootfsStore {
@@ -371,7 +378,8 @@ export class Workbench implements AsyncDisposable {
       directory: this.directory,
       vmm,
       config: { ...defaultConfig, vm: { ...defaultConfig.vm, bootTimeoutS: this.bootTimeoutS } },
-      spec: '{}',
+      spec: (numbers) => JSON.stringify({ numbers }),
+      volumes: this.volumes,
       rootfs: {} as RootfsPlan,
       hooks: {
         ...noHooks,

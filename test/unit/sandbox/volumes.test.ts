@@ -1,0 +1,131 @@
+import { spawnSync } from 'node:child_process';
+import { mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import net from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { KilnError } from '../../../src/errors.ts';
+import { loggerTo } from '../../../src/observe/logger.ts';
+import { checkVolumes, type FileServer, inHostsWords, SandboxVolumes } from '../../../src/sandbox/volumes.ts';
+
+const mount = (source: string) => ({
+  ...{ source, destination: '/data', readOnly: false, recursive: true, follows: false },
+});
+
+describe('a source of a bind mount', () => {
+  let directory = '';
+  let socket: net.Server;
+  const at = (name: string) => join(directory, name);
+  const refusal = async (name: string) => {
+    const error = await checkVolumes([mount(at(name))]).then(
+      () => undefined,
+      (thrown: unknown) => thrown,
+    );
+    if (!(error instanceof KilnError)) throw new Error(`no refusal of ${name}`);
+    return `${error.code}: ${error.message}`;
+  };
+
+  beforeAll(async () => {
+    directory = mkdtempSync(join(tmpdir(), 'kiln-volumes-'));
+    writeFileSync(at('file'), 'x');
+    symlinkSync('file', at('link'));
+    symlinkSync('/proc/self', at('to-proc'));
+    symlinkSync('/dev/null', at('to-null'));
+    symlinkSync('nowhere', at('dangling'));
+    spawnSync('mkfifo', [at('fifo')]);
+    socket = net.createServer();
+    await new Promise<void>((resolve) => socket.listen(at('socket'), resolve));
+  });
+  afterAll(() => {
+    socket.close();
+    rmSync(directory, { recursive: true, force: true });
+  });
+
+  it('is taken with the path behind its links', async () => {
+    expect(await checkVolumes([mount(at('link')), mount(directory)])).toEqual([
+      { source: at('file'), readOnly: false, recursive: true, follows: false },
+      { source: directory, readOnly: false, recursive: true, follows: false },
+    ]);
+  });
+
+  it.each(['missing', 'missing/below', 'dangling'])(
+    "that is not there is refused in runc's words: %s",
+    async (name) => {
+      expect(await refusal(name)).toBe(
+        `not-found: error mounting "${at(name)}" to rootfs at "/data": stat ${at(name)}: no such file or directory`,
+      );
+    },
+  );
+
+  it.each([
+    ['socket', 'it is a socket: a program in a virtual machine cannot connect to a socket of the host'],
+    ['fifo', 'it is a FIFO: a FIFO ends at the kernel that has it'],
+    ['to-null', 'it is a character device: the guest has devices of its own'],
+    ['to-proc', `/proc/${process.pid} tells of the processes of the host, not of the guest`],
+  ])('that only the kernel of the host can serve is refused: %s', async (name, reason) => {
+    expect(await refusal(name)).toContain(reason);
+    expect(await refusal(name)).toMatch(/^unimplemented: /);
+  });
+});
+
+describe('the volumes of a sandbox', () => {
+  const log: { level: string; msg: string }[] = [];
+  const logger = loggerTo({ write: (line) => void log.push(JSON.parse(line)) }, 'trace');
+
+  function scripted() {
+    const served: number[] = [];
+    const ended = Promise.withResolvers<string>();
+    const server: FileServer = {
+      ended: ended.promise,
+      add: async (volumes) => volumes.map((_, index) => index),
+      serve: async (fd) => void served.push(fd),
+      record: () => ({ pid: 7 }),
+      [Symbol.asyncDispose]: async () => ended.resolve('killed'),
+    };
+    return { served, ended, servers: { start: async () => server, adopt: async () => server } };
+  }
+
+  it('get the channel of the guest once, also when the first try has failed', async () => {
+    const { served, servers } = scripted();
+    await using volumes = await SandboxVolumes.start(servers, { directory: '/d', logger });
+    const { signal } = new AbortController();
+    let fails = true;
+    const vm = {
+      acceptFiles: async () => {
+        if (fails) throw new KilnError('unavailable', 'the VM has ended');
+        return 12;
+      },
+    };
+    await expect(volumes.connect(vm, signal)).rejects.toThrow('the VM has ended');
+    expect(volumes.record()).toEqual({ server: { pid: 7 }, connected: false });
+    fails = false;
+    await Promise.all([volumes.connect(vm, signal), volumes.connect(vm, signal)]);
+    expect(served).toEqual([12]);
+    expect(volumes.record()).toEqual({ server: { pid: 7 }, connected: true });
+    await using adopted = await SandboxVolumes.adopt(servers, volumes.record(), { directory: '/d', logger });
+    await adopted?.connect(vm, signal);
+    expect(served).toEqual([12]);
+  });
+
+  it('tell when their server ends, but not of an end that is wanted', async () => {
+    log.length = 0;
+    const { ended, servers } = scripted();
+    const volumes = await SandboxVolumes.start(servers, { directory: '/d', logger });
+    ended.resolve('SIGKILL');
+    await new Promise(setImmediate);
+    expect(log.map(({ msg }) => msg)).toEqual(['the file server has ended: volumes give I/O errors from now on']);
+    await volumes[Symbol.asyncDispose]();
+    const other = await SandboxVolumes.start(scripted().servers, { directory: '/d', logger });
+    await other[Symbol.asyncDispose]();
+    await new Promise(setImmediate);
+    expect(log.length).toBe(1);
+  });
+});
+
+it('names volumes in the errors of a guest as the host knows them', () => {
+  const words = (message: string) =>
+    (inHostsWords(new KilnError('invalid-argument', message), [mount('/srv/a'), mount('/srv/b')], [4, 12]) as Error)
+      .message;
+  expect(words('mount `/run/kiln/volumes/12` to `data`: I/O error')).toBe('mount `/srv/b` to `data`: I/O error');
+  expect(words('/run/kiln/volumes/4/x and /run/kiln/volumes/1')).toBe('/srv/a/x and /run/kiln/volumes/1');
+});

@@ -15,7 +15,8 @@
  *
  * Whatever fails is named on the console ("kiln-init: what: why"), where the host reads it, and ends the machine by a
  * reboot, which every VMM turns into its own exit. `kiln.trace` on the kernel's command line prints the time since
- * boot at each step; `kiln.emulated` says that the machine is emulated in software.
+ * boot at each step; `kiln.emulated` says that the machine is emulated in software; `kiln.modules=one,two` names drivers that
+ * are wanted beside those that every guest needs, which are loaded while the agent starts.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -46,12 +47,16 @@
 #define DEFAULT_ROOT_SERIAL "guest"
 #define ROOT_SERIAL_WORD "kiln.image_serial="
 #define MAX_SERIAL 20
+#define MODULES_WORD "kiln.modules="
+#define MAX_MODULES 16
 /* How long the disk may take to appear. It is there at once on every VMM we know; this only bounds a wrong set-up. */
 #define ROOT_WAIT_MS 10000
 
 static bool tracing;
 /* The host has no hardware virtualisation: each piece of machine code is translated before it runs. */
 static bool emulated;
+/* Names with commas between them. */
+static char wanted_modules[256];
 static char root_serial[MAX_SERIAL + 1] = DEFAULT_ROOT_SERIAL;
 
 static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -97,6 +102,8 @@ static void read_command_line(void) {
   for (char *rest = text, *word; (word = strsep(&rest, " \n")) != NULL;) {
     if (strncmp(word, ROOT_SERIAL_WORD, strlen(ROOT_SERIAL_WORD)) == 0)
       snprintf(root_serial, sizeof(root_serial), "%s", word + strlen(ROOT_SERIAL_WORD));
+    if (strncmp(word, MODULES_WORD, strlen(MODULES_WORD)) == 0)
+      snprintf(wanted_modules, sizeof(wanted_modules), "%s", word + strlen(MODULES_WORD));
   }
 }
 
@@ -327,6 +334,17 @@ static void bring_loopback_up(void) {
   close(fd);
 }
 
+/* Nobody waits for it: what these drivers do is asked for later, if at all. tini reaps the process. */
+static void load_wanted_modules(void) {
+  if (wanted_modules[0] == '\0' || fork() != 0) return;
+  char *arguments[MAX_MODULES + 4] = {"/sbin/modprobe", "-q", "-a"};
+  size_t count = 3;
+  for (char *rest = wanted_modules, *name; (name = strsep(&rest, ",")) != NULL && count < MAX_MODULES + 3;)
+    if (name[0] != '\0') arguments[count++] = name;
+  execv(arguments[0], arguments);
+  _exit(1);
+}
+
 static void set_limits(void) {
   /* Databases map many files; watchers watch many trees: what a server distribution sets today. */
   write_setting("/proc/sys/vm/max_map_count", "1048576");
@@ -347,6 +365,7 @@ static void second_stage(void) {
   protect_agent();
   bring_loopback_up();
   set_limits();
+  load_wanted_modules();
   if (sethostname("kiln", 4) != 0) fail("sethostname");
   if (chdir("/") != 0) fail("chdir /");
   /* --max-semi-space-size=1 (MiB): the young generation stays small, so the agent touches fewer pages. Not

@@ -6,7 +6,7 @@
  */
 import { KilnError } from '../errors.ts';
 import type { KilnConfig } from './config.ts';
-import { allowed, diskMibPerS, diskOpsPerS, memoryMib, vcpus, vmm, writableSizeGib } from './schema.ts';
+import { allowed, diskMibPerS, diskOpsPerS, memoryMaxMib, memoryMib, vcpus, vmm, writableSizeGib } from './schema.ts';
 import { closestMatch } from './suggest.ts';
 
 export const annotationPrefix = 'io.kiln.';
@@ -14,6 +14,8 @@ export const annotationPrefix = 'io.kiln.';
 export interface AnnotationOverrides {
   /** Guest memory in MiB. */
   readonly memoryMib?: number;
+  /** MiB up to which it can grow; 0 for no growth. */
+  readonly memoryMaxMib?: number;
   readonly vcpus?: number;
   readonly kernel?: 'default' | 'minimal';
   readonly vmm?: 'auto' | 'qemu' | 'firecracker';
@@ -35,6 +37,13 @@ const annotations: Readonly<Record<string, { readonly allowed: string; readonly 
     read: (value) => {
       const { data } = memoryMib.safeParse(integer(value));
       return data === undefined ? undefined : { memoryMib: data };
+    },
+  },
+  'io.kiln.memory_max_mib': {
+    allowed: allowed.memoryMaxMib,
+    read: (value) => {
+      const { data } = memoryMaxMib.safeParse(integer(value));
+      return data === undefined ? undefined : { memoryMaxMib: data };
     },
   },
   'io.kiln.vcpus': {
@@ -109,6 +118,7 @@ export function applyAnnotations(config: KilnConfig, given: Readonly<Record<stri
     vm: {
       ...config.vm,
       memoryMib: overrides.memoryMib ?? config.vm.memoryMib,
+      memoryMaxMib: overrides.memoryMaxMib ?? config.vm.memoryMaxMib,
       vcpus: overrides.vcpus ?? config.vm.vcpus,
       vmm: overrides.vmm ?? config.vm.vmm,
       kernel: overrides.kernel ?? config.vm.kernel,

@@ -17,6 +17,8 @@ export interface KilnConfig {
     readonly vmm: 'auto' | 'qemu' | 'firecracker';
     /** Guest memory in MiB, unless an annotation or the container's memory limit asks for more. */
     readonly memoryMib: number;
+    /** MiB up to which a running VM's memory can grow when its container's limit is raised; no more than it has is not at all. */
+    readonly memoryMaxMib: number;
     /** Guest CPUs, unless an annotation or the container's CPU limit asks for more. */
     readonly vcpus: number;
     /** `default`, `minimal`, or the absolute path of a kernel. */
@@ -175,6 +177,7 @@ function toConfig({ vm, template, pool, storage, daemon }: ConfigFile): KilnConf
     vm: {
       vmm: vm.vmm,
       memoryMib: vm.memory_mib,
+      memoryMaxMib: vm.memory_max_mib,
       vcpus: vm.vcpus,
       kernel: vm.kernel,
       initrd: vm.initrd,

@@ -25,6 +25,8 @@ export const memoryMib = z
   .int()
   .min(128)
   .max(16 * 1024 * 1024);
+/** 0 is as much as it has from its start. */
+export const memoryMaxMib = z.union([z.literal(0), memoryMib]);
 export const vmm = z.enum(['auto', 'qemu', 'firecracker']);
 export const vcpus = z.int().min(1).max(255);
 /** Rates of each of a container's disks; 0 is none. The upper ends only tell a rate from a typing error. */
@@ -34,6 +36,7 @@ export const writableSizeGib = z.int().min(1).max(maxDiskGib);
 
 export const allowed = {
   memoryMib: 'an integer from 128 to 16777216 (MiB)',
+  memoryMaxMib: '0 (no growth) or an integer from 128 to 16777216 (MiB)',
   vcpus: 'an integer from 1 to 255',
   vmm: '"auto", "qemu" or "firecracker"',
   diskMibPerS: 'an integer from 0 (no limit) to 1000000 (MiB per second)',
@@ -44,6 +47,7 @@ export const allowed = {
 const vm = z.strictObject({
   vmm: vmm.default('auto').describe(allowed.vmm),
   memory_mib: memoryMib.default(512).describe(allowed.memoryMib),
+  memory_max_mib: memoryMaxMib.default(0).describe(allowed.memoryMaxMib),
   vcpus: vcpus.default(1).describe(allowed.vcpus),
   kernel: z
     .union([z.enum(['default', 'minimal']), absolutePath])

@@ -15,9 +15,10 @@ const told = new Set<string>();
 
 const drivers: Readonly<Record<string, (config: KilnConfig, logger: Logger) => Vmm>> = {
   firecracker({ vm, storage }, logger) {
-    const { firecracker, hugePages } = vm;
+    const { firecracker, hugePages, memoryMaxMib } = vm;
     const diskLimits = { bytesPerS: storage.diskMibPerS * 2 ** 20, opsPerS: storage.diskOpsPerS };
-    return createFirecracker({ firecracker, hugePages, diskLimits, jail: () => jailSettings(vm, logger), logger });
+    const jail = () => jailSettings(vm, logger);
+    return createFirecracker({ firecracker, hugePages, memoryMaxMib, diskLimits, jail, logger });
   },
   qemu({ vm, template }, logger) {
     warnOfEmulation(vm.accelerator, logger);
@@ -45,6 +46,7 @@ export async function selectVmm(config: KilnConfig, logger: Logger, devices: Hos
 function refuseForQemu({ vm, storage }: KilnConfig, reason: string): void {
   const asked = {
     'vm.huge_pages': vm.hugePages,
+    'memory that grows (memory_max_mib)': vm.memoryMaxMib > vm.memoryMib,
     'a limit of disk bandwidth (disk_mib_per_s)': storage.diskMibPerS > 0,
     'a limit of disk requests (disk_ops_per_s)': storage.diskOpsPerS > 0,
   };

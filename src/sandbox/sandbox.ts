@@ -242,7 +242,8 @@ export class Sandbox implements AsyncDisposable {
   /**
    * Makes sure that the VM has so many bytes for a container; it grows where its VMM can do that.
    *
-   * @throws KilnError resource-exhausted with both numbers
+   * @throws KilnError resource-exhausted with both numbers, deadline-exceeded when VMM or guest take too long, and what
+   *   `MemoryGrowth.growTo` throws
    */
   async provideMemory(bytes: number): Promise<void> {
     if (bytes <= this.#memoryBytes) return;
@@ -252,7 +253,13 @@ export class Sandbox implements AsyncDisposable {
     if (neededMib > memoryGrowth.limitMib) {
       throw tooMuchMemory(bytes, (memoryGrowth.limitMib - guestOverheadMib) * 2 ** 20);
     }
-    await memoryGrowth.growTo(neededMib);
+    const timeout = AbortSignal.timeout(this.#answerLimitMs);
+    try {
+      await abortable(memoryGrowth.growTo(neededMib), timeout);
+    } catch (error) {
+      if (error === timeout.reason) throw vmmSilent({ name: 'VMM' }, 'give the VM more memory', this.#answerLimitMs);
+      throw error;
+    }
     this.#memoryBytes = bytes;
   }
 

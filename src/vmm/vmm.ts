@@ -70,7 +70,10 @@ export type VmRecord = Readonly<Record<string, unknown>>;
 export interface MemoryGrowth {
   /** The most that the VM can have, in MiB. */
   readonly limitMib: number;
-  /** Resolves when the guest can use so much. Throws `internal` with the VMM's words. */
+  /**
+   * Resolves when the guest can use so much. Throws `internal` with the VMM's words, `deadline-exceeded` when the guest does not
+   * take it, `resource-exhausted` when the host has no room.
+   */
   growTo(mib: number): Promise<void>;
 }
 

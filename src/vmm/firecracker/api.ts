@@ -41,6 +41,10 @@ export interface FirecrackerRequests {
     readonly deflate_on_oom: boolean;
     readonly free_page_reporting: boolean;
   };
+  /** A multiple of 128 MiB, the size of a slot; since 1.14. */
+  'PUT /hotplug/memory': { readonly total_size_mib: number };
+  /** Of a running VM: a multiple of 2 MiB, the size of a block. The guest takes it by and by. */
+  'PATCH /hotplug/memory': { readonly requested_size_mib: number };
   'PUT /entropy': Readonly<Record<string, never>>;
   'PUT /actions': { readonly action_type: 'InstanceStart' };
   'PATCH /vm': { readonly state: 'Paused' };
@@ -82,6 +86,12 @@ export interface InstanceInfo {
   readonly state: 'Not started' | 'Running' | 'Paused';
 }
 
+/** GET /hotplug/memory */
+export interface HotplugMemory {
+  readonly requested_size_mib: number;
+  readonly plugged_size_mib: number;
+}
+
 export class FirecrackerApi implements Disposable {
   readonly #socket: HeldSocket;
   /** One connection: Firecracker handles one request after the other anyway. */
@@ -100,6 +110,11 @@ export class FirecrackerApi implements Disposable {
 
   async describe(signal?: AbortSignal): Promise<InstanceInfo> {
     return (await this.#request('GET', '/', undefined, signal)) as InstanceInfo;
+  }
+
+  /** Of a VM that was given such memory before its start. */
+  async hotplugMemory(signal?: AbortSignal): Promise<HotplugMemory> {
+    return (await this.#request('GET', '/hotplug/memory', undefined, signal)) as HotplugMemory;
   }
 
   /**

@@ -2,7 +2,7 @@ import { commonKernelWords } from '../kernel-words.ts';
 import type { VmConfig, VmShape } from '../vmm.ts';
 import type { FirecrackerRequest } from './api.ts';
 import { type DrivePaths, driveNames, drivesAt, makeDriveFiles, serialOf } from './drives.ts';
-import { hugePageMib, inHugePages } from './huge-pages.ts';
+import { type GuestMemory, growthKernelWords, guestMemory } from './memory.ts';
 import type { FirecrackerOptions } from './options.ts';
 import type { Started } from './start.ts';
 import { isAtLeast } from './version.ts';
@@ -10,10 +10,13 @@ import { isAtLeast } from './version.ts';
 /** The minor version of Firecracker 1 that has free page reporting: CHANGELOG.md, 1.14.0. */
 const reportingSince = 14;
 
+/** A version that has everything. */
+const newest = '1.999.0';
+
 /** The guest's own CID. Each VM has a vsock of its own, so the number need not differ between VMs. */
 const guestCid = 3;
 
-type Settings = Pick<FirecrackerOptions, 'hugePages' | 'diskLimits'>;
+type Settings = Pick<FirecrackerOptions, 'hugePages' | 'diskLimits' | 'memoryMaxMib'>;
 
 /** What the requests name, by Firecracker's paths. */
 interface Files {
@@ -39,7 +42,7 @@ export async function configureAndStart(
     vsock: place.vsock.inside,
     imageSerial: await serialOf(guestImage),
   };
-  for (const [name, body] of requestsFor(config, files, settings, isAtLeast(version, reportingSince))) {
+  for (const [name, body] of requestsFor(config, files, settings, version)) {
     await api.call(name, body, signal);
   }
   await api.call('PUT /actions', { action_type: 'InstanceStart' }, signal);
@@ -54,41 +57,65 @@ export async function configureAndStart(
 export function configurationText(shape: VmShape, settings: Settings): string[] {
   const drives = new Map(driveNames.map((name) => [name, name]));
   const files = { kernel: 'kernel', initrd: shape.initrd && 'initrd', drives, vsock: 'vsock', imageSerial: '' };
-  return requestsFor(shape, files, settings, true).map((request) => JSON.stringify(request));
+  return requestsFor(shape, files, settings, newest).map((request) => JSON.stringify(request));
 }
 
-function requestsFor(
-  shape: VmShape,
-  files: Files,
-  { hugePages, diskLimits }: Settings,
-  reportsFreePages: boolean,
-): FirecrackerRequest[] {
-  const { vcpus, memoryMib } = shape;
-  const memory = hugePages
-    ? ({ mem_size_mib: inHugePages(memoryMib) * hugePageMib, huge_pages: '2M' } as const)
-    : { mem_size_mib: memoryMib };
+function requestsFor(shape: VmShape, files: Files, settings: Settings, version: string): FirecrackerRequest[] {
+  const { hugePages, diskLimits } = settings;
+  const memory = guestMemory(shape, settings, version);
+  const devices = memoryDevices(memory, settings, version);
+  const machine = { vcpu_count: shape.vcpus, mem_size_mib: memory.bootMib };
   const boot = {
     kernel_image_path: files.kernel,
     ...(files.initrd === undefined ? {} : { initrd_path: files.initrd }),
-    boot_args: kernelCommandLine(shape, files.imageSerial),
+    boot_args: kernelCommandLine(shape, devices, files.imageSerial),
   };
-  const balloon = { amount_mib: 0, deflate_on_oom: true, free_page_reporting: true };
   return [
-    ['PUT /machine-config', { vcpu_count: vcpus, ...memory }],
+    ['PUT /machine-config', { ...machine, ...(hugePages ? { huge_pages: '2M' } : {}) }],
     ['PUT /boot-source', boot],
     ...drivesAt(files.drives, diskLimits).map((drive): FirecrackerRequest => ['PUT /drives', drive]),
     ['PUT /vsock', { guest_cid: guestCid, uds_path: files.vsock }],
     ['PUT /entropy', {}],
-    // The guest tells what memory it does not use, and the host has it back. Huge pages are nobody else's anyway.
-    ...(reportsFreePages && !hugePages ? [['PUT /balloon', balloon] satisfies FirecrackerRequest] : []),
+    ...devices.map(({ request }) => request),
   ];
+}
+
+/** A device that changes how much memory the guest has, and what its kernel needs for it. */
+interface MemoryDevice {
+  readonly request: FirecrackerRequest;
+  /** The driver, where it is a module. */
+  readonly module: string;
+  readonly kernelWords: readonly string[];
+}
+
+function memoryDevices(
+  { hotplugMib }: GuestMemory,
+  { hugePages }: Pick<Settings, 'hugePages'>,
+  version: string,
+): MemoryDevice[] {
+  const devices: MemoryDevice[] = [];
+  // The guest tells what memory it does not use, and the host has it back. Huge pages are nobody else's anyway.
+  if (isAtLeast(version, reportingSince) && !hugePages) {
+    const balloon = { amount_mib: 0, deflate_on_oom: true, free_page_reporting: true };
+    devices.push({ request: ['PUT /balloon', balloon], module: 'virtio_balloon', kernelWords: [] });
+  }
+  if (hotplugMib > 0) {
+    const request = ['PUT /hotplug/memory', { total_size_mib: hotplugMib }] as const;
+    devices.push({ request, module: 'virtio_mem', kernelWords: growthKernelWords });
+  }
+  return devices;
 }
 
 /**
  * i8042: the kernel reboots by it, which ends Firecracker (FAQ.md), and looks for no keyboard and mouse there. Firecracker
  * itself adds `pci=off` and what describes its devices.
  */
-function kernelCommandLine(shape: VmShape, imageSerial: string): string {
+function kernelCommandLine(shape: VmShape, devices: readonly MemoryDevice[], imageSerial: string): string {
   const words = [...commonKernelWords(shape, 'k'), 'i8042.noaux', 'i8042.nomux', 'i8042.dumbkbd', 'swiotlb=noforce'];
+  words.push(...devices.flatMap(({ kernelWords }) => kernelWords));
+  // A kernel that needs no initrd has them built in.
+  if (shape.initrd !== undefined && devices.length > 0) {
+    words.push(`kiln.modules=${devices.map(({ module }) => module).join(',')}`);
+  }
   return [...words, `kiln.image_serial=${imageSerial}`].join(' ');
 }

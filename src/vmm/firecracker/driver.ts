@@ -5,7 +5,9 @@ import { listenAndKnock } from './agent-call.ts';
 import { FirecrackerApi } from './api.ts';
 import { configureAndStart } from './configure.ts';
 import { withExitStatus } from './exit-status.ts';
+import { roomFor } from './huge-pages.ts';
 import { findJail } from './jail.ts';
+import { memoryGrowth } from './memory.ts';
 import { type FirecrackerHost, type FirecrackerOptions, thisHost } from './options.ts';
 import { logName, openPlace } from './place.ts';
 import { parseFirecrackerRecord } from './record.ts';
@@ -42,14 +44,14 @@ async function bootFirecracker(
 
 /** Takes over a VM whose kilnd is gone: its API is there, and the agent dials again. */
 async function adoptFirecracker(
-  { jails, logger }: Pick<FirecrackerHost, 'jails'> & Pick<FirecrackerOptions, 'logger'>,
+  { jails, devices, logger, hugePages }: FirecrackerHost & FirecrackerOptions,
   given: VmRecord,
   directory: string,
   signal: AbortSignal,
 ): Promise<Vm> {
   const record = parseFirecrackerRecord(given);
   await using stack = new AsyncDisposableStack();
-  const { jail } = record;
+  const { jail, memory, usedSlots } = record;
   const place = stack.use(jail === undefined ? openPlace(directory) : findJail(directory, jail.uid, jails));
   const found = adoptHelper(record.firecracker, { directory, logName });
   if (found === undefined) {
@@ -65,5 +67,6 @@ async function adoptFirecracker(
     return resources.use(await listenAndKnock(place)).accept(accepting);
   };
   const agent = { accept };
-  return new FirecrackerVm({ firecracker, api, place, telemetry, agent, usedSlots: record.usedSlots, resources });
+  const growth = memoryGrowth(api, memory, roomFor({ hugePages }, devices));
+  return new FirecrackerVm({ firecracker, api, place, telemetry, agent, memory, growth, usedSlots, resources });
 }

@@ -14,6 +14,8 @@ export interface FirecrackerOptions {
   readonly diskLimits: DiskLimits;
   /** Guest memory in pages of 2 MiB from the host's pool. */
   readonly hugePages: boolean;
+  /** Up to what a VM's memory can grow while it runs, in MiB; no more than it has from its start is not at all. */
+  readonly memoryMaxMib: number;
   /** Gets Firecracker's own log, and its failures. */
   readonly logger: Logger;
 }

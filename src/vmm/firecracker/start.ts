@@ -10,9 +10,10 @@ import { AwaitedSocket } from '../socket-file.ts';
 import { agentPort, type VmConfig } from '../vmm.ts';
 import { listenForAgent } from './agent-call.ts';
 import { FirecrackerApi } from './api.ts';
-import { requireHugePages } from './huge-pages.ts';
+import { requireHugePages, roomFor } from './huge-pages.ts';
 import { makeJail } from './jail.ts';
 import type { CgroupLimits } from './jail-cgroup.ts';
+import { guestMemory, memoryGrowth } from './memory.ts';
 import type { FirecrackerHost, FirecrackerOptions } from './options.ts';
 import { firecrackerTitle, openPlace, type Place } from './place.ts';
 import { holdSocket } from './socket-path.ts';
@@ -60,7 +61,7 @@ export async function startFirecracker(
 ): Promise<FirecrackerParts> {
   requireGuestFiles(config);
   requireHost(config, host.devices);
-  if (options.hugePages) requireHugePages(config, host.devices);
+  if (options.hugePages) requireHugePages(config.memoryMib, host.devices);
   signal.throwIfAborted();
   await using stack = new AsyncDisposableStack();
   const place = stack.use(await placeFor(options, host, config, portable));
@@ -73,15 +74,16 @@ export async function startFirecracker(
   const limit = AbortSignal.timeout(startLimitMs);
   const either = AbortSignal.any([signal, limit]);
   const firecracker = stack.use(await place.start(args, either));
-  const api = await whileItStarts({ firecracker, telemetry, when }, { signal, limit }, async (ended) => {
+  const { api, memory } = await whileItStarts({ firecracker, telemetry, when }, { signal, limit }, async (ended) => {
     await awaited.answering(either, ended);
     const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
     const version = await api.version(either);
     requireSupportedVersion(version);
     await steps({ api, place, version, signal: either });
-    return api;
+    return { api, memory: guestMemory(config, options, version) };
   });
-  return { firecracker, api, place, telemetry, agent, resources: stack.move() };
+  const growth = memoryGrowth(api, memory, roomFor(options, host.devices));
+  return { firecracker, api, place, telemetry, agent, memory, growth, resources: stack.move() };
 }
 
 function requireHost({ vcpus }: VmConfig, devices: HostDevices): void {
@@ -97,7 +99,7 @@ function requireHost({ vcpus }: VmConfig, devices: HostDevices): void {
 }
 
 async function placeFor(
-  { firecracker, jail: jailFor }: FirecrackerOptions,
+  { firecracker, jail: jailFor, memoryMaxMib }: FirecrackerOptions,
   { jails }: FirecrackerHost,
   config: VmConfig,
   portable: boolean,
@@ -114,15 +116,17 @@ async function placeFor(
     });
   }
   await requireSameVersion(program, jail.jailer);
-  return makeJail({ ...jail, program, id, directory, limits: limitsOf(config) }, jails);
+  return makeJail({ ...jail, program, id, directory, limits: limitsOf(config, memoryMaxMib) }, jails);
 }
 
 /**
- * What a VM may take of the host at the most, so that one that was taken over takes no more. Beside the guest's memory that
+ * What a VM may take of the host at the most, so that one that was taken over takes no more. Beside the guest's memory, with
+ * what it may grow by, that
  * is the page cache of its disks and KVM's page tables; beside its CPUs' threads a few of Firecracker's and the kernel's.
  */
-function limitsOf({ memoryMib, vcpus }: VmConfig): CgroupLimits {
-  return { memoryBytes: (memoryMib + Math.ceil(memoryMib / 16) + 512) * 2 ** 20, pids: vcpus + 16 };
+function limitsOf({ memoryMib, vcpus }: VmConfig, memoryMaxMib: number): CgroupLimits {
+  const mostMib = Math.max(memoryMib, memoryMaxMib);
+  return { memoryBytes: (mostMib + Math.ceil(mostMib / 16) + 512) * 2 ** 20, pids: vcpus + 16 };
 }
 
 /** Runs the steps of a start. A failure that is Firecracker's end carries its exit and its own last words. */

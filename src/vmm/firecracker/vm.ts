@@ -4,9 +4,10 @@ import { describeExit, type HelperProcess, type ProcessExit } from '../../host/h
 import { abortable } from '../abortable.ts';
 import type { FirstConnection } from '../channel.ts';
 import { DriveSlots } from '../drive-slots.ts';
-import type { NetworkCard, SavableVm, SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
+import type { MemoryGrowth, NetworkCard, SavableVm, SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
 import type { FirecrackerApi } from './api.ts';
 import { isReadOnly, serialOf } from './drives.ts';
+import type { GuestMemory } from './memory.ts';
 import type { Place } from './place.ts';
 import type { Telemetry } from './telemetry.ts';
 
@@ -46,6 +47,8 @@ export interface FirecrackerParts {
   readonly telemetry: Telemetry;
   /** Where the agent calls. */
   readonly agent: Pick<FirstConnection, 'accept'>;
+  readonly memory: GuestMemory;
+  readonly growth: MemoryGrowth | null;
   /** Drive slots that have a file already. */
   readonly usedSlots?: readonly SlotName[];
   /** Releases all of the above. */
@@ -55,7 +58,7 @@ export interface FirecrackerParts {
 export class FirecrackerVm implements Vm {
   readonly pid: number;
   readonly nics: readonly NetworkCard[] = [];
-  readonly memoryGrowth = null;
+  readonly memoryGrowth: MemoryGrowth | null;
   /** Firecracker is itself the other end of the guest's vsock. */
   readonly channelLost = new Promise<never>(() => {});
   readonly #parts: FirecrackerParts;
@@ -65,6 +68,7 @@ export class FirecrackerVm implements Vm {
 
   constructor(parts: FirecrackerParts) {
     this.pid = parts.firecracker.pid;
+    this.memoryGrowth = parts.growth;
     this.#parts = parts;
     this.#slots = new DriveSlots(parts.usedSlots);
     this.#exit = this.#awaitExit();
@@ -80,10 +84,10 @@ export class FirecrackerVm implements Vm {
   }
 
   record(): VmRecord {
-    const { firecracker, place } = this.#parts;
+    const { firecracker, memory, place } = this.#parts;
     const jail = place.uid === undefined ? {} : { jail: { uid: place.uid } };
     // Without an identity it has ended, which whoever adopts the VM will find.
-    return { version: 1, firecracker: firecracker.identity, usedSlots: this.#slots.used, ...jail };
+    return { version: 1, firecracker: firecracker.identity, usedSlots: this.#slots.used, memory, ...jail };
   }
 
   async acceptAgent(signal: AbortSignal): Promise<net.Socket> {

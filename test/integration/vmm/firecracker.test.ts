@@ -20,6 +20,7 @@ import { loggerTo } from '../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../src/vmm/firecracker/driver.ts';
 import { clearJail, jailHost } from '../../../src/vmm/firecracker/jail.ts';
 import { uidsOf } from '../../../src/vmm/firecracker/jail-uids.ts';
+import { isAtLeast, versionOf } from '../../../src/vmm/firecracker/version.ts';
 import { type HostDevices, hostDevices } from '../../../src/vmm/host-devices.ts';
 import type { SavableVm, TemplateDriver, Vm, VmConfig, Vmm } from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
@@ -34,6 +35,8 @@ import { tinyGuest, waitingGuest } from './tiny-guest.ts';
 const program = process.env.KILN_FIRECRACKER;
 const jailer = process.env.KILN_JAILER;
 const guest = (name: string): string => path.join(projectRoot, 'dist/guest', name);
+/** Since Firecracker 1.14. */
+const growsAtAll = program !== undefined && isAtLeast(await versionOf(program), 14);
 const never = new AbortController().signal;
 const uids = { first: 1_900_100_000, count: 4 };
 
@@ -66,6 +69,7 @@ const defaults = {
   jail: () => undefined,
   logger,
   hugePages: false,
+  memoryMaxMib: 0,
   diskLimits: { bytesPerS: 2 ** 20, opsPerS: 100 },
 };
 
@@ -272,6 +276,24 @@ describe.runIf(program !== undefined)('the real Firecracker without a jail', () 
     expect(log).toContainEqual(expect.objectContaining({ msg: "Firecracker's counters", counters }));
     expect(workspace.processes()).toEqual([]);
     expect(workspace.files()).toEqual([]);
+  });
+
+  test.runIf(growsAtAll)('has further memory ready, and tells that this guest takes none of it', async () => {
+    const running = await boot(driver({ memoryMaxMib: 500 }));
+    expect(running.memoryGrowth?.limitMib).toBe(512);
+    const adopted = await driver().adopt(JSON.parse(JSON.stringify(running.record())), workspace.sandbox, never);
+    for (const each of [running, adopted]) {
+      // A guest without a driver for it, as one that has not come up yet.
+      await expect(each.memoryGrowth?.growTo(400)).rejects.toMatchObject({
+        code: 'internal',
+        message: expect.stringMatching(/^Firecracker refused PATCH \/hotplug\/memory: .*not active/i),
+      });
+    }
+    await adopted.kill();
+  });
+
+  test.runIf(!growsAtAll)('keeps its memory, before 1.14', async () => {
+    expect((await boot(driver({ memoryMaxMib: 500 }))).memoryGrowth).toBeNull();
   });
 
   test('answers the next kilnd', async () => {

@@ -16,6 +16,7 @@ describe('io.kiln.* annotations', () => {
   test('override the configuration', () => {
     const config = applyAnnotations(defaultConfig, {
       'io.kiln.memory_mib': '1024',
+      'io.kiln.memory_max_mib': '4096',
       'io.kiln.vcpus': '2',
       'io.kiln.kernel': 'minimal',
       'io.kiln.vmm': 'firecracker',
@@ -26,6 +27,7 @@ describe('io.kiln.* annotations', () => {
     expect(config.vm).toEqual({
       ...defaultConfig.vm,
       memoryMib: 1024,
+      memoryMaxMib: 4096,
       vcpus: 2,
       kernel: 'minimal',
       vmm: 'firecracker',
@@ -49,7 +51,7 @@ describe('io.kiln.* annotations', () => {
     expect(error.code).toBe('invalid-argument');
     expect(error.message).toBe(
       'unknown annotation io.kiln.memory="512", did you mean io.kiln.memory_mib?; known are ' +
-        'io.kiln.memory_mib, io.kiln.vcpus, io.kiln.kernel, io.kiln.vmm, ' +
+        'io.kiln.memory_mib, io.kiln.memory_max_mib, io.kiln.vcpus, io.kiln.kernel, io.kiln.vmm, ' +
         'io.kiln.writable_size_gib, io.kiln.disk_mib_per_s, io.kiln.disk_ops_per_s',
     );
     expect(errorOf({ 'io.kiln.constructor': '' }).message).toContain('unknown annotation');
@@ -58,6 +60,7 @@ describe('io.kiln.* annotations', () => {
   test.each([
     ['io.kiln.memory_mib', '64', 'an integer from 128'],
     ['io.kiln.memory_mib', '512MiB', 'an integer from 128'],
+    ['io.kiln.memory_max_mib', '64', '0 (no growth) or an integer from 128'],
     ['io.kiln.memory_mib', '1e3', 'an integer from 128'],
     ['io.kiln.memory_mib', '', 'an integer from 128'],
     ['io.kiln.vcpus', '0', 'an integer from 1 to 255'],

@@ -39,6 +39,7 @@ describe('the configuration file', () => {
       vm: {
         vmm: 'auto',
         memoryMib: 512,
+        memoryMaxMib: 0,
         vcpus: 1,
         kernel: 'default',
         initrd: undefined,
@@ -66,6 +67,7 @@ describe('the configuration file', () => {
       [vm]
       vmm = "firecracker"
       memory_mib = 128
+      memory_max_mib = 2048
       vcpus = 4
       kernel = "/boot/vmlinux"
       initrd = "/boot/initrd"
@@ -99,6 +101,7 @@ describe('the configuration file', () => {
       vm: {
         vmm: 'firecracker',
         memoryMib: 128,
+        memoryMaxMib: 2048,
         vcpus: 4,
         kernel: '/boot/vmlinux',
         initrd: '/boot/initrd',
@@ -137,7 +140,7 @@ describe('the configuration file', () => {
   test('with a misspelt key is refused, with the key that was probably meant', () => {
     expect(messageFor('[vm]\nmemory_mb = 64')).toBe(
       '/etc/kiln/config.toml: unknown key vm.memory_mb = 64, did you mean memory_mib?; keys of [vm] are ' +
-        'vmm, memory_mib, vcpus, kernel, initrd, network_cards, boot_timeout_s, accelerator, qemu, firecracker, ' +
+        'vmm, memory_mib, memory_max_mib, vcpus, kernel, initrd, network_cards, boot_timeout_s, accelerator, qemu, firecracker, ' +
         'jail, jailer, jail_uid_first, jail_uids, huge_pages, channel',
     );
     expect(messageFor('[storage]\ncolour = "red"')).toBe(

@@ -38,6 +38,7 @@ test('the choice and its reason are told once at info level', async () => {
 
 test.each([
   ['vm.huge_pages', config({ vmm: 'qemu', hugePages: true })],
+  ['memory that grows (memory_max_mib)', config({ vmm: 'qemu', memoryMaxMib: 1024 })],
   ['a limit of disk bandwidth (disk_mib_per_s)', config({ vmm: 'qemu' }, { diskMibPerS: 1 })],
   ['a limit of disk requests (disk_ops_per_s)', config({ vmm: 'qemu' }, { diskOpsPerS: 1 })],
 ])('%s is refused where QEMU runs the VM, with the reason why that is so', async (what, wanted) => {

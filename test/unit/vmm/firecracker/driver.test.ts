@@ -46,7 +46,7 @@ function vmm(mode: string, { options, kvm = true, jailer }: Host = {}) {
     workspace.file('kvm');
   }
   const jail = () => (jailer === undefined ? undefined : { jailer: workspace.jailer(jailer), uids });
-  const defaults = { jail, logger, hugePages: false, diskLimits: { bytesPerS: 0, opsPerS: 0 } };
+  const defaults = { jail, logger, hugePages: false, memoryMaxMib: 0, diskLimits: { bytesPerS: 0, opsPerS: 0 } };
   return createFirecracker({ firecracker: workspace.firecracker(mode), ...defaults, ...options }, host());
 }
 

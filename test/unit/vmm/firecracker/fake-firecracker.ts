@@ -11,6 +11,9 @@
  * - PUT /snapshot/create takes a paused VM, and PUT /snapshot/load a Firecracker that was told nothing of a VM yet; a load
  *   that fails is answered, and ends it (docs/snapshotting/snapshot-support.md; src/vmm/src/rpc_interface.rs, boot_path). The
  *   files are in fake-snapshot.ts. A guest that was restored has lost its connections (docs/vsock.md), and calls again;
+ * - memory that can be added is told of before the start, in slots of 128 MiB, and asked for while the VM runs, in blocks of 2;
+ *   the guest takes it after the answer, and a device without a driver is not active (docs/memory-hotplug.md; src/vmm/src/
+ *   vmm_config/memory_hotplug.rs; src/vmm/src/devices/virtio/mem/device.rs, update_requested_size). All of it since 1.14;
  * - under a jailer, which says so by --parent-cpu-time-us, every path is one below its root directory (docs/jailer.md);
  * - the log and the metrics go to FIFOs that are there, and what does not fit is lost (src/vmm/src/utils/mod.rs,
  *   open_file_nonblock); the form of a log line is that of --show-level (src/vmm/src/logger/logging.rs), metrics are written at
@@ -74,6 +77,14 @@ const bodies: Readonly<Record<string, z.ZodType>> = {
     free_page_reporting: z.boolean().optional(),
     free_page_hinting: z.boolean().optional(),
   }),
+  'PUT /hotplug/memory': z
+    .strictObject({
+      total_size_mib: z.int().min(128),
+      slot_size_mib: z.int().min(128).default(128),
+      block_size_mib: z.int().min(2).default(2),
+    })
+    .refine(({ total_size_mib: total, slot_size_mib: slot }) => total % slot === 0),
+  'PATCH /hotplug/memory': z.strictObject({ requested_size_mib: z.int().min(0) }),
   'PUT /entropy': z.strictObject({}),
   'PATCH /vm': z.strictObject({ state: z.enum(['Paused', 'Resumed']) }),
   'PUT /snapshot/create': z.strictObject({
@@ -98,8 +109,11 @@ const fieldsSince: Readonly<Record<string, Readonly<Record<string, number>>>> = 
   'PUT /snapshot/load': { vsock_override: 16, clock_realtime: 16 },
 };
 
+/** Requests that only later versions know: CHANGELOG.md. */
+const requestsSince: Readonly<Record<string, number>> = { 'PUT /hotplug/memory': 14, 'PATCH /hotplug/memory': 14 };
+
 /** src/vmm/src/rpc_interface.rs: after one of these no snapshot is loaded (boot_path). */
-const configuresVm = /^PUT \/(machine-config|boot-source|drives|vsock|balloon|entropy)$/;
+const configuresVm = /^PUT \/(machine-config|boot-source|drives|vsock|balloon|entropy|hotplug\/memory)$/;
 
 /** v1.16 src/firecracker/src/main.rs; each is there since 1.13. */
 const flags = new Set(
@@ -167,6 +181,8 @@ class Firecracker {
   /** By id, the path of each one's file. */
   #drives: Record<string, string> = {};
   #memoryMib = 0;
+  /** What the VM can get, was asked to take, and has taken, in MiB; undefined without such memory. */
+  #hotplug: { total: number; requested: number; plugged: number } | undefined;
   /** As it was told, and where that is. */
   #vsock: { readonly told: string; readonly at: string } | undefined;
   #state: 'Not started' | 'Running' | 'Paused' = 'Not started';
@@ -220,11 +236,15 @@ class Firecracker {
   #act(method: string, url: string, body: unknown): object | undefined {
     if (method === 'GET' && url === '/version') return { firecracker_version: this.#version };
     if (method === 'GET' && url === '/') return { state: this.#state, id: 'x' };
-    const [, resource = '', id] = url.startsWith('/snapshot/') ? ['', url.slice(1)] : url.split('/');
+    if (method === 'GET' && url === '/hotplug/memory') return this.#lookAtMemory();
+    const [, resource = '', id] = /^\/(snapshot|hotplug)\//.test(url) ? ['', url.slice(1)] : url.split('/');
     const name = `${method} /${resource}`;
     const fields = this.#fieldsOf(name, id, body);
     if (configuresVm.test(name)) this.#configured = true;
     if (name === 'PUT /machine-config') this.#memoryMib = Number(fields.mem_size_mib);
+    else if (name === 'PUT /hotplug/memory')
+      this.#hotplug = { total: Number(fields.total_size_mib), requested: 0, plugged: 0 };
+    else if (name === 'PATCH /hotplug/memory') this.#askToTake(Number(fields.requested_size_mib));
     else if (name === 'PUT /drives') this.#drives[id ?? ''] = fields.path_on_host ?? '';
     else if (name === 'PATCH /drives') this.#swap(id ?? '', fields.path_on_host ?? '');
     else if (name === 'PUT /vsock') this.#bindVsock(fields.uds_path ?? '');
@@ -233,6 +253,29 @@ class Firecracker {
     else if (name === 'PUT /snapshot/create') this.#save(body as SnapshotPaths);
     else if (name === 'PUT /snapshot/load') this.#load(body as LoadRequest);
     return undefined;
+  }
+
+  #lookAtMemory(): object {
+    const { total, requested, plugged } = this.#hotplug ?? this.#noHotplug();
+    // The guest takes a part of it between two looks.
+    if (this.#hotplug !== undefined && this.#mode !== 'takes-no-memory') {
+      this.#hotplug.plugged = Math.min(requested, plugged + 128);
+    }
+    return {
+      ...{ block_size_mib: 2, slot_size_mib: 128 },
+      ...{ total_size_mib: total, requested_size_mib: requested, plugged_size_mib: plugged },
+    };
+  }
+
+  #noHotplug(): never {
+    throw new Refusal('Memory hotplug device is not configured');
+  }
+
+  #askToTake(mib: number): void {
+    const hotplug = this.#hotplug ?? this.#noHotplug();
+    if (this.#mode === 'no-memory-driver') throw new Refusal('Device is not active');
+    if (mib % 2 !== 0 || mib > hotplug.total) throw new Refusal(`Size ${mib} is invalid`);
+    hotplug.requested = mib;
   }
 
   #swap(id: string, path: string): void {
@@ -246,6 +289,7 @@ class Firecracker {
     const saved = {
       version: this.#version,
       memoryMib: this.#memoryMib,
+      hotplug: this.#hotplug,
       drives: this.#drives,
       vsock: this.#vsock?.told,
     };
@@ -270,6 +314,7 @@ class Firecracker {
     }
     this.#drives = { ...saved.drives };
     this.#memoryMib = saved.memoryMib;
+    this.#hotplug = saved.hotplug;
     this.#state = resume ? 'Running' : 'Paused';
     if (resume) this.#call();
   }
@@ -279,6 +324,7 @@ class Firecracker {
     const schema = bodies[name];
     if (schema === undefined) throw new Refusal(`Invalid request method and/or path: ${name}.`);
     const minor = Number(this.#version.split('.')[1]);
+    if (minor < (requestsSince[name] ?? 0)) throw new Refusal(`Invalid request method and/or path: ${name}.`);
     for (const [field, since] of Object.entries(fieldsSince[name] ?? {})) {
       if (minor < since && Object.hasOwn(Object(body), field)) throw new Refusal(`unknown field \`${field}\``);
     }

@@ -9,6 +9,8 @@ import { closeSync, ftruncateSync, openSync, readFileSync, statSync, writeFileSy
 export interface Saved {
   readonly version: string;
   readonly memoryMib: number;
+  /** Memory beyond that, which lies in the file as a hole where it is not plugged: docs/memory-hotplug.md, "Snapshots". */
+  readonly hotplug: { total: number; requested: number; plugged: number } | undefined;
   /** By id, the path of each drive's file. */
   readonly drives: Readonly<Record<string, string>>;
   readonly vsock: string | undefined;
@@ -27,7 +29,7 @@ export function writeSnapshot({ state, memory }: Files, saved: Saved): void {
   const content = Buffer.concat([magic, Buffer.from(JSON.stringify(saved))]);
   writeFileSync(state, Buffer.concat([content, checksumOf(content)]));
   const fd = openSync(memory, 'a');
-  ftruncateSync(fd, saved.memoryMib * 2 ** 20);
+  ftruncateSync(fd, lengthOf(saved));
   closeSync(fd);
 }
 
@@ -40,8 +42,12 @@ export function readSnapshot({ state, memory }: Files, version: string): Saved {
   if (!content.subarray(0, magic.length).equals(magic)) throw new Error('Magic value does not match arch');
   const saved = JSON.parse(content.subarray(magic.length).toString()) as Saved;
   if (saved.version !== version) throw new Error('Invalid data version');
-  if (statSync(memory).size < saved.memoryMib * 2 ** 20) throw new Error('The specified file offset and length');
+  if (statSync(memory).size < lengthOf(saved)) throw new Error('The specified file offset and length');
   return saved;
+}
+
+function lengthOf({ memoryMib, hotplug }: Saved): number {
+  return (memoryMib + (hotplug?.total ?? 0)) * 2 ** 20;
 }
 
 function checksumOf(content: Buffer): Buffer {

@@ -20,7 +20,7 @@ const portWord = 'kiln.files_port=';
 const portName = 'kiln.files';
 
 /** native/guest-volumes.c. */
-const program = '/usr/lib/kiln/kiln-volumes';
+const program = '/usr/lib/kiln/kiln-mount-volumes';
 
 /** How long the host may take to answer, in milliseconds. */
 const mountLimit = 10_000;

@@ -1,7 +1,7 @@
 /* Mounts the host's files in a Kiln guest: 9P2000.L over the channel that the host has made for it.
  *
- *   kiln-volumes TARGET OPTIONS vsock PORT       dials the host (CID 2)
- *   kiln-volumes TARGET OPTIONS serial DEVICE    a virtio-serial port, for example /dev/vport0p2
+ *   kiln-mount-volumes TARGET OPTIONS vsock PORT       dials the host (CID 2)
+ *   kiln-mount-volumes TARGET OPTIONS serial DEVICE    a virtio-serial port, for example /dev/vport0p2
  *
  * TARGET is an existing directory; OPTIONS are v9fs's own (Documentation/filesystems/9p.rst), without those that name
  * the transport. Exits 0 when it is mounted, else 1 with a sentence on stderr.
@@ -103,7 +103,7 @@ static void mount_session(const char *target, const char *options, int fd) {
 
 int main(int count, char **arguments) {
   if (count != 5) {
-    dprintf(STDERR_FILENO, "usage: kiln-volumes TARGET OPTIONS vsock PORT | serial DEVICE\n");
+    dprintf(STDERR_FILENO, "usage: kiln-mount-volumes TARGET OPTIONS vsock PORT | serial DEVICE\n");
     return 1;
   }
   const char *target = arguments[1], *options = arguments[2], *channel = arguments[3], *place = arguments[4];

@@ -18,7 +18,7 @@ const serialBytes = 20;
 /**
  * The serial by which a guest knows the disk of a file, which is Firecracker's choice: v1.16
  * src/vmm/src/devices/virtio/block/virtio/device.rs, build_device_id. It is another one when another file is put behind.
- * A mount of the file has the same.
+ * A mount of the file has the same, and of a device each node has one of its own.
  */
 export async function serialOf(file: string): Promise<string> {
   const { dev, rdev, ino } = await stat(file, { bigint: true });

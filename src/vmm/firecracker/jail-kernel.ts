@@ -1,9 +1,10 @@
 /** What a jail needs root for. Another set plays it, for tests without root. */
-import { closeSync, lchownSync, readdirSync, statSync } from 'node:fs';
+import { chmodSync, closeSync, lchownSync, readdirSync, statSync } from 'node:fs';
 import { stat } from 'node:fs/promises';
 import { KilnError } from '../../errors.ts';
 import { withIdMapping } from '../../host/id-mapping.ts';
 import { mkfifo } from '../../sys/fifo.ts';
+import { mknodBlock } from '../../sys/mknod.ts';
 import { MNT_DETACH, MS_PRIVATE, MS_SHARED, mount, UMOUNT_NOFOLLOW, umount2 } from '../../sys/mount.ts';
 import {
   MOUNT_ATTR_IDMAP,
@@ -39,6 +40,8 @@ export interface JailKernel {
   /** Of a symbolic link, the link's. */
   chown(file: string, uid: number, gid: number): void;
   mkfifo(file: string, mode: number): void;
+  /** Makes a node of a block device, by st_rdev of another one. The mode is set whatever the umask. */
+  mknod(file: string, mode: number, device: bigint): void;
   /** The processes whose root directory it is. */
   processesIn(root: string): number[];
 }
@@ -78,6 +81,11 @@ export const realKernel: JailKernel = {
 
   chown: lchownSync,
   mkfifo,
+
+  mknod(file, mode, device) {
+    mknodBlock(file, mode, device);
+    chmodSync(file, mode);
+  },
 
   processesIn(root) {
     const { dev, ino } = statSync(root, { bigint: true });

@@ -8,13 +8,25 @@
  *   r                             a symbolic link to the root directory, so that the sockets in there have short paths
  *
  * A file of the host gets into `files` as a mount over an empty file. That is a mount of its own which is shared, so what
- * is mounted there while Firecracker runs appears in its mount namespace, too.
+ * is mounted there while Firecracker runs appears in its mount namespace, too. A block device gets a node there in the place of the
+ * empty file, since the host's own node is root's and no mount can make it another user's. No cgroup of a VM keeps it from
+ * devices: what it can open is what it has a node for, and it can make none.
  *
  * Whoever has taken over a jailed Firecracker can put whatever it likes in the place of what lies in the root directory
  * itself. So nothing is opened or mounted there by path after the start: `files` it cannot rename, as a mount point, and of a
  * socket the file is looked at first (socket-path.ts).
  */
-import { chmodSync, existsSync, mkdirSync, realpathSync, rmdirSync, rmSync, statSync, symlinkSync } from 'node:fs';
+import {
+  chmodSync,
+  existsSync,
+  mkdirSync,
+  realpathSync,
+  renameSync,
+  rmdirSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+} from 'node:fs';
 import { stat } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
@@ -205,13 +217,28 @@ export class Jail implements Place {
     return inside(slot);
   }
 
-  async fill(slot: SlotName, file: string, readOnly: boolean): Promise<string> {
-    await this.#mount(file, this.#own(slot), readOnly);
-    return inside(slot);
+  async fill(slot: SlotName, file: string, readOnly: boolean): Promise<Seen> {
+    const seen = { host: this.#own(slot), inside: inside(slot) };
+    const found = await stat(file, { bigint: true });
+    if (!found.isBlockDevice()) {
+      await this.#mount(file, seen.host, readOnly);
+      return seen;
+    }
+    renameSync(seen.host, emptied(seen.host));
+    try {
+      this.#parts.host.kernel.mknod(seen.host, readOnly ? 0o440 : 0o660, found.rdev);
+      this.#ownedByGroup(seen.host);
+    } catch (error) {
+      this.clear(slot);
+      throw error;
+    }
+    return seen;
   }
 
   clear(slot: SlotName): void {
-    this.#parts.host.kernel.unmount(this.#own(slot));
+    const own = this.#own(slot);
+    if (existsSync(emptied(own))) renameSync(emptied(own), own);
+    else this.#parts.host.kernel.unmount(own);
   }
 
   makeFifo(name: FifoName): Seen {
@@ -243,9 +270,7 @@ export class Jail implements Place {
 
   async #mount(file: string, target: string, readOnly: boolean): Promise<void> {
     if (!(await stat(file)).isFile()) {
-      throw new KilnError('failed-precondition', `${file} is no regular file, and a jail takes no other`, {
-        hint: 'set vm.jail = "off" in the config file',
-      });
+      throw new KilnError('failed-precondition', `${file} is neither a file nor a block device`);
     }
     await this.#parts.host.kernel.mountFile(file, target, { readOnly, uid: this.uid });
   }
@@ -258,6 +283,11 @@ export class Jail implements Place {
   #own(name: string): string {
     return path.join(this.#files, name);
   }
+}
+
+/** Where a slot's empty file waits while there is the node of a device in its place. */
+function emptied(file: string): string {
+  return `${file}.empty`;
 }
 
 function inside(name: string): string {

@@ -28,9 +28,9 @@ export interface Place extends AsyncDisposable {
   hide(name: BootFile | SnapshotFile): void;
   /** Makes an empty file, for a drive that has none yet. */
   makeEmpty(slot: SlotName, size: { readonly bytes: number; readonly readOnly: boolean }): string;
-  /** Makes a file usable behind a slot and returns its path for Firecracker. */
-  fill(slot: SlotName, file: string, readOnly: boolean): Promise<string>;
-  /** Takes back what `fill` has made. */
+  /** Makes a file or a block device usable behind a slot; what is returned is what Firecracker opens. */
+  fill(slot: SlotName, file: string, readOnly: boolean): Promise<Seen>;
+  /** Takes back what `fill` has made: the empty file is there again. */
   clear(slot: SlotName): void;
   /** Makes a FIFO that Firecracker writes to. */
   makeFifo(name: FifoName): Seen;
@@ -85,7 +85,7 @@ export function openPlace(directory: string, options?: Omit<OpenPlaceOptions, 'd
       makeSparse(empty.host, bytes, 0o600);
       return empty.inside;
     },
-    fill: async (_slot, file) => file,
+    fill: async (_slot, file) => seen(file),
     clear: () => {},
     makeFifo(name) {
       mkfifo(fifo(name).host, 0o600);

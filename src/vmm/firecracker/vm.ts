@@ -112,15 +112,15 @@ export class FirecrackerVm implements Vm {
   attachDisk(slot: SlotName, file: string): Promise<string> {
     return this.#slots.fill(slot, file, async () => {
       const { api, place } = this.#parts;
-      const serial = await serialOf(file);
-      const inside = await place.fill(slot, file, isReadOnly(slot));
+      const seen = await place.fill(slot, file, isReadOnly(slot));
       try {
-        await api.call('PATCH /drives', { drive_id: slot, path_on_host: inside });
+        const serial = await serialOf(seen.host);
+        await api.call('PATCH /drives', { drive_id: slot, path_on_host: seen.inside });
+        return serial;
       } catch (error) {
         place.clear(slot);
         throw error;
       }
-      return serial;
     });
   }
 

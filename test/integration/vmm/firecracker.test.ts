@@ -1,4 +1,4 @@
-import { spawnSync } from 'node:child_process';
+import { execFileSync, spawnSync } from 'node:child_process';
 import {
   chmodSync,
   existsSync,
@@ -403,6 +403,27 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
     expectNothingLeft();
   });
 
+  test('has a block device by a node of its own, which it can use as its slot allows', async () => {
+    using loop = loopDevice(workspace.file('image', Buffer.alloc(2 ** 20, 'image')));
+    const running = await boot(jailed());
+    const [uid] = readdirSync(workspace.path('claims')).map(Number);
+    const before = statSync(loop.device);
+    for (const slot of ['ro0', 'rw0'] as const) {
+      const serial = await running.attachDisk(slot, loop.device);
+      const inside = `/proc/${running.pid}/root/files/${slot}`;
+      const { dev, rdev, ino } = statSync(inside, { bigint: true });
+      expect(rdev).toBe(BigInt(before.rdev));
+      expect(serial).toBe(`${dev}${rdev}${ino}`.slice(0, 20));
+      expect(as(uid ?? 0, inside)).toEqual({ readable: true, writable: slot === 'rw0' });
+      expect(openBy(running.pid)).toContain(`/files/${slot}`);
+    }
+    await expect(running.attachDisk('rw1', '/dev/null')).rejects.toThrow('neither a file nor a block device');
+    const { mode, uid: owner, gid } = statSync(loop.device);
+    expect({ mode, owner, gid }).toEqual({ mode: before.mode, owner: before.uid, gid: before.gid });
+    await running.kill();
+    expectNothingLeft();
+  });
+
   test('cannot write what it was only given to read, nor remove what it was given', async () => {
     const { pid } = await boot(jailed());
     const [uid] = readdirSync(workspace.path('claims')).map(Number);
@@ -470,7 +491,8 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
     await expect(boot(driver({ jail: () => ({ jailer: other, uids }) }))).rejects.toThrow(
       /^the jailer \S+ is of version 1\.0\.0, and Firecracker \S+ of version 1\.\d+\.\d+/,
     );
-    expectNothingLeft();
+    expect(workspace.files()).toEqual([]);
+    expect(existsSync(workspace.path('claims'))).toBe(false);
   });
 
   test('leaves nothing when its start fails, in the jailer or later', async () => {
@@ -484,6 +506,19 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
     expectNothingLeft();
   });
 });
+
+/** A block device that is a file. */
+function loopDevice(file: string): Disposable & { device: string } {
+  const losetup = (...args: string[]) => execFileSync('losetup', args, { encoding: 'utf8' }).trim();
+  const device = losetup('--find', '--show', file);
+  return { device, [Symbol.dispose]: () => void losetup('--detach', device) };
+}
+
+/** What a process has open, by the names that itself knows. */
+function openBy(pid: number): string[] {
+  const folder = `/proc/${pid}/fd`;
+  return readdirSync(folder).map((fd) => readlinkSync(path.join(folder, fd)));
+}
 
 /** What a user may do with a file. access(2) of root would say that it may do everything. */
 function as(uid: number, file: string): { readable: boolean; writable: boolean } {

@@ -28,6 +28,11 @@ afterEach(async () => {
   workspace[Symbol.dispose]();
 });
 
+/** Some block device of this machine, which nobody opens. */
+const blockDevice = readdirSync('/dev')
+  .map((name) => path.join('/dev', name))
+  .find((file) => statSync(file, { throwIfNoEntry: false })?.isBlockDevice());
+
 const never = new AbortController().signal;
 
 interface Host {
@@ -456,9 +461,38 @@ describe('in a jail', () => {
     await expect(vm.attachDisk('ro0', disk)).rejects.toThrow('behind drive slot ro0: EINVAL: its file system cannot');
     kernel.refusal = undefined;
     expect(await vm.attachDisk('ro0', disk)).toBe(serialOf(disk));
-    await expect(vm.attachDisk('ro1', '/dev/null')).rejects.toThrow(
-      '/dev/null is no regular file, and a jail takes no other',
-    );
+    await expect(vm.attachDisk('ro1', '/dev/null')).rejects.toThrow('/dev/null is neither a file nor a block device');
+  });
+
+  test.runIf(blockDevice !== undefined)('a block device gets a node there, which is its own again', async () => {
+    const device = blockDevice ?? '';
+    const vm = await boot('running', jailed);
+    const uid = Number(claims()[0]);
+    for (const slot of ['ro0', 'rw0'] as const) {
+      const serial = await vm.attachDisk(slot, device);
+      expect(serial).toBe(serialOf(path.join(workspace.sandbox, 'r', 'files', slot)));
+    }
+    const nodes = [...kernel.devices].map(([file, id]) => [path.basename(file), id]);
+    const id = statSync(device, { bigint: true }).rdev;
+    expect(Object.fromEntries(nodes)).toEqual({ ro0: id, rw0: id });
+    const owners = Object.fromEntries([...kernel.owners].map(([file, owner]) => [path.basename(file), owner]));
+    expect(owners).toMatchObject({ ro0: `0:${uid}`, rw0: `0:${uid}` });
+    expect(statSync(path.join(workspace.sandbox, 'r/files/ro0')).mode & 0o222).toBe(0);
+    await vm.kill();
+    expectNothingLeft();
+  });
+
+  test.runIf(blockDevice !== undefined)('a slot is free again whose device was refused', async () => {
+    const vm = await boot('refuse=PATCH /drives/rw0', jailed);
+    kernel.refusal = new Error('EPERM: mknod');
+    await expect(vm.attachDisk('rw1', blockDevice ?? '')).rejects.toThrow('behind drive slot rw1: EPERM: mknod');
+    kernel.refusal = undefined;
+    await expect(vm.attachDisk('rw0', blockDevice ?? '')).rejects.toThrow('not in the mood');
+    for (const slot of ['rw0', 'rw1']) {
+      expect(statSync(path.join(workspace.sandbox, 'r/files', slot)).size).toBe(2 ** 40);
+    }
+    const disk = workspace.file('disk');
+    expect(await vm.attachDisk('rw1', disk)).toBe(serialOf(disk));
   });
 
   test('a VM of an earlier kilnd is taken over, with the agent asked to call again', async () => {

@@ -18,6 +18,8 @@ export class FakeKernel implements JailKernel {
   readonly mounts = new Map<string, ({ file: string } & FileMount) | 'tmpfs'>();
   /** Who was given what. */
   readonly owners = new Map<string, string>();
+  /** Nodes that were made. */
+  readonly devices = new Map<string, bigint>();
   /** An error of the next mount of a file. */
   refusal: Error | undefined;
 
@@ -61,6 +63,13 @@ export class FakeKernel implements JailKernel {
 
   mkfifo(file: string, mode: number): void {
     mkfifo(file, mode);
+  }
+
+  /** Without root nobody makes one. */
+  mknod(file: string, mode: number, device: bigint): void {
+    if (this.refusal !== undefined) throw this.refusal;
+    writeFileSync(file, '', { flag: 'wx', mode });
+    this.devices.set(place(file), device);
   }
 
   processesIn(root: string): number[] {

@@ -1,7 +1,8 @@
-import { KilnError } from '../errors.ts';
 import type { FileServers } from '../sandbox/volumes.ts';
+import { VolumeServer } from '../volume/server.ts';
+import { volumesProgram as program } from './installation.ts';
 
 export const fileServers: FileServers = {
-  start: () => Promise.reject(new KilnError('unimplemented', 'bind mounts are not supported yet')),
-  adopt: () => Promise.reject(new KilnError('not-found', 'there is no file server')),
+  start: ({ directory }) => VolumeServer.start({ program, directory }),
+  adopt: (record, { directory }) => VolumeServer.adopt(record, { program, directory }),
 };

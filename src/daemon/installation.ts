@@ -7,6 +7,7 @@ const dist = path.resolve(import.meta.dirname, '..');
 
 export const defaultGuestDir = path.join(dist, 'guest');
 export const standInProgram = path.join(dist, 'libexec', 'kiln-standin');
+export const volumesProgram = path.join(dist, 'libexec', 'kiln-volumes');
 export const vsockBackendProgram = path.join(dist, 'libexec', 'vhost-device-vsock');
 
 /** The files a VM boots from. */

@@ -50,7 +50,7 @@ export interface HelperOptions {
   readonly hint: string;
   /** Give the program a pipe as its fd 3, on which it reports its start. */
   readonly statusPipe?: boolean;
-  /** Descriptors of ours that the program gets as its fds 3, 4 and so on; not together with `statusPipe`. */
+  /** Descriptors of ours that the program gets as its fds 3, 4 and so on; from 4 on with a status pipe. */
   readonly inherit?: readonly number[];
   /** "/" where it is absent. */
   readonly workingDirectory?: string;
@@ -76,7 +76,10 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
   const log = openSync(logFile, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND, 0o600);
   let started: { child: ChildProcess; exited: Promise<ProcessExit> };
   try {
-    const more: readonly ('pipe' | number)[] = options.statusPipe ? ['pipe'] : (options.inherit ?? []);
+    const more: readonly ('pipe' | number)[] = [
+      ...(options.statusPipe ? ['pipe' as const] : []),
+      ...(options.inherit ?? []),
+    ];
     started = await spawned(options, {
       detached: true,
       cwd: options.workingDirectory ?? '/',

@@ -1,0 +1,197 @@
+/*
+ * Fids: the numbers by which the guest names what it has found. Any number of threads work on them at once. Whoever has
+ * found one holds a reference, so that it stays when another thread removes it.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "volumes.h"
+
+static struct {
+	pthread_mutex_t lock;
+	struct fid **buckets;
+	size_t size; /* of buckets, a power of two */
+	size_t count;
+} table = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+struct node *make_node(int fd, mode_t mode, bool read_only)
+{
+	struct node *node = malloc(sizeof *node);
+	if (node == NULL) {
+		close(fd);
+		errno = ENOMEM;
+		return NULL;
+	}
+	*node = (struct node){.references = 1, .fd = fd, .mode = mode & S_IFMT, .read_only = read_only};
+	return node;
+}
+
+struct node *keep_node(struct node *node)
+{
+	atomic_fetch_add(&node->references, 1);
+	return node;
+}
+
+void drop_node(struct node *node)
+{
+	if (node == NULL || atomic_fetch_sub(&node->references, 1) > 1)
+		return;
+	close(node->fd);
+	free(node);
+}
+
+struct node_path path_of(const struct node *node)
+{
+	struct node_path path;
+	snprintf(path.text, sizeof path.text, "%d", node->fd);
+	return path;
+}
+
+static struct fid **place_of(uint32_t number)
+{
+	struct fid **place = &table.buckets[(number * 2654435761u >> 8) & (table.size - 1)];
+	while (*place != NULL && (*place)->number != number)
+		place = &(*place)->next;
+	return place;
+}
+
+static bool grow(void)
+{
+	struct fid **old = table.buckets;
+	size_t old_size = table.size, size = old_size == 0 ? 64 : old_size * 2;
+	struct fid **buckets = calloc(size, sizeof *buckets);
+	if (buckets == NULL)
+		return false;
+	table.buckets = buckets;
+	table.size = size;
+	for (size_t i = 0; i < old_size; i++) {
+		for (struct fid *fid = old[i], *next; fid != NULL; fid = next) {
+			next = fid->next;
+			fid->next = NULL;
+			*place_of(fid->number) = fid;
+		}
+	}
+	free(old);
+	return true;
+}
+
+static struct fid *find_fid(uint32_t number)
+{
+	struct fid *fid = NULL;
+	pthread_mutex_lock(&table.lock);
+	if (table.size > 0)
+		fid = *place_of(number);
+	if (fid != NULL)
+		atomic_fetch_add(&fid->references, 1);
+	pthread_mutex_unlock(&table.lock);
+	return fid;
+}
+
+struct fid *share_fid(uint32_t number)
+{
+	struct fid *fid = find_fid(number);
+	if (fid != NULL)
+		pthread_rwlock_rdlock(&fid->lock);
+	return fid;
+}
+
+struct fid *own_fid(uint32_t number)
+{
+	struct fid *fid = find_fid(number);
+	if (fid != NULL)
+		pthread_rwlock_wrlock(&fid->lock);
+	return fid;
+}
+
+void let_go(struct fid **fid)
+{
+	if (*fid == NULL)
+		return;
+	pthread_rwlock_unlock(&(*fid)->lock);
+	drop_fid(*fid);
+}
+
+static void free_xattr(struct xattr *xattr)
+{
+	if (xattr != NULL)
+		free(xattr->value);
+	free(xattr);
+}
+
+int add_fid(uint32_t number, uid_t uid, struct node *node, struct xattr *xattr)
+{
+	struct fid *fid = malloc(sizeof *fid);
+	int error = fid == NULL ? ENOMEM : 0;
+	if (error == 0) {
+		*fid = (struct fid){.number = number, .references = 1, .uid = uid, .file = -1, .xattr = xattr};
+		pthread_rwlock_init(&fid->lock, NULL);
+	}
+	pthread_mutex_lock(&table.lock);
+	if (error == 0 && table.count >= table.size && !grow())
+		error = ENOMEM;
+	if (error == 0) {
+		struct fid **place = place_of(number);
+		if (*place != NULL) {
+			error = EBADF; /* in use */
+		} else {
+			fid->node = keep_node(node);
+			*place = fid;
+			table.count++;
+		}
+	}
+	pthread_mutex_unlock(&table.lock);
+	if (error != 0) {
+		free_xattr(xattr);
+		free(fid);
+	}
+	return error;
+}
+
+/* The caller has the table's reference then, and drops it. */
+struct fid *remove_fid(uint32_t number)
+{
+	struct fid *fid = NULL;
+	pthread_mutex_lock(&table.lock);
+	if (table.size > 0) {
+		struct fid **place = place_of(number);
+		fid = *place;
+		if (fid != NULL) {
+			*place = fid->next;
+			table.count--;
+		}
+	}
+	pthread_mutex_unlock(&table.lock);
+	return fid;
+}
+
+void drop_fid(struct fid *fid)
+{
+	if (fid == NULL || atomic_fetch_sub(&fid->references, 1) > 1)
+		return;
+	release_locks(fid);
+	if (fid->file >= 0)
+		close(fid->file);
+	drop_node(fid->node);
+	free_xattr(fid->xattr);
+	pthread_rwlock_destroy(&fid->lock);
+	free(fid);
+}
+
+void remove_all_fids(void)
+{
+	pthread_mutex_lock(&table.lock);
+	for (size_t i = 0; i < table.size; i++) {
+		for (struct fid *fid = table.buckets[i], *next; fid != NULL; fid = next) {
+			next = fid->next;
+			drop_fid(fid);
+		}
+		table.buckets[i] = NULL;
+	}
+	table.count = 0;
+	pthread_mutex_unlock(&table.lock);
+}

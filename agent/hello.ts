@@ -20,7 +20,7 @@ import { takeIdentity } from './identity.ts';
 const NANOSECONDS_PER_TICK = 10_000_000n;
 
 /** What this agent can do beyond the protocol number. */
-const features: string[] = ['resources', 'identity', 'volumes'];
+const features: string[] = ['resources', 'identity', 'volumes', 'network'];
 
 /** What the first Hello called the sandbox's session. */
 let session = '';

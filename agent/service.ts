@@ -15,6 +15,7 @@ import type { Containers } from './containers.ts';
 import { AgentError, grpcStatusOf } from './errors.ts';
 import { adjustClock, hello } from './hello.ts';
 import { sampleRandomness } from './identity.ts';
+import { applyNetwork } from './network.ts';
 import type { Output, OutputSink } from './output.ts';
 
 /** Protobuf's key of field 1, length-delimited, and where the bits of a longer length begin. */
@@ -84,8 +85,12 @@ export function createService({ containers, ownsGuest, connectedAt, onHello }: S
     },
     adjustClock: unary(({ deltaNs }) => adjustClock(deltaNs, ownsGuest)),
     sampleRandomness: unary(sampleRandomness),
-    createContainer: unary(async (request) => ({ pid: await containers.create(request) })),
-    startContainer: unary(async ({ id }) => {
+    createContainer: unary(async (request) => {
+      if (request.network !== undefined) applyNetwork(request.network);
+      return { pid: await containers.create(request) };
+    }),
+    startContainer: unary(async ({ id, network }) => {
+      if (network !== undefined) applyNetwork(network);
       await containers.start(id);
       return {};
     }),

@@ -7,12 +7,14 @@ import {
   AgentService,
   type Identity,
   type Mount,
+  type Network,
   Protocol,
   type SampleRandomnessResponse,
   type Stdio,
 } from '../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../errors.ts';
 import { printable } from '../host/printable.ts';
+import type { NetworkConfig } from '../network/config.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
 import { kilnVersion } from '../version.ts';
 import { type CallOptions, toKilnError, type UnaryMethod, unary } from './call.ts';
@@ -70,6 +72,8 @@ export interface GuestContainer {
   readonly stdio: GuestStdio;
   /** v9fs's mount options for the host's files; absent for a spec that needs none of them. */
   readonly volumeOptions?: string | undefined;
+  /** What the guest has to take over before; absent when there is nothing new. */
+  readonly network?: NetworkConfig | undefined;
 }
 
 /** How a process ended. */
@@ -214,13 +218,15 @@ export class Guest implements Disposable {
       directories: [...mount.directories],
     }));
     const { id, stdio, volumeOptions } = container;
+    const network = toNetwork(container.network);
     const volumes = volumeOptions === undefined ? undefined : { options: volumeOptions };
-    const request = { id, spec: Buffer.from(container.spec), mounts, stdio: toStdio(stdio), volumes };
+    const request = { id, spec: Buffer.from(container.spec), mounts, stdio: toStdio(stdio), volumes, network };
     return pidOf(await this.#call(AgentService.createContainer, request, { signal }));
   }
 
-  async startContainer(id: string): Promise<void> {
-    await this.#call(AgentService.startContainer, { id });
+  /** @param network what the guest has to take over before; absent when there is nothing new */
+  async startContainer(id: string, network?: NetworkConfig): Promise<void> {
+    await this.#call(AgentService.startContainer, { id, network: toNetwork(network) });
   }
 
   /**
@@ -366,6 +372,26 @@ function newIdentity(): Identity {
 
 function toStdio({ size, ...stdio }: GuestStdio): Stdio {
   return { ...stdio, width: size?.width ?? 0, height: size?.height ?? 0 };
+}
+
+function toNetwork(config: NetworkConfig | undefined): Network | undefined {
+  if (config === undefined) return undefined;
+  return {
+    interfaces: config.interfaces.map(({ addresses, ...others }) => ({
+      ...others,
+      addresses: addresses.map(({ local, peer, prefixLength, broadcast, scope }) => ({
+        ...{ local: Buffer.from(local), peer: Buffer.from(peer), broadcast: Buffer.from(broadcast) },
+        ...{ prefixLength, scope },
+      })),
+    })),
+    routes: config.routes.map((route) => ({
+      ...route,
+      destination: Buffer.from(route.destination),
+      gateway: Buffer.from(route.gateway),
+      source: Buffer.from(route.source),
+    })),
+    neighbours: config.neighbours.map((neighbour) => ({ ...neighbour, address: Buffer.from(neighbour.address) })),
+  };
 }
 
 function shortText(text: string): string {

@@ -117,7 +117,7 @@ export async function create(
   { mounts = [], stdio = {} }: { mounts?: Mount[]; stdio?: Partial<Stdio> } = {},
 ): Promise<number> {
   const spec = Buffer.from(JSON.stringify({ script }));
-  const request = { id, spec, mounts, stdio: { ...pipes, ...stdio }, volumes: undefined };
+  const request = { id, spec, mounts, stdio: { ...pipes, ...stdio }, volumes: undefined, network: undefined };
   return (await unary<{ pid: number }>((done) => client.createContainer(request, done))).pid;
 }
 
@@ -140,7 +140,8 @@ function named(process: ProcessId): ProcessName {
   return typeof process === 'string' ? { id: process, execId: '' } : process;
 }
 
-export const start = (client: AgentClient, id: string) => unary((done) => client.startContainer({ id }, done));
+export const start = (client: AgentClient, id: string) =>
+  unary((done) => client.startContainer({ id, network: undefined }, done));
 export const wait = (client: AgentClient, process: ProcessId) =>
   unary<WaitProcessResponse>((done) => client.waitProcess(named(process), done));
 export const remove = (client: AgentClient, id: string, force = false) =>

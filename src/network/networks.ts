@@ -1,0 +1,198 @@
+/**
+ * The way between a sandbox's network namespace and its VM. Whoever makes containers' networks (CNI's plugins, mostly) puts
+ * interfaces into a namespace and configures them there. For each of them a card of the VM takes its place: the card's tap
+ * device is brought into the namespace, everything that arrives at the interface leaves by the tap, and the other way round;
+ * the guest takes over MAC, addresses and routes. The interface itself keeps them, for whoever looks.
+ *
+ * A tap in a sandbox's namespace says by its name which card it belongs to, and by its alias which interface it stands for.
+ * So a later kilnd finds out from there.
+ */
+import { KilnError } from '../errors.ts';
+import { NetworkNamespace } from '../sys/netns.ts';
+import { deleteLink, type Link, listLinks, setLink } from '../sys/rtnetlink/links.ts';
+import { endRedirect, redirect } from '../sys/rtnetlink/redirect.ts';
+import { RtnetlinkSocket } from '../sys/rtnetlink/socket.ts';
+import { isEthernetOfOthers, tapName } from './classify.ts';
+import type { NetworkConfig } from './config.ts';
+import { type ConnectedLink, readNetwork } from './read.ts';
+
+/** A network card of a VM, as src/vmm has it. */
+export interface Card {
+  readonly mac: string;
+  /** The tap's name in the namespace where it was made. */
+  readonly tap: string;
+}
+
+/** The largest MTU of a tap: drivers/net/tun.c, MAX_MTU. */
+const largestTapMtu = 65535 - 14;
+
+export class Networks {
+  readonly #parking: NetworkNamespace;
+
+  /** @param parking where taps wait until their VM has a namespace */
+  constructor(parking: NetworkNamespace) {
+    this.#parking = parking;
+  }
+
+  /**
+   * Brings the taps of a VM's cards into a namespace.
+   *
+   * @param path of the namespace, for as long as the sandbox lives: `/proc/<pid>/ns/net`
+   * @throws KilnError failed-precondition when another VM is there already; not-found when there is no such namespace
+   */
+  attach(id: string, cards: readonly Card[], path: string): SandboxNetwork {
+    const network = new SandboxNetwork(id, cards, path);
+    using namespace = network.open();
+    namespace.run(() => {
+      using socket = new RtnetlinkSocket();
+      if (!listLinks(socket).some(({ name }) => cards.some((_, index) => name === tapName(index)))) return;
+      throw new KilnError('failed-precondition', `container ${id}: another container's VM is connected to ${path}`, {
+        hint: 'a network namespace belongs to one sandbox; containers of one pod share a VM',
+      });
+    });
+    this.#parking.run(() => {
+      using socket = new RtnetlinkSocket();
+      const links = listLinks(socket);
+      for (const [index, { tap }] of cards.entries()) {
+        const link = links.find(({ name }) => name === tap);
+        if (link === undefined) throw new KilnError('internal', `container ${id}: the VM's tap device ${tap} is gone`);
+        setLink(socket, link.index, { name: tapName(index), namespaceFd: namespace.fd });
+      }
+    });
+    return network;
+  }
+
+  /** The network of a VM that an earlier kilnd has attached. */
+  adopt(id: string, cards: readonly Card[], path: string): SandboxNetwork {
+    return new SandboxNetwork(id, cards, path);
+  }
+}
+
+export class SandboxNetwork implements Disposable {
+  readonly #id: string;
+  readonly #cards: readonly Card[];
+  readonly #path: string;
+  /** What the guest has, as text. */
+  #told = '';
+
+  constructor(id: string, cards: readonly Card[], path: string) {
+    this.#id = id;
+    this.#cards = cards;
+    this.#path = path;
+  }
+
+  /** @throws KilnError not-found */
+  open(): NetworkNamespace {
+    try {
+      return NetworkNamespace.open(this.#path);
+    } catch (cause) {
+      const message = `container ${this.#id}: its network namespace ${this.#path} is gone`;
+      throw new KilnError('not-found', message, { cause });
+    }
+  }
+
+  /**
+   * Connects the interfaces that have come since, and says what the guest has to take over, all in all. Undefined when that is
+   * nothing, or what it has already.
+   *
+   * @throws KilnError resource-exhausted when there are more interfaces than cards; internal with the kernel's words
+   */
+  connect(): NetworkConfig | undefined {
+    using namespace = this.open();
+    const config = namespace.run(() => {
+      using socket = new RtnetlinkSocket();
+      try {
+        return readNetwork(socket, this.#connectLinks(socket));
+      } catch (cause) {
+        if (cause instanceof KilnError) throw cause;
+        const message = `container ${this.#id}: cannot connect its network: ${(cause as Error).message}`;
+        throw new KilnError('internal', message, { cause });
+      }
+    });
+    return config.interfaces.length === 0 || textOf(config) === this.#told ? undefined : config;
+  }
+
+  /** The guest has taken it over. */
+  told(config: NetworkConfig): void {
+    this.#told = textOf(config);
+  }
+
+  #connectLinks(socket: RtnetlinkSocket): ConnectedLink[] {
+    const links = listLinks(socket);
+    const interfaces = links.filter(isEthernetOfOthers);
+    const taps = this.#cards.map((_, index) => links.find(({ name }) => name === tapName(index)));
+    const standsFor = taps.map((tap) => interfaces.find(({ index }) => tap?.alias === aliasOf(index)));
+    const fresh = interfaces.filter((link) => !standsFor.includes(link));
+    const free = taps.flatMap((tap, card) =>
+      tap !== undefined && standsFor[card] === undefined ? [{ tap, card }] : [],
+    );
+    if (fresh.length > free.length) {
+      const names = interfaces.map(({ name }) => name).join(', ');
+      throw new KilnError(
+        'resource-exhausted',
+        `container ${this.#id}: its VM has network cards for ${this.#cards.length} interfaces, but there are ${interfaces.length}: ${names}`,
+        { hint: 'vm.network_cards in the config file sets how many a VM has' },
+      );
+    }
+    for (const [position, link] of fresh.entries()) {
+      const { tap, card } = free[position] as { tap: Link; card: number };
+      connectLink(socket, link, tap);
+      standsFor[card] = link;
+    }
+    return standsFor.flatMap((link, card) =>
+      link === undefined ? [] : [{ link, cardMac: this.#cards[card]?.mac ?? '' }],
+    );
+  }
+
+  /** Leaves the interfaces as they were. Nothing of it throws: the namespace may be gone, and all in it. */
+  [Symbol.dispose](): void {
+    try {
+      using namespace = this.open();
+      namespace.run(() => {
+        using socket = new RtnetlinkSocket();
+        const links = listLinks(socket);
+        for (const [index] of this.#cards.entries()) {
+          const tap = links.find(({ name }) => name === tapName(index));
+          const link = tap && links.find((other) => tap.alias === aliasOf(other.index));
+          if (link !== undefined) ignoringAbsence(() => endRedirect(socket, link.index));
+          // One that is not persistent has gone with its VM.
+          if (tap !== undefined) ignoringAbsence(() => deleteLink(socket, tap.index));
+        }
+      });
+    } catch (error) {
+      if (!(error instanceof KilnError && error.code === 'not-found')) throw error;
+    }
+  }
+}
+
+/** All that goes in at one goes out at the other, and is not looked at here. */
+function connectLink(socket: RtnetlinkSocket, link: Link, tap: Link): void {
+  // What a killed kilnd, or a VM that ended, has left at the interface leads nowhere.
+  ignoringAbsence(() => endRedirect(socket, link.index));
+  setLink(socket, tap.index, { mtu: Math.min(link.mtu, largestTapMtu), up: true });
+  ignoringAbsence(() => endRedirect(socket, tap.index));
+  redirect(socket, tap.index, link.index);
+  redirect(socket, link.index, tap.index);
+  // Last: what has the alias is complete.
+  setLink(socket, tap.index, { alias: aliasOf(link.index) });
+}
+
+function aliasOf(index: number): string {
+  return `kiln:${index}`;
+}
+
+/** Does it, be there anything to be undone or not. */
+function ignoringAbsence(action: () => void): void {
+  try {
+    action();
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    if (code !== 'ENODEV' && code !== 'ENOENT' && code !== 'EINVAL') throw error;
+  }
+}
+
+function textOf(config: NetworkConfig): string {
+  return JSON.stringify(config, (_, value) =>
+    value instanceof Uint8Array ? Buffer.from(value).toString('hex') : value,
+  );
+}

@@ -1,0 +1,217 @@
+import { spawnSync } from 'node:child_process';
+import { closeSync, readSync } from 'node:fs';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
+import { applyNetwork } from '../../../agent/network.ts';
+import { Network } from '../../../gen/kiln/agent/v1/agent.ts';
+import type { NetworkConfig } from '../../../src/network/config.ts';
+import { type Card, Networks, type SandboxNetwork } from '../../../src/network/networks.ts';
+import { NetworkNamespace } from '../../../src/sys/netns.ts';
+import { openTap } from '../../../src/sys/tap.ts';
+
+// Everything happens in namespaces of the test's own: one for the taps, one that is a sandbox's, with one end of a veth
+// pair, as CNI's bridge plugin makes it, whose other end is in a namespace that plays the host, and one that plays the guest.
+
+const cards: Card[] = [
+  { mac: '02:6b:69:6c:6e:00', tap: 'kt0' },
+  { mac: '02:6b:69:6c:6e:01', tap: 'kt1' },
+];
+
+let disposal: DisposableStack;
+let parking: NetworkNamespace;
+let sandbox: NetworkNamespace;
+let host: NetworkNamespace;
+let taps: number[];
+
+beforeEach(() => {
+  disposal = new DisposableStack();
+  [parking, sandbox, host] = [1, 2, 3].map(() => disposal.use(NetworkNamespace.create())) as [
+    NetworkNamespace,
+    NetworkNamespace,
+    NetworkNamespace,
+  ];
+  taps = parking.run(() => cards.map(({ tap }) => openTap(tap)));
+  for (const tap of taps) disposal.defer(() => closeSync(tap));
+});
+afterEach(() => disposal.dispose());
+
+/** ip(8) in a namespace. */
+function ip(namespace: NetworkNamespace, ...args: string[]): string {
+  const { status, stdout, stderr } = namespace.run(() => spawnSync('ip', args, { encoding: 'utf8' }));
+  if (status !== 0) throw new Error(`ip ${args.join(' ')}: ${stderr}`);
+  return stdout;
+}
+
+/** A veth pair between the sandbox's namespace and the host's. */
+function veth(name: string, peer: string, mac: string): void {
+  ip(host, 'link', 'add', peer, 'type', 'veth', 'peer', 'name', name, 'address', mac, 'netns', pathOf(sandbox));
+  ip(host, 'link', 'set', peer, 'up');
+  ip(sandbox, 'link', 'set', name, 'up');
+}
+
+const pathOf = (namespace: NetworkNamespace) => `/proc/${process.pid}/fd/${namespace.fd}`;
+const attach = (): SandboxNetwork => new Networks(parking).attach('c', cards, pathOf(sandbox));
+
+/** What becomes of a TCP connection from the host's side, to a port where nobody listens. */
+function knock(): string {
+  const options = { encoding: 'utf8', timeout: 2000 } as const;
+  return host.run(() => spawnSync('bash', ['-c', 'echo >/dev/tcp/10.9.0.2/9'], options)).stderr;
+}
+
+function inWords({ interfaces, routes, neighbours }: NetworkConfig) {
+  const dotted = (address: Uint8Array) =>
+    address.length === 4 ? address.join('.') : Buffer.from(address).toString('hex');
+  return {
+    interfaces: interfaces.map(({ cardMac, name, mac, mtu, addresses }) => {
+      const all = addresses.map(({ local, prefixLength }) => `${dotted(local)}/${prefixLength}`);
+      return `${name} ${mac} ${mtu} ${cardMac} ${all.join(' ')}`;
+    }),
+    routes: routes.map(
+      (route) => `${dotted(route.destination)}/${route.prefixLength} ${dotted(route.gateway)} ${route.interface}`,
+    ),
+    neighbours: neighbours.map(({ address, mac, interface: name }) => `${dotted(address)} ${mac} ${name}`),
+  };
+}
+
+describe('a sandbox whose namespace has an interface', () => {
+  beforeEach(() => {
+    veth('eth0', 'h0', '02:00:00:00:00:42');
+    ip(sandbox, 'link', 'set', 'eth0', 'mtu', '1400');
+    ip(sandbox, 'address', 'add', '10.9.0.2/24', 'broadcast', '10.9.0.255', 'dev', 'eth0');
+    ip(sandbox, 'address', 'add', 'fd00:9::2/64', 'nodad', 'dev', 'eth0');
+    ip(sandbox, 'route', 'add', '10.1.0.0/16', 'via', '10.9.0.7', 'metric', '5');
+    ip(sandbox, 'route', 'add', 'default', 'via', '10.9.0.1');
+    ip(sandbox, 'route', 'add', '169.254.1.1', 'dev', 'eth0', 'scope', 'link');
+    ip(sandbox, 'route', 'add', 'default', 'via', 'fd00:9::1');
+    ip(sandbox, 'neighbour', 'add', '10.9.0.1', 'lladdr', '02:00:00:00:00:01', 'dev', 'eth0');
+  });
+
+  test('hands all that is configured over to the guest, in an order in which it can be set', () => {
+    using network = attach();
+    expect(inWords(network.connect()!)).toEqual({
+      interfaces: ['eth0 02:00:00:00:00:42 1400 02:6b:69:6c:6e:00 10.9.0.2/24 fd000009000000000000000000000002/64'],
+      routes: [
+        '169.254.1.1/32  eth0',
+        '10.1.0.0/16 10.9.0.7 eth0',
+        '/0 10.9.0.1 eth0',
+        '/0 fd000009000000000000000000000001 eth0',
+      ],
+      neighbours: ['10.9.0.1 02:00:00:00:00:01 eth0'],
+    });
+  });
+
+  test('has a guest that takes all of it over, also when it is told again', () => {
+    using network = attach();
+    const config = network.connect()!;
+    using guest = NetworkNamespace.create();
+    // Stands for the card: the same kind of interface, with the card's MAC.
+    const card = guest.run(() => openTap('card'));
+    try {
+      ip(guest, 'link', 'set', 'lo', 'up');
+      ip(guest, 'link', 'set', 'card', 'address', cards[0]!.mac);
+      guest.run(() => applyNetwork(Network.fromPartial(config as Parameters<typeof Network.fromPartial>[0])));
+      guest.run(() => applyNetwork(Network.fromPartial(config as Parameters<typeof Network.fromPartial>[0])));
+      const link = ip(guest, 'address', 'show', 'eth0');
+      expect(link).toContain('02:00:00:00:00:42');
+      expect(link).toContain('mtu 1400');
+      expect(link).toContain('inet 10.9.0.2/24 brd 10.9.0.255 scope global eth0');
+      expect(link).toContain('inet6 fd00:9::2/64 scope global nodad');
+      const routes = ip(guest, 'route');
+      expect(routes).toContain('default via 10.9.0.1 dev eth0');
+      expect(routes).toContain('10.1.0.0/16 via 10.9.0.7 dev eth0 metric 5');
+      expect(routes).toContain('169.254.1.1 dev eth0 scope link');
+      expect(ip(guest, '-6', 'route')).toContain('default via fd00:9::1 dev eth0');
+      expect(ip(guest, 'neighbour')).toContain('10.9.0.1 dev eth0 lladdr 02:00:00:00:00:01 PERMANENT');
+    } finally {
+      closeSync(card);
+    }
+  });
+
+  test('has what is sent to it at the tap, and not in its namespace', async () => {
+    using network = attach();
+    network.connect();
+    ip(host, 'address', 'add', '10.9.0.1/24', 'dev', 'h0');
+    ip(host, 'neighbour', 'add', '10.9.0.2', 'lladdr', '02:00:00:00:00:42', 'dev', 'h0');
+    host.run(() => spawnSync('bash', ['-c', 'echo here >/dev/udp/10.9.0.2/9']));
+    await vi.waitFor(() => {
+      const bytes = Buffer.alloc(2048);
+      const frame = bytes.subarray(0, readSync(taps[0]!, bytes));
+      // A struct virtio_net_hdr of 10 bytes and Ethernet's header of 14 come before IP's, which has its protocol at 9: UDP.
+      expect([frame.readUInt16BE(22), frame[33]]).toEqual([0x0800, 17]);
+      expect(frame.toString('latin1')).toContain('here');
+    });
+    // The namespace still has the address, but would answer only if it saw anything.
+    expect(knock()).not.toContain('refused');
+  });
+
+  test('has nothing new for the guest once that has taken it over, until another interface comes', () => {
+    using network = attach();
+    const config = network.connect()!;
+    expect(network.connect()).toEqual(config);
+    network.told(config);
+    expect(network.connect()).toBeUndefined();
+    veth('eth1', 'h1', '02:00:00:00:00:43');
+    expect(network.connect()!.interfaces.map(({ name, cardMac }) => `${name} ${cardMac}`)).toEqual([
+      `eth0 ${cards[0]!.mac}`,
+      `eth1 ${cards[1]!.mac}`,
+    ]);
+  });
+
+  test('is refused more interfaces than its VM has cards, and what to do is said', () => {
+    using network = attach();
+    veth('eth1', 'h1', '02:00:00:00:00:43');
+    veth('eth2', 'h2', '02:00:00:00:00:44');
+    expect(() => network.connect()).toThrow(
+      /container c: its VM has network cards for 2 interfaces, but there are 3: (eth[012](, )?){3}/,
+    );
+  });
+
+  test('is found again by a later kilnd', () => {
+    const config = attach().connect()!;
+    using network = new Networks(parking).adopt('c', cards, pathOf(sandbox));
+    expect(network.connect()).toEqual(config);
+  });
+
+  test('belongs to one VM at a time', () => {
+    const first = attach();
+    first.connect();
+    expect(() => new Networks(parking).attach('d', cards, pathOf(sandbox))).toThrow(
+      /container d: another container's VM is connected to/,
+    );
+    first[Symbol.dispose]();
+    expect(ip(sandbox, '-o', 'link')).not.toContain('kiln-tap');
+    const again = parking.run(() => cards.map(({ tap }) => openTap(tap)));
+    using second = attach();
+    expect(second.connect()!.interfaces).toHaveLength(1);
+    for (const tap of again) closeSync(tap);
+  });
+
+  test('works again after a VM that ended without a kilnd to clean up', () => {
+    attach().connect();
+    for (const tap of taps.splice(0)) closeSync(tap);
+    taps = parking.run(() => cards.map(({ tap }) => openTap(tap)));
+    using network = attach();
+    expect(network.connect()!.interfaces).toHaveLength(1);
+  });
+
+  test('leaves the interface as it was', () => {
+    const network = attach();
+    network.connect();
+    network[Symbol.dispose]();
+    ip(host, 'address', 'add', '10.9.0.1/24', 'dev', 'h0');
+    ip(sandbox, 'neighbour', 'del', '10.9.0.1', 'dev', 'eth0');
+    expect(knock()).toContain('refused');
+  });
+});
+
+describe('a sandbox without interfaces', () => {
+  test('has nothing for its guest', () => {
+    using network = attach();
+    expect(network.connect()).toBeUndefined();
+  });
+
+  test('whose namespace is gone says so', () => {
+    expect(() => new Networks(parking).attach('c', cards, '/proc/self/fd/9999')).toThrow(
+      'container c: its network namespace /proc/self/fd/9999 is gone',
+    );
+  });
+});

@@ -130,8 +130,9 @@ int handle_attach(struct request *request)
 		return EINVAL;
 	if (aname[0] != '\0' && strcmp(aname, "/") != 0)
 		return ENOENT;
+	/* So the client attaches when it mounts; whoever uses the mount gets an attach of their own. */
 	if (uid == NO_UNAME)
-		return EPERM;
+		uid = 0;
 	if (fstat(root->fd, &stat) < 0)
 		return errno;
 	error = add_fid(number, uid, root, NULL);

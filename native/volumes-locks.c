@@ -240,10 +240,14 @@ int handle_getlock(struct request *request)
 	struct wish wish;
 	struct fid *fid HELD = share_fid(get32(request));
 	int error = get_wish(request, &wish, false);
-	if (error != 0 || wish.type == UNLOCK)
-		return EINVAL;
+	if (error != 0)
+		return error;
 	if (fid == NULL || fid->file < 0)
 		return EBADF;
+	/* Linux's client asks without saying for which lock (fs/9p/vfs_file.c): only what is in the way of both is told. */
+	bool for_any = wish.type == UNLOCK;
+	if (for_any)
+		wish.type = WRITE_LOCK;
 	struct flock range = range_of(&wish);
 	struct owner *owner = use_owner(fid, &wish, false);
 	error = fcntl(owner == NULL ? fid->file : owner->file, F_OFD_GETLK, &range) < 0 ? errno : 0;
@@ -251,7 +255,7 @@ int handle_getlock(struct request *request)
 		end_use(owner, false);
 	if (error != 0)
 		return error;
-	bool is_free = range.l_type == F_UNLCK;
+	bool is_free = range.l_type == F_UNLCK || (for_any && range.l_type == F_RDLCK);
 	put8(request, is_free ? UNLOCK : range.l_type == F_RDLCK ? READ_LOCK : WRITE_LOCK);
 	put64(request, is_free ? wish.start : (uint64_t)range.l_start);
 	put64(request, is_free ? wish.length : (uint64_t)range.l_len);

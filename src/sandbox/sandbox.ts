@@ -119,7 +119,8 @@ export class Sandbox implements AsyncDisposable {
         logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is taken over');
         const sandbox = new Sandbox(vm, guest, record);
         if (record.volumes !== undefined) {
-          sandbox.#volumes = await SandboxVolumes.adopt(fileServers, record.volumes, { directory, logger });
+          const volumes = await SandboxVolumes.adopt(fileServers, record.volumes, { directory, logger });
+          if (volumes !== undefined) sandbox.useVolumes(volumes);
         }
         stack.move();
         return sandbox;
@@ -208,6 +209,7 @@ export class Sandbox implements AsyncDisposable {
   /** Gives the sandbox the host's files, which end with it. */
   useVolumes(volumes: SandboxVolumes): void {
     this.#volumes = volumes;
+    volumes.belongTo(this.vm);
   }
 
   /** As `Guest.createContainer`, which gets its volumes; when the VM ends meanwhile or the agent is silent, the error shows the console. */

@@ -3,6 +3,7 @@
  * guest. See docs/volumes.md.
  */
 import { realpath, stat } from 'node:fs/promises';
+import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
 import type { Logger } from '../observe/logger.ts';
 import { guestsOwn, type VolumeMount } from '../oci/binds.ts';
@@ -45,6 +46,9 @@ export interface FileServers {
   /** One of an earlier kilnd. Rejects with `not-found` when it has ended. */
   adopt(record: FileServerRecord, options: FileServerOptions): Promise<FileServer>;
 }
+
+/** How much later than its server's end a VM's own may be seen, in ms. */
+const vmEndGraceMs = 500;
 
 /** The state of a sandbox's volumes, for a later kilnd. */
 export interface VolumesRecord {
@@ -94,6 +98,7 @@ async function checkVolume({ destination, ...volume }: VolumeMount): Promise<Vol
 export class SandboxVolumes implements AsyncDisposable {
   readonly #server: FileServer;
   readonly #logger: Logger;
+  readonly #vmEnded = new AbortController();
   #connected: boolean;
   #connecting: Promise<void> | undefined;
   #disposed = false;
@@ -102,9 +107,21 @@ export class SandboxVolumes implements AsyncDisposable {
     this.#server = server;
     this.#logger = logger;
     this.#connected = connected;
-    void server.ended.then((reason) => {
-      if (!this.#disposed) logger.error({ reason }, 'the file server has ended: volumes give I/O errors from now on');
-    });
+    void this.#watch();
+  }
+
+  /** Tells when the server ends before its guest. Never rejects. */
+  async #watch(): Promise<void> {
+    const reason = await this.#server.ended;
+    // Its end may be seen before that of the VM, which it follows.
+    await delay(vmEndGraceMs, undefined, { ref: false, signal: this.#vmEnded.signal }).catch(() => {});
+    if (this.#disposed || this.#vmEnded.signal.aborted) return;
+    this.#logger.error({ reason }, 'the file server has ended: volumes give I/O errors from now on');
+  }
+
+  /** The server may end with this VM. */
+  belongTo(vm: Pick<Vm, 'wait'>): void {
+    void vm.wait().then(() => this.#vmEnded.abort());
   }
 
   static async start(servers: FileServers, options: FileServerOptions): Promise<SandboxVolumes> {

@@ -67,13 +67,13 @@ export async function startFirecracker(
   const place = stack.use(await placeFor(options, host, config, portable));
   const agentSocket = hostSocketFor(place.vsock.host, agentPort);
   for (const socket of [place.apiSocket.host, place.vsock.host, agentSocket]) requireSocketPath(socket);
-  const { telemetry, args } = Telemetry.begin(place, options.logger);
+  const { telemetry, args } = Telemetry.begin(place, options);
   stack.use(telemetry);
   const agent = stack.use(await listenForAgent(place));
   using awaited = new AwaitedSocket(place.apiSocket.host);
   const limit = AbortSignal.timeout(startLimitMs);
   const either = AbortSignal.any([signal, limit]);
-  const firecracker = stack.use(await place.start(args, either));
+  const firecracker = stack.use(await place.start([...args, ...(options.bootTimer ? ['--boot-timer'] : [])], either));
   const { api, memory } = await whileItStarts({ firecracker, telemetry, when }, { signal, limit }, async (ended) => {
     await awaited.answering(either, ended);
     const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));

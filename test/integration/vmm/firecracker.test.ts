@@ -25,7 +25,7 @@ import { type HostDevices, hostDevices } from '../../../src/vmm/host-devices.ts'
 import type { SavableVm, TemplateDriver, Vm, VmConfig, Vmm } from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
 import { Workspace } from '../../unit/vmm/workspace.ts';
-import { tinyGuest, waitingGuest } from './tiny-guest.ts';
+import { timedGuest, tinyGuest, waitingGuest } from './tiny-guest.ts';
 
 /**
  * The real Firecracker, where KILN_FIRECRACKER names it and /dev/kvm opens, whatever is behind that, and the real jailer,
@@ -69,6 +69,7 @@ const defaults = {
   jail: () => undefined,
   logger,
   hugePages: false,
+  bootTimer: false,
   memoryMaxMib: 0,
   diskLimits: { bytesPerS: 2 ** 20, opsPerS: 100 },
 };
@@ -87,8 +88,8 @@ const disk = (name: string, mode = 0o600): string => {
 };
 
 /** Boots a guest that says a word and reboots. */
-async function expectGuestsEnd(vmm: Vmm): Promise<void> {
-  const kernel = workspace.file('tiny', tinyGuest('Ki'));
+async function expectGuestsEnd(vmm: Vmm, guestOf = tinyGuest): Promise<void> {
+  const kernel = workspace.file('tiny', guestOf('Ki'));
   const config = { ...workspace.vm(), kernel, initrd: undefined, memoryMib: 128 };
   vm = await vmm.boot({ ...config, guestImage: disk('image', 0o644) }, never);
   const stopped = 'the guest stopped before the agent called; last output:\nKi';
@@ -263,6 +264,13 @@ describe.runIf(program !== undefined)('the real Firecracker without a jail', () 
   test('ends when its guest reboots, with what that has said', async () => {
     await expectGuestsEnd(driver());
     expect(workspace.files()).toEqual([]);
+  });
+
+  test("measures how long its guest's first program takes to run", async () => {
+    await expectGuestsEnd(driver({ bootTimer: true }), timedGuest);
+    const told = log.find(({ msg }) => msg === "the guest's first program runs");
+    expect(told).toMatchObject({ level: 'info', vm: 'one' });
+    expect(Number(told?.guestBootMs)).toBeGreaterThan(0);
   });
 
   test('takes the configuration, starts the VM, swaps drives, and leaves nothing', async () => {

@@ -27,6 +27,7 @@ function driver(mode: string, options: Partial<FirecrackerOptions> = {}) {
   const defaults = {
     jail: () => undefined,
     hugePages: false,
+    bootTimer: false,
     memoryMaxMib: 1000,
     diskLimits: { bytesPerS: 0, opsPerS: 0 },
   };

@@ -55,7 +55,14 @@ function vmm(mode: string, { options, jailed = false }: Host = {}): Vmm {
   const mounts = workspace.file('mounts', `cgroup2 ${cgroups} cgroup2 rw 0 0\n`);
   const jailer = jailed ? workspace.jailer('jail') : '';
   const jail = () => (jailed ? { jailer, uids } : undefined);
-  const defaults = { jail, logger, hugePages: false, memoryMaxMib: 0, diskLimits: { bytesPerS: 0, opsPerS: 0 } };
+  const defaults = {
+    jail,
+    logger,
+    hugePages: false,
+    bootTimer: false,
+    memoryMaxMib: 0,
+    diskLimits: { bytesPerS: 0, opsPerS: 0 },
+  };
   const host = { devices: workspace.devices(), jails: { kernel, claims: workspace.path('claims'), mounts } };
   return createFirecracker({ firecracker: workspace.firecracker(mode), ...defaults, ...options }, host);
 }

@@ -215,7 +215,8 @@ int handle_walk(struct request *request)
 /* Where an attribute was being set, it is set now, and this tells whether it could be. */
 int handle_clunk(struct request *request)
 {
-	struct fid *fid = remove_fid(get32(request));
+	uint32_t number = get32(request);
+	struct fid *fid = request->malformed ? NULL : remove_fid(number);
 	if (fid == NULL)
 		return EBADF;
 	int error = fid->xattr != NULL && fid->xattr->writing ? set_xattr(fid) : 0;
@@ -226,7 +227,8 @@ int handle_clunk(struct request *request)
 /* By fid, so without the name to remove. The client does it with Tunlinkat; the fid ends in any case. */
 int handle_remove(struct request *request)
 {
-	struct fid *fid = remove_fid(get32(request));
+	uint32_t number = get32(request);
+	struct fid *fid = request->malformed ? NULL : remove_fid(number);
 	if (fid == NULL)
 		return EBADF;
 	drop_fid(fid);

@@ -3,6 +3,7 @@ import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
 import { Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
+import { afterEach } from 'vitest';
 import { type Volume, VolumeServer } from '../../../src/volume/server.ts';
 import { NinePClient } from '../../support/ninep.ts';
 import { projectRoot } from '../../support/paths.ts';
@@ -10,51 +11,46 @@ import { socketPair } from '../../support/socket-pair.ts';
 
 export const program = path.join(projectRoot, 'dist', 'libexec', 'kiln-volumes');
 
-export function volume(source: string, options: Partial<Volume> = {}): Volume {
-  return { source, readOnly: false, recursive: false, follows: false, ...options };
+/** A volume with what is not said left at no. */
+export function volume(options: Pick<Volume, 'source'> & Partial<Volume>): Volume {
+  return { readOnly: false, recursive: false, follows: false, ...options };
 }
 
-export class Share implements AsyncDisposable {
+export interface Share {
+  /** Everything of this share. */
   readonly folder: string;
   /** Of volume 0. */
   readonly source: string;
+  /** The sandbox's, as far as the server knows. */
+  readonly directory: string;
   readonly server: VolumeServer;
   readonly client: NinePClient;
+}
 
-  private constructor(folder: string, source: string, server: VolumeServer, client: NinePClient) {
-    this.folder = folder;
-    this.source = source;
-    this.server = server;
-    this.client = client;
-  }
+type MoreVolumes = (folder: string) => readonly (Pick<Volume, 'source'> & Partial<Volume>)[];
 
-  /** Volume 0 is an empty directory of this share, and those after it are what is asked for. */
-  static async make(
-    more: (folder: string) => readonly Volume[] = () => [],
-    options: { msize?: number; uid?: number } = {},
-  ): Promise<Share> {
+/**
+ * Makes shares that go after each test. Volume 0 is an empty directory, and those after it are what `more` says, which can
+ * also make their sources.
+ */
+export function useShares(): (more?: MoreVolumes, options?: { msize?: number; uid?: number }) => Promise<Share> {
+  let stack = new AsyncDisposableStack();
+  afterEach(async () => {
+    await stack.disposeAsync();
+    stack = new AsyncDisposableStack();
+  });
+  return async (more = () => [], options = {}) => {
     const folder = mkdtempSync(path.join(tmpdir(), 'kiln-v'));
-    const directory = path.join(folder, 'sandbox');
-    const source = path.join(folder, 'source');
+    stack.defer(() => rmSync(folder, { recursive: true, force: true }));
+    const [directory, source] = [path.join(folder, 'sandbox'), path.join(folder, 'source')];
     mkdirSync(directory);
     mkdirSync(source);
-    const server = await VolumeServer.start({ program, directory });
-    try {
-      await server.add([volume(source), ...more(folder)]);
-      const [ours, theirs] = socketPair();
-      await server.serve(theirs);
-      const client = await NinePClient.open(new Socket({ fd: ours }), options);
-      return new Share(folder, source, server, client);
-    } catch (error) {
-      await server[Symbol.asyncDispose]();
-      rmSync(folder, { recursive: true, force: true });
-      throw error;
-    }
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    this.client[Symbol.dispose]();
-    await this.server[Symbol.asyncDispose]();
-    rmSync(this.folder, { recursive: true, force: true });
-  }
+    const server = stack.use(await VolumeServer.start({ program, directory }));
+    await server.add([{ source }, ...more(folder)].map(volume));
+    const [ours, theirs] = socketPair();
+    const socket = new Socket({ fd: ours });
+    stack.defer(() => void socket.destroy());
+    await server.serve(theirs);
+    return { folder, source, directory, server, client: await NinePClient.open(socket, options) };
+  };
 }

@@ -205,6 +205,7 @@ export class NinePClient implements Disposable {
 
   /** The reply's fields. @throws NinePError for an Rlerror; Error when the connection ends */
   async call(type: number, fields: readonly Field[], tag = this.nextTag()): Promise<Reader> {
+    if (this.#socket.destroyed) throw new Error('the connection was closed');
     const reply = await new Promise<{ type: number; body: Reader }>((resolve, reject) => {
       this.#waiting.set(tag, (answer) => (answer instanceof Error ? reject(answer) : resolve(answer)));
       this.#socket.write(message(type, tag, encode(fields)));

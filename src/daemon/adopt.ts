@@ -33,7 +33,7 @@ export async function adoptContainer(
       const { id, stdin, stdout, stderr, terminal } = request;
       const openStdio = () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, id, adopt: true });
       const execs = [...execRequestsOf(state).values()].map((exec) => prepareExec(exec, { ...context, adopt: true }));
-      const vmm = vmmNamed(record.vmm, load().config, logger);
+      const vmm = vmmNamed(record.vmm, load().config, { logger, parking: host.parking });
       const adopted = await reattachContainer(
         host,
         { record, directory, vmm, openStdio, execs, timeline, logger },

@@ -59,7 +59,7 @@ export async function createContainer(
       id,
       directory: context.directory,
       config,
-      vmm: await selectVmm(config, logger),
+      vmm: await selectVmm(config, { logger, parking: host.parking }),
       spec: (volumeNumbers) => stringifyJson(toGuestSpec(bundle.spec, { ...guestOptions, volumeNumbers }).spec),
       volumes: guest.volumes,
       rootfs,
@@ -88,7 +88,8 @@ export async function keepPool({ host, load }: Installation, logger: Logger): Pr
     const { config, paths } = load();
     const { memoryMib, vcpus, networkCards, bootTimeoutS } = config.vm;
     const shape = { memoryMib, vcpus, networkCards, ...guestFiles(config, paths) };
-    const request = { vmm: await selectVmm(config, logger), shape, bootTimeoutMs: bootTimeoutS * 1000 };
+    const vmm = await selectVmm(config, { logger, parking: host.parking });
+    const request = { vmm, shape, bootTimeoutMs: bootTimeoutS * 1000 };
     const template = await host.templates.provide(request, new AbortController().signal);
     if (template === undefined) logger.warn('there is no pool: virtual machines cannot be restored from a template');
     else host.pool.keep(template, request, config.pool);

@@ -13,6 +13,7 @@ import { SandboxPool } from '../sandbox/pool.ts';
 import { Readiness } from '../shim/control/readiness.ts';
 import { controlSocketIsServed } from '../shim/control/server.ts';
 import { flock } from '../sys/lock.ts';
+import { NetworkNamespace } from '../sys/netns.ts';
 import { TemplateStore } from '../template/store.ts';
 import { kilnVersion } from '../version.ts';
 import { adoptContainer } from './adopt.ts';
@@ -22,7 +23,6 @@ import { poolName } from './earlier.ts';
 import { fileServers } from './file-servers.ts';
 import { defaultGuestDir, standInProgram } from './installation.ts';
 import { endRemains } from './remains.ts';
-import { firecrackerCounters } from './vmm.ts';
 
 /**
  * How long a new kilnd waits for one that is just ending: containers that are told to end at once, and a client that does
@@ -59,7 +59,9 @@ async function main(): Promise<void> {
   const templates = new TemplateStore({ cacheDir: paths.cacheDir, logger, takeTurn, endRemains });
   const poolDirectory = path.join(paths.stateDir, poolName);
   const pool = new SandboxPool({ directory: poolDirectory, templates, bootSlots, logger });
-  const installation = { host: { rootfs, standInProgram, bootSlots, templates, pool, fileServers }, load };
+  const parking = NetworkNamespace.create();
+  const host = { rootfs, standInProgram, bootSlots, templates, pool, fileServers, parking };
+  const installation = { host, load };
   const { metricsAddress } = config.daemon;
   // They cost something, so only where somebody wants them.
   const metrics =
@@ -69,7 +71,6 @@ async function main(): Promise<void> {
           containers: () => daemon.containers,
           templates: () => ({ ...templates.counts }),
           pool: () => pool.status(),
-          firecracker: () => firecrackerCounters.sums,
         });
   const daemon: Daemon = new Daemon({
     paths,

@@ -1,8 +1,8 @@
 import type { KilnConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
 import { findProgram } from '../host/program.ts';
-import { CounterSums } from '../observe/counter-sums.ts';
 import type { Logger } from '../observe/logger.ts';
+import type { Parking } from '../vmm/cards.ts';
 import { chooseVmm } from '../vmm/choice.ts';
 import { createFirecracker, type JailSettings } from '../vmm/firecracker/driver.ts';
 import { type HostDevices, hostDevices } from '../vmm/host-devices.ts';
@@ -11,26 +11,28 @@ import { createQemu } from '../vmm/qemu/driver.ts';
 import type { Vmm } from '../vmm/vmm.ts';
 import { vsockBackendProgram } from './installation.ts';
 
-/** What all Firecrackers count since kilnd's start; the real one has some 300 counters. */
-export const firecrackerCounters = new CounterSums(1000);
-
 /** What has been told, each thing once. */
 const told = new Set<string>();
 
-const drivers: Readonly<Record<string, (config: KilnConfig, logger: Logger) => Vmm>> = {
-  firecracker({ vm, storage }, logger) {
-    const { firecracker, hugePages, memoryMaxMib, bootTimer } = vm;
+/** What kilnd gives to every VMM. */
+export interface VmmServices {
+  readonly logger: Logger;
+  readonly parking: Parking;
+}
+
+const drivers: Readonly<Record<string, (config: KilnConfig, services: VmmServices) => Vmm>> = {
+  firecracker({ vm, storage }, { logger, parking }) {
+    const { firecracker, hugePages, memoryMaxMib } = vm;
     const diskLimits = { bytesPerS: storage.diskMibPerS * 2 ** 20, opsPerS: storage.diskOpsPerS };
     const jail = () => jailSettings(vm, logger);
-    const { add: count } = firecrackerCounters;
-    return createFirecracker({ firecracker, hugePages, memoryMaxMib, bootTimer, diskLimits, jail, logger, count });
+    return createFirecracker({ firecracker, hugePages, memoryMaxMib, diskLimits, jail, parking, logger });
   },
-  qemu({ vm, template }, logger) {
+  qemu({ vm, template }, { logger, parking }) {
     warnOfEmulation(vm.accelerator, logger);
     const { qemu, accelerator } = vm;
     // The only one that can be saved.
     const channel = vm.channel === 'auto' && template.enabled ? 'virtio-serial' : vm.channel;
-    return createQemu({ qemu, vsockBackend: vsockBackendProgram, accelerator, channel });
+    return createQemu({ qemu, vsockBackend: vsockBackendProgram, accelerator, channel, parking });
   },
 };
 
@@ -40,18 +42,22 @@ const drivers: Readonly<Record<string, (config: KilnConfig, logger: Logger) => V
  *
  * @throws KilnError failed-precondition for a setting that only Firecracker has, where it is not the one
  */
-export async function selectVmm(config: KilnConfig, logger: Logger, devices: HostDevices = hostDevices): Promise<Vmm> {
+export async function selectVmm(
+  config: KilnConfig,
+  services: VmmServices,
+  devices: HostDevices = hostDevices,
+): Promise<Vmm> {
+  const { logger } = services;
   const { name, reason } = await chooseVmm(config.vm, devices);
   once(`${name}: ${reason}`, () => logger.info({ vmm: name, reason }, 'chose the virtual machine monitor'));
   if (name === 'qemu') refuseForQemu(config, reason);
-  return vmmNamed(name, config, logger);
+  return vmmNamed(name, config, services);
 }
 
 /** A setting that cannot be kept is an error, since a limit that does not limit would be worse. */
 function refuseForQemu({ vm, storage }: KilnConfig, reason: string): void {
   const asked = {
     'vm.huge_pages': vm.hugePages,
-    'vm.boot_timer': vm.bootTimer,
     'memory that grows (memory_max_mib)': vm.memoryMaxMib > vm.memoryMib,
     'a limit of disk bandwidth (disk_mib_per_s)': storage.diskMibPerS > 0,
     'a limit of disk requests (disk_ops_per_s)': storage.diskOpsPerS > 0,
@@ -65,10 +71,10 @@ function refuseForQemu({ vm, storage }: KilnConfig, reason: string): void {
 }
 
 /** The VMM of a VM that was booted earlier, under another configuration maybe. @throws KilnError not-found */
-export function vmmNamed(name: string, config: KilnConfig, logger: Logger): Vmm {
+export function vmmNamed(name: string, config: KilnConfig, services: VmmServices): Vmm {
   const create = drivers[name];
   if (create === undefined) throw new KilnError('not-found', `there is no virtual machine monitor "${name}"`);
-  return create(config, logger);
+  return create(config, services);
 }
 
 /**

@@ -3,6 +3,7 @@ import { closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';
 import path from 'node:path';
 import { Readable } from 'node:stream';
 import { KilnError } from '../errors.ts';
+import type { NetworkNamespace } from '../sys/netns.ts';
 import { ProcessHandle } from '../sys/pidfd.ts';
 import { limitLog } from './log-limit.ts';
 import { resetOomScore } from './oom-score.ts';
@@ -54,6 +55,8 @@ export interface HelperOptions {
   readonly inherit?: readonly number[];
   /** "/" where it is absent. */
   readonly workingDirectory?: string;
+  /** The network namespace that it runs in; ours where it is absent. */
+  readonly network?: Pick<NetworkNamespace, 'run'>;
 }
 
 /** The variable in a helper's environment that says which sandbox's directory it works for. */
@@ -143,13 +146,14 @@ export function adoptHelper(
  * Throws `failed-precondition` naming the program when it cannot be executed.
  */
 export async function spawned(
-  options: Pick<HelperOptions, 'program' | 'args' | 'title' | 'hint'>,
+  options: Pick<HelperOptions, 'program' | 'args' | 'title' | 'hint' | 'network'>,
   how: SpawnOptions,
 ): Promise<{ child: ChildProcess; exited: Promise<ProcessExit> }> {
   const { promise, resolve, reject } = Promise.withResolvers<void>();
   try {
     // Some errors (the path is a directory, no memory) are thrown, the others are events.
-    const child = spawn(options.program, options.args, how);
+    const start = () => spawn(options.program, options.args, how);
+    const child = options.network === undefined ? start() : options.network.run(start);
     child.once('spawn', resolve);
     // For good: a signal that cannot be sent is an error event later, and unheard it would end kilnd.
     child.on('error', reject);

@@ -8,6 +8,7 @@ import type { Timeline } from '../observe/timeline.ts';
 import type { VolumeMount } from '../oci/binds.ts';
 import type { PreparedRootfs, RootfsPlan, RootfsStore } from '../rootfs/index.ts';
 import type { TemplateStore } from '../template/store.ts';
+import type { Parking } from '../vmm/cards.ts';
 import type { VmConfig, Vmm } from '../vmm/vmm.ts';
 import type { BootSlots } from './boot-slots.ts';
 import type { ExecRequest } from './exec.ts';
@@ -28,6 +29,8 @@ export interface HostServices {
   readonly templates: Pick<TemplateStore, 'provide' | 'noteRestored' | 'noteFailure'>;
   readonly pool: Pick<SandboxPool, 'take'>;
   readonly fileServers: FileServers;
+  /** Where the taps of a VM's network cards wait, to be moved to where its containers' network is. */
+  readonly parking: Parking;
 }
 
 export interface ContainerRequest {

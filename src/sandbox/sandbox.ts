@@ -8,15 +8,8 @@ import { tooMuchMemory } from '../oci/limits-check.ts';
 import { guestOverheadMib } from '../oci/vm-size.ts';
 import type { Template } from '../template/store.ts';
 import { abortable } from '../vmm/abortable.ts';
-import {
-  readOnlySlots,
-  type Vm,
-  type VmConfig,
-  type VmExit,
-  type Vmm,
-  type VmRecord,
-  writableSlots,
-} from '../vmm/vmm.ts';
+import { isReadOnly } from '../vmm/drive-slots.ts';
+import type { Vm, VmConfig, VmExit, Vmm, VmRecord } from '../vmm/vmm.ts';
 import { faultPoint } from './faults.ts';
 import { consoleLimitMs, guestStopGraceMs } from './limits.ts';
 import { type FileServers, SandboxVolumes, type VolumesRecord } from './volumes.ts';
@@ -66,7 +59,6 @@ export interface SandboxEnd extends VmExit {
 export class Sandbox implements AsyncDisposable {
   readonly vm: Vm;
   readonly guest: Guest;
-  readonly #freeSlots = { ro: [...readOnlySlots], rw: [...writableSlots] };
   readonly #session: string;
   readonly #answerLimitMs: number;
   readonly #vmDirectory: string | undefined;
@@ -190,7 +182,7 @@ export class Sandbox implements AsyncDisposable {
 
   /** Puts a file behind a free drive slot and returns the disk's serial in the guest. */
   async attachDisk(disk: { readonly file: string; readonly readOnly: boolean }, signal: AbortSignal): Promise<string> {
-    const slot = (disk.readOnly ? this.#freeSlots.ro : this.#freeSlots.rw).shift();
+    const slot = this.vm.freeSlots.find((each) => isReadOnly(each) === disk.readOnly);
     if (slot === undefined) {
       const kind = disk.readOnly ? 'read-only' : 'writable';
       throw new KilnError('resource-exhausted', `the VM has no free ${kind} drive slot for ${disk.file}`);

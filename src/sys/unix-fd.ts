@@ -11,8 +11,11 @@ import { check, declare } from './libc.ts';
 /** bits/socket.h of Linux. */
 const AF_UNIX = 1;
 const SOCK_STREAM = 1;
+/** Also O_NONBLOCK of open(2). */
 const SOCK_NONBLOCK = 0o4000;
 const SOCK_CLOEXEC = 0o2000000;
+const F_GETFL = 3;
+const F_SETFL = 4;
 const SOL_SOCKET = 1;
 const SCM_RIGHTS = 1;
 const MSG_DONTWAIT = 0x40;
@@ -42,6 +45,10 @@ const cBind = declare<[fd: number, address: Uint8Array, length: number]>(
   'int bind(int sockfd, const uint8_t *addr, unsigned int addrlen)',
 );
 const cListen = declare<[fd: number, backlog: number]>('int listen(int sockfd, int backlog)');
+const cConnect = declare<[fd: number, address: Uint8Array, length: number]>(
+  'int connect(int sockfd, const uint8_t *addr, unsigned int addrlen)',
+);
+const cFcntl = declare<[fd: number, op: number, argument: number]>('int fcntl(int fd, int op, int argument)');
 const cAccept4 = declare<[fd: number, address: null, length: null, flags: number]>(
   'int accept4(int sockfd, void *addr, void *addrlen, int flags)',
 );
@@ -56,6 +63,32 @@ const cRecvmsg = declare<[fd: number, message: Uint8Array, flags: number]>(
  * @throws SysError; RangeError for a path of over 107 bytes
  */
 export function listenForPeers(path: string): number {
+  return newSocket(path, (fd, address, length) => {
+    check(cBind(fd, address, length), 'bind', path);
+    check(cListen(fd, 1), 'listen', path);
+  });
+}
+
+/**
+ * A connection to who listens on `path`, for another process. It is there at once: it waits at the listener to be accepted.
+ *
+ * @returns a blocking, close-on-exec descriptor; the caller closes it
+ * @throws SysError ECONNREFUSED or ENOENT where nobody listens, EAGAIN where too many wait; RangeError as above
+ */
+export function connectToPeer(path: string): number {
+  return newSocket(path, (fd, address, length) => {
+    check(cConnect(fd, address, length), 'connect', path);
+    setBlocking(fd);
+  });
+}
+
+/** fcntl(2), F_SETFL without O_NONBLOCK: of the open file, so for all who have it. @throws SysError */
+export function setBlocking(fd: number): void {
+  const flags = check(cFcntl(fd, F_GETFL, 0), 'fcntl', 'F_GETFL');
+  check(cFcntl(fd, F_SETFL, flags & ~SOCK_NONBLOCK), 'fcntl', 'F_SETFL');
+}
+
+function newSocket(path: string, use: (fd: number, address: Uint8Array, length: number) => void): number {
   const name = Buffer.from(path);
   const address = Buffer.alloc(2 + SUN_PATH_SIZE);
   address.writeUInt16LE(AF_UNIX, 0);
@@ -63,8 +96,7 @@ export function listenForPeers(path: string): number {
   address.set(name, 2);
   const fd = check(cSocket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), 'socket');
   try {
-    check(cBind(fd, address, 2 + name.length + 1), 'bind', path);
-    check(cListen(fd, 1), 'listen', path);
+    use(fd, address, 2 + name.length + 1);
     return fd;
   } catch (error) {
     closeSync(fd);

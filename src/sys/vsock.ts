@@ -8,7 +8,7 @@
  * internal module of Node that this project uses.
  */
 import { closeSync } from 'node:fs';
-import { createServer, type Server, Socket } from 'node:net';
+import { createServer, type Server, type ServerOpts, Socket } from 'node:net';
 import { SysError } from './error.ts';
 import { type CFunction, check, declare } from './libc.ts';
 
@@ -121,15 +121,16 @@ export interface VsockServer {
  *
  * @param cid the address to listen on, VMADDR_CID_ANY for all
  * @param port VMADDR_PORT_ANY for a free one
+ * @param options of Node's server
  * @throws SysError EADDRINUSE, EAFNOSUPPORT without vsock
  */
-export function listenVsock(cid: number, port: number): VsockServer {
+export function listenVsock(cid: number, port: number, options: ServerOpts = {}): VsockServer {
   return withSocket((fd) => {
     const address = `vsock:${cid}:${port}`;
     check(cBind(fd, sockaddrVm(cid, port), SOCKADDR_VM_SIZE), 'bind', address);
     const bound = readName(cGetsockname, 'getsockname', fd);
     check(cListen(fd, BACKLOG), 'listen', address);
-    return { server: createServer().listen(wrap(fd, 'SERVER')), port: bound.port };
+    return { server: createServer(options).listen(wrap(fd, 'SERVER')), port: bound.port };
   });
 }
 

@@ -1,7 +1,7 @@
 import { randomInt } from 'node:crypto';
-import type net from 'node:net';
+import type { default as net, ServerOpts } from 'node:net';
 import { KilnError } from '../errors.ts';
-import { listenVsock, peerOfVsock, VMADDR_CID_ANY, VMADDR_PORT_ANY } from '../sys/vsock.ts';
+import { listenVsock, peerOfVsock, VMADDR_CID_ANY, VMADDR_PORT_ANY, type VsockServer } from '../sys/vsock.ts';
 import { type AgentListener, firstConnection } from './channel.ts';
 
 /*
@@ -30,18 +30,24 @@ export function randomCid(): number {
  */
 export function listenKernel(cid: number, wantedPort: number = VMADDR_PORT_ANY): AgentListener {
   const { server, port } = listen(wantedPort);
-  return { port, ...firstConnection(server, 'the agent', (socket) => peerCid(socket) === cid) };
+  return { port, ...firstConnection(server, 'the agent', (socket) => isFrom(socket, cid)) };
 }
 
-function listen(port: number) {
+/** Throws as `listenKernel`. */
+export function listen(port: number, options: ServerOpts = {}): VsockServer {
   try {
-    return listenVsock(VMADDR_CID_ANY, port);
+    return listenVsock(VMADDR_CID_ANY, port, options);
   } catch (cause) {
-    throw new KilnError('failed-precondition', `cannot listen for the agent on AF_VSOCK: ${(cause as Error).message}`, {
+    throw new KilnError('failed-precondition', `cannot listen for the guest on AF_VSOCK: ${(cause as Error).message}`, {
       hint: 'load the kernel module with `modprobe vhost_vsock`, or set vm.channel = "hybrid-vsock"',
       cause,
     });
   }
+}
+
+/** Whether a connection is the guest's with this CID. */
+export function isFrom(socket: net.Socket, cid: number): boolean {
+  return peerCid(socket) === cid;
 }
 
 /** Undefined for a caller that cannot be told, such as one that has hung up already: it is not the one we wait for. */

@@ -10,6 +10,9 @@ import { readOnlySlots, type VmRecord, writableSlots } from './vmm.ts';
 /** The drive slots that have a file, in any driver's record. */
 export const usedSlots = z.array(z.enum([...readOnlySlots, ...writableSlots]));
 
+/** Those that an earlier kilnd has given the VM: none, when it knew of none. */
+export const nics = z.array(z.object({ mac: z.string(), tap: z.string() })).default([]);
+
 /** @param what the record should be of: "a QEMU VM". @throws KilnError invalid-argument */
 export function parseVmRecord<T>(form: z.ZodType<T>, what: string, record: VmRecord): T {
   const result = form.safeParse(record);

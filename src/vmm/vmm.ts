@@ -8,9 +8,9 @@ import type net from 'node:net';
 /** A drive that exists from the VM's start and gets a file put behind it later. */
 export type SlotName = `ro${number}` | `rw${number}`;
 
-/** Every VM has the same slots, so that a snapshot of one fits every container. */
+/** The slots that a VM can have. All VMs of a shape have the same, so that a snapshot of one fits every container. */
 export const readOnlySlots: readonly SlotName[] = ['ro0', 'ro1', 'ro2', 'ro3', 'ro4', 'ro5', 'ro6', 'ro7'];
-export const writableSlots: readonly SlotName[] = ['rw0', 'rw1'];
+export const writableSlots: readonly SlotName[] = ['rw0', 'rw1', 'rw2', 'rw3', 'rw4', 'rw5', 'rw6', 'rw7'];
 
 /** The vsock port that the guest dials for its files, unless the kernel's command line says `kiln.files_port=`. */
 export const filesPort = 9000;
@@ -82,6 +82,8 @@ export interface Vm extends AsyncDisposable {
   readonly pid: number;
   /** The VM as it is now, for `Vmm.adopt`. */
   record(): VmRecord;
+  /** Those that have no file now. */
+  readonly freeSlots: readonly SlotName[];
   /** One per network card. */
   readonly nics: readonly NetworkCard[];
   /** Null where the VM keeps the memory that it was booted with. */
@@ -93,10 +95,11 @@ export interface Vm extends AsyncDisposable {
    */
   acceptAgent(signal: AbortSignal): Promise<net.Socket>;
   /**
-   * The host's end of the guest's file channel, as a non-blocking, close-on-exec descriptor, which is the caller's. Over
-   * vsock this is a connection that the guest dials, over virtio-serial the one byte stream there is, whether or not anybody
-   * is at its other end. It may be called again when an earlier one has been closed.
-   * Rejects with `unavailable` when the VM ends first, with the signal's reason when that aborts, or with `unimplemented`.
+   * The host's end of the guest's file channel, as a blocking, close-on-exec descriptor, which is the caller's. Over vsock this
+   * is a connection that the guest dials, and the host listens from the moment of this call; over virtio-serial it is the one
+   * byte stream there is, at once, whether or not anybody is at its other end. It may be called again when an earlier call has
+   * ended and, over virtio-serial, its descriptor was closed.
+   * Rejects with `unavailable` when the VM ends first, or with the signal's reason when that aborts.
    */
   acceptFiles(signal: AbortSignal): Promise<number>;
   /**

@@ -1,5 +1,6 @@
 import { rm } from 'node:fs/promises';
 import type { AgentListener, FirstConnection } from '../channel.ts';
+import { type FileChannel, hybridFiles } from '../file-channel.ts';
 import { hostSocketFor, knock, listenHybrid } from '../hybrid-vsock.ts';
 import { agentPort } from '../vmm.ts';
 import type { Place } from './place.ts';
@@ -10,6 +11,11 @@ export async function listenForAgent(place: Place): Promise<AgentListener> {
   const listener = await listenHybrid(place.vsock.host, agentPort);
   place.admit(hostSocketFor(place.vsock.host, agentPort));
   return listener;
+}
+
+/** Where the guest's files go: another port than the agent's. */
+export function filesOf(place: Place): FileChannel {
+  return hybridFiles(place.vsock.host, (socket) => place.admit(socket));
 }
 
 /** As `listenForAgent`, of a VM whose agent has called before. */

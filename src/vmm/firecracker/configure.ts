@@ -13,13 +13,10 @@ const reportingSince = 14;
 /** A version that has everything. */
 const newest = '1.999.0';
 
-/** Where x86 guests write to, since 1.13: src/vmm/src/arch/x86_64/layout.rs, BOOT_DEVICE_MEM_START. */
-const bootTimerAddress = '0xc0000000';
-
 /** The guest's own CID. Each VM has a vsock of its own, so the number need not differ between VMs. */
 const guestCid = 3;
 
-type Settings = Pick<FirecrackerOptions, 'hugePages' | 'diskLimits' | 'memoryMaxMib' | 'bootTimer'>;
+type Settings = Pick<FirecrackerOptions, 'hugePages' | 'diskLimits' | 'memoryMaxMib'>;
 
 /** What the requests name, by Firecracker's paths. */
 interface Files {
@@ -41,7 +38,7 @@ export async function configureAndStart(
   const files = {
     kernel: await place.show('kernel', kernel),
     initrd: initrd === undefined ? undefined : await place.show('initrd', initrd),
-    drives: await makeDriveFiles(guestImage, place),
+    drives: await makeDriveFiles(config, place),
     vsock: place.vsock.inside,
     imageSerial: await serialOf(guestImage),
   };
@@ -58,20 +55,20 @@ export async function configureAndStart(
  * the same VM.
  */
 export function configurationText(shape: VmShape, settings: Settings): string[] {
-  const drives = new Map(driveNames.map((name) => [name, name]));
+  const drives = new Map(driveNames(shape.networkCards).map((name) => [name, name]));
   const files = { kernel: 'kernel', initrd: shape.initrd && 'initrd', drives, vsock: 'vsock', imageSerial: '' };
   return requestsFor(shape, files, settings, newest).map((request) => JSON.stringify(request));
 }
 
 function requestsFor(shape: VmShape, files: Files, settings: Settings, version: string): FirecrackerRequest[] {
-  const { hugePages, diskLimits, bootTimer } = settings;
+  const { hugePages, diskLimits } = settings;
   const memory = guestMemory(shape, settings, version);
   const devices = memoryDevices(memory, settings, version);
   const machine = { vcpu_count: shape.vcpus, mem_size_mib: memory.bootMib };
   const boot = {
     kernel_image_path: files.kernel,
     ...(files.initrd === undefined ? {} : { initrd_path: files.initrd }),
-    boot_args: kernelCommandLine(shape, devices, { imageSerial: files.imageSerial, bootTimer }),
+    boot_args: kernelCommandLine(shape, devices, files.imageSerial),
   };
   return [
     ['PUT /machine-config', { ...machine, ...(hugePages ? { huge_pages: '2M' } : {}) }],
@@ -113,14 +110,9 @@ function memoryDevices(
  * i8042: the kernel reboots by it, which ends Firecracker (FAQ.md), and looks for no keyboard and mouse there. Firecracker
  * itself adds `pci=off` and what describes its devices.
  */
-function kernelCommandLine(
-  shape: VmShape,
-  devices: readonly MemoryDevice[],
-  { imageSerial, bootTimer }: { readonly imageSerial: string; readonly bootTimer: boolean },
-): string {
+function kernelCommandLine(shape: VmShape, devices: readonly MemoryDevice[], imageSerial: string): string {
   const words = [...commonKernelWords(shape, 'k'), 'i8042.noaux', 'i8042.nomux', 'i8042.dumbkbd', 'swiotlb=noforce'];
   words.push(...devices.flatMap(({ kernelWords }) => kernelWords));
-  if (bootTimer) words.push(`kiln.boot_timer=${bootTimerAddress}`);
   // A kernel that needs no initrd has them built in.
   if (shape.initrd !== undefined && devices.length > 0) {
     words.push(`kiln.modules=${devices.map(({ module }) => module).join(',')}`);

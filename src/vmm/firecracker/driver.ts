@@ -1,7 +1,7 @@
 import { KilnError } from '../../errors.ts';
 import { adoptHelper } from '../../host/helper-process.ts';
 import type { Vm, VmConfig, Vmm, VmRecord } from '../vmm.ts';
-import { listenAndKnock } from './agent-call.ts';
+import { filesOf, listenAndKnock } from './agent-call.ts';
 import { FirecrackerApi } from './api.ts';
 import { configureAndStart } from './configure.ts';
 import { withExitStatus } from './exit-status.ts';
@@ -44,14 +44,14 @@ async function bootFirecracker(
 
 /** Takes over a VM whose kilnd is gone: its API is there, and the agent dials again. */
 async function adoptFirecracker(
-  { jails, devices, logger, count, hugePages }: FirecrackerHost & FirecrackerOptions,
+  { jails, devices, logger, hugePages }: FirecrackerHost & FirecrackerOptions,
   given: VmRecord,
   directory: string,
   signal: AbortSignal,
 ): Promise<Vm> {
   const record = parseFirecrackerRecord(given);
   await using stack = new AsyncDisposableStack();
-  const { jail, memory, usedSlots } = record;
+  const { jail, memory, usedSlots, nics } = record;
   const place = stack.use(jail === undefined ? openPlace(directory) : findJail(directory, jail.uid, jails));
   const found = adoptHelper(record.firecracker, { directory, logName });
   if (found === undefined) {
@@ -59,14 +59,16 @@ async function adoptFirecracker(
   }
   const firecracker = stack.use(withExitStatus(found));
   const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
-  const telemetry = stack.use(Telemetry.resume(place, { logger, ...(count === undefined ? {} : { count }) }));
+  const telemetry = stack.use(Telemetry.resume(place, logger));
   const { state } = await api.describe(signal);
   if (state !== 'Running') throw new KilnError('internal', `the VM does not run; Firecracker says "${state}"`);
+  const files = stack.use(filesOf(place));
   const resources = stack.move();
   const accept = async (accepting: AbortSignal) => {
     return resources.use(await listenAndKnock(place)).accept(accepting);
   };
   const agent = { accept };
   const growth = memoryGrowth(api, memory, roomFor({ hugePages }, devices));
-  return new FirecrackerVm({ firecracker, api, place, telemetry, agent, memory, growth, usedSlots, resources });
+  const parts = { firecracker, api, place, telemetry, agent, files, nics, memory, growth, usedSlots, resources };
+  return new FirecrackerVm(parts);
 }

@@ -3,7 +3,8 @@
  * cannot be added later (but for a developer preview of 1.16).
  */
 import { stat } from 'node:fs/promises';
-import { readOnlySlots, type SlotName, writableSlots } from '../vmm.ts';
+import { isReadOnly } from '../drive-slots.ts';
+import { readOnlySlots, type SlotName, type VmShape, writableSlots } from '../vmm.ts';
 import type { FirecrackerRequests, RateLimiter, TokenBucket } from './api.ts';
 import type { Place } from './place.ts';
 
@@ -25,26 +26,42 @@ export async function serialOf(file: string): Promise<string> {
   return `${dev}${rdev}${ino}`.slice(0, serialBytes);
 }
 
-export function isReadOnly(slot: SlotName): boolean {
-  return readOnlySlots.includes(slot);
-}
-
 /** What each of a container's disks may do in a second; 0 is no limit. */
 export interface DiskLimits {
   readonly bytesPerS: number;
   readonly opsPerS: number;
 }
 
+/**
+ * How many devices a VM can have at the most, on x86 without PCI: one per interrupt (v1.16
+ * tests/integration_tests/functional/test_max_devices.py).
+ */
+const maxDevices = 17;
+
+/** The guest image, vsock, entropy, balloon, and memory that is added. */
+const otherDevices = 5;
+
+/** One per container, for its own changes; the rest is for images. */
+const writableCount = 4;
+
+/** The drive slots of a VM with so many network cards. */
+export function slotsBeside(networkCards: number): readonly SlotName[] {
+  const readOnlyCount = maxDevices - otherDevices - writableCount - networkCards;
+  return [...readOnlySlots.slice(0, readOnlyCount), ...writableSlots.slice(0, writableCount)];
+}
+
 /** The guest image's, first so that the guest finds it as /dev/vda, and one per slot. */
-export const driveNames: readonly (SlotName | 'guest')[] = ['guest', ...readOnlySlots, ...writableSlots];
+export function driveNames(networkCards: number): readonly (SlotName | 'guest')[] {
+  return ['guest', ...slotsBeside(networkCards)];
+}
 
 /** Each drive's file, by its path for Firecracker. */
 export type DrivePaths = ReadonlyMap<SlotName | 'guest', string>;
 
 /** Shows the guest image, and makes an empty file per slot. */
-export async function makeDriveFiles(guestImage: string, place: Place): Promise<DrivePaths> {
+export async function makeDriveFiles({ guestImage, networkCards }: VmShape, place: Place): Promise<DrivePaths> {
   const paths = new Map<SlotName | 'guest', string>([['guest', await place.show('guest', guestImage)]]);
-  for (const slot of [...readOnlySlots, ...writableSlots]) {
+  for (const slot of slotsBeside(networkCards)) {
     paths.set(slot, place.makeEmpty(slot, { bytes: emptySlotBytes, readOnly: isReadOnly(slot) }));
   }
   return paths;

@@ -1,12 +1,13 @@
 import { z } from 'zod';
 import { identityRecord } from '../../host/process-identity.ts';
-import { parseVmRecord, usedSlots } from '../record.ts';
+import { nics, parseVmRecord, usedSlots } from '../record.ts';
 import type { VmRecord } from '../vmm.ts';
 
 const firecrackerRecord = z.object({
   version: z.literal(1),
   firecracker: identityRecord,
   usedSlots,
+  nics,
   /** Absent in a record of a kilnd that gave no VM more than it had from its start. */
   memory: z.object({ bootMib: z.int(), hotplugMib: z.int() }).default({ bootMib: 0, hotplugMib: 0 }),
   /** Of the jail that it is in; absent for one that runs on the host as it is. */

@@ -65,11 +65,11 @@ export async function saveSnapshot(
  */
 export async function loadSnapshot(
   { api, place, version, signal }: Started,
-  { guestImage }: VmConfig,
+  config: VmConfig,
   directory: string,
 ): Promise<void> {
   // The snapshot knows the drives.
-  await makeDriveFiles(guestImage, place);
+  await makeDriveFiles(config, place);
   const snapshot = {
     snapshot_path: await place.show('state', path.join(directory, 'state')),
     mem_backend: { backend_type: 'File', backend_path: await place.show('memory', path.join(directory, 'memory')) },

@@ -7,8 +7,8 @@ import type { HostDevices } from '../host-devices.ts';
 import { hostSocketFor } from '../hybrid-vsock.ts';
 import { kvmProblem } from '../kvm.ts';
 import { AwaitedSocket } from '../socket-file.ts';
-import { agentPort, type VmConfig } from '../vmm.ts';
-import { listenForAgent } from './agent-call.ts';
+import { agentPort, filesPort, type VmConfig } from '../vmm.ts';
+import { filesOf, listenForAgent } from './agent-call.ts';
 import { FirecrackerApi } from './api.ts';
 import { requireHugePages, roomFor } from './huge-pages.ts';
 import { makeJail } from './jail.ts';
@@ -65,15 +65,16 @@ export async function startFirecracker(
   signal.throwIfAborted();
   await using stack = new AsyncDisposableStack();
   const place = stack.use(await placeFor(options, host, config, portable));
-  const agentSocket = hostSocketFor(place.vsock.host, agentPort);
-  for (const socket of [place.apiSocket.host, place.vsock.host, agentSocket]) requireSocketPath(socket);
-  const { telemetry, args } = Telemetry.begin(place, options);
+  const { vsock } = place;
+  const guestSockets = [agentPort, filesPort].map((port) => hostSocketFor(vsock.host, port));
+  for (const socket of [place.apiSocket.host, vsock.host, ...guestSockets]) requireSocketPath(socket);
+  const { telemetry, args } = Telemetry.begin(place, options.logger);
   stack.use(telemetry);
   const agent = stack.use(await listenForAgent(place));
   using awaited = new AwaitedSocket(place.apiSocket.host);
   const limit = AbortSignal.timeout(startLimitMs);
   const either = AbortSignal.any([signal, limit]);
-  const firecracker = stack.use(await place.start([...args, ...(options.bootTimer ? ['--boot-timer'] : [])], either));
+  const firecracker = stack.use(await place.start(args, either));
   const { api, memory } = await whileItStarts({ firecracker, telemetry, when }, { signal, limit }, async (ended) => {
     await awaited.answering(either, ended);
     const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
@@ -83,7 +84,8 @@ export async function startFirecracker(
     return { api, memory: guestMemory(config, options, version) };
   });
   const growth = memoryGrowth(api, memory, roomFor(options, host.devices));
-  return { firecracker, api, place, telemetry, agent, memory, growth, resources: stack.move() };
+  const files = stack.use(filesOf(place));
+  return { firecracker, api, place, telemetry, agent, files, nics: [], memory, growth, resources: stack.move() };
 }
 
 function requireHost({ vcpus }: VmConfig, devices: HostDevices): void {

@@ -3,10 +3,11 @@ import { KilnError } from '../../errors.ts';
 import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
 import { abortable } from '../abortable.ts';
 import type { FirstConnection } from '../channel.ts';
-import { DriveSlots } from '../drive-slots.ts';
+import { DriveSlots, isReadOnly } from '../drive-slots.ts';
+import type { FileChannel } from '../file-channel.ts';
 import type { MemoryGrowth, NetworkCard, SavableVm, SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
 import type { FirecrackerApi } from './api.ts';
-import { isReadOnly, serialOf } from './drives.ts';
+import { serialOf, slotsBeside } from './drives.ts';
 import type { GuestMemory } from './memory.ts';
 import type { Place } from './place.ts';
 import type { Telemetry } from './telemetry.ts';
@@ -47,6 +48,9 @@ export interface FirecrackerParts {
   readonly telemetry: Telemetry;
   /** Where the agent calls. */
   readonly agent: Pick<FirstConnection, 'accept'>;
+  /** Where the guest's files go. */
+  readonly files: Pick<FileChannel, 'accept'>;
+  readonly nics: readonly NetworkCard[];
   readonly memory: GuestMemory;
   readonly growth: MemoryGrowth | null;
   /** Drive slots that have a file already. */
@@ -57,7 +61,7 @@ export interface FirecrackerParts {
 
 export class FirecrackerVm implements Vm {
   readonly pid: number;
-  readonly nics: readonly NetworkCard[] = [];
+  readonly nics: readonly NetworkCard[];
   readonly memoryGrowth: MemoryGrowth | null;
   /** Firecracker is itself the other end of the guest's vsock. */
   readonly channelLost = new Promise<never>(() => {});
@@ -69,8 +73,9 @@ export class FirecrackerVm implements Vm {
   constructor(parts: FirecrackerParts) {
     this.pid = parts.firecracker.pid;
     this.memoryGrowth = parts.growth;
+    this.nics = parts.nics;
     this.#parts = parts;
-    this.#slots = new DriveSlots(parts.usedSlots);
+    this.#slots = new DriveSlots(slotsBeside(parts.nics.length), parts.usedSlots);
     this.#exit = this.#awaitExit();
   }
 
@@ -83,30 +88,33 @@ export class FirecrackerVm implements Vm {
     return { code, signal, guestStopped: code === 0, consoleTail: await this.consoleTail(consoleTailBytes) };
   }
 
+  get freeSlots(): readonly SlotName[] {
+    return this.#slots.free;
+  }
+
   record(): VmRecord {
-    const { firecracker, memory, place } = this.#parts;
+    const { firecracker, memory, nics, place } = this.#parts;
     const jail = place.uid === undefined ? {} : { jail: { uid: place.uid } };
     // Without an identity it has ended, which whoever adopts the VM will find.
-    return { version: 1, firecracker: firecracker.identity, usedSlots: this.#slots.used, memory, ...jail };
+    return { version: 1, firecracker: firecracker.identity, usedSlots: this.#slots.used, memory, nics, ...jail };
   }
 
   async acceptAgent(signal: AbortSignal): Promise<net.Socket> {
-    const ended = this.#endedBeforeCall();
+    const ended = this.#ended('before the agent called');
     ended.catch(() => {});
     return Promise.race([this.#parts.agent.accept(signal), ended]);
   }
 
-  async #endedBeforeCall(): Promise<never> {
-    const exit = await this.#exit;
-    const how = exit.guestStopped ? 'the guest stopped' : `Firecracker ended ${describeFirecrackerExit(exit)}`;
-    throw new KilnError(
-      'unavailable',
-      `${how} before the agent called; last output:\n${exit.consoleTail || '(nothing)'}`,
-    );
+  async acceptFiles(signal: AbortSignal): Promise<number> {
+    const given = new AbortController();
+    this.#ended('before its files were served').catch((error: unknown) => given.abort(error));
+    return this.#parts.files.accept(AbortSignal.any([signal, given.signal]));
   }
 
-  acceptFiles(): Promise<number> {
-    return Promise.reject(new KilnError('unimplemented', 'this VM has no file channel'));
+  async #ended(when: string): Promise<never> {
+    const exit = await this.#exit;
+    const how = exit.guestStopped ? 'the guest stopped' : `Firecracker ended ${describeFirecrackerExit(exit)}`;
+    throw new KilnError('unavailable', `${how} ${when}; last output:\n${exit.consoleTail || '(nothing)'}`);
   }
 
   attachDisk(slot: SlotName, file: string): Promise<string> {

@@ -1,5 +1,14 @@
 import { commonKernelWords } from '../kernel-words.ts';
-import { agentPort, readOnlySlots, type SlotName, type VmConfig, writableSlots } from '../vmm.ts';
+import {
+  agentPort,
+  cardMac,
+  filesPort,
+  readOnlySlots,
+  type SlotName,
+  type VmConfig,
+  type VmShape,
+  writableSlots,
+} from '../vmm.ts';
 import type { Accelerator } from './accelerator.ts';
 
 /** Size that the guest sees on an empty slot; the real file's size counts once one is attached. */
@@ -17,13 +26,18 @@ const lastTransport = 23;
 /** The descriptor on which QEMU gets its listening control socket: the first after the standard ones. */
 export const qmpFd = 3;
 
-/** And, of a clone, the state that was saved. */
-export const stateFd = 4;
+/** Then the taps of its network cards. */
+export const firstTapFd = qmpFd + 1;
+
+/** And then, of a clone, the state that was saved. */
+export function stateFd({ networkCards }: VmShape): number {
+  return firstTapFd + networkCards;
+}
 
 /** The guest's end of the channel. */
 export type ChannelDevice =
   | { readonly kind: 'vhost-user'; readonly socket: string }
-  | { readonly kind: 'serial'; readonly socket: string }
+  | { readonly kind: 'serial'; readonly socket: string; readonly filesSocket: string }
   | { readonly kind: 'vhost-kernel'; readonly cid: number };
 
 /** What is behind the guest's memory. */
@@ -40,8 +54,9 @@ export interface CommandLineOptions {
   readonly tscKhz: number | undefined;
   readonly channel: ChannelDevice;
   readonly memory: GuestMemory;
-  /** The vsock port on which the host awaits the agent's call. */
+  /** The vsock ports on which the host awaits the agent's call, and that of the guest's files. */
   readonly agentPort: number;
+  readonly filesPort: number;
 }
 
 /** The kernel's command line. `-no-reboot` turns a reboot into a stop. */
@@ -54,6 +69,7 @@ export function kernelCommandLine(options: CommandLineOptions): string {
   if (options.channel.kind === 'serial') words.push('kiln.channel=virtio-serial');
   // The agent knows the usual one; any other is told to it here.
   if (options.agentPort !== agentPort) words.push(`kiln.agent_port=${options.agentPort}`);
+  if (options.filesPort !== filesPort) words.push(`kiln.files_port=${options.filesPort}`);
   return words.join(' ');
 }
 
@@ -70,7 +86,13 @@ export function slotNode(node: string, readOnly: boolean, file: string | Record<
   return { driver: 'raw', 'node-name': node, 'read-only': readOnly, ...(readOnly ? {} : { discard: 'unmap' }), file };
 }
 
-function drive(node: string, readOnly: boolean, file: Record<string, unknown>, serial: string, transport: number) {
+function drive(
+  node: string,
+  readOnly: boolean,
+  file: string | Record<string, unknown>,
+  serial: string,
+  transport: number,
+) {
   // The transport is given so that the guest image is the first disk whatever QEMU's default is.
   const place = `serial=${serial},bus=virtio-mmio-bus.${transport}`;
   return [
@@ -82,9 +104,27 @@ function drive(node: string, readOnly: boolean, file: Record<string, unknown>, s
   ];
 }
 
+/** The node below a slot that has no file. */
+export function emptyNode(slot: SlotName): string {
+  return `${slot}-empty`;
+}
+
 function emptySlot(name: SlotName, readOnly: boolean, transport: number): string[] {
-  const nothing = { driver: 'null-co', 'node-name': `${name}-empty`, size: emptySlotBytes, 'read-zeroes': true };
-  return drive(name, readOnly, nothing, name, transport);
+  const nothing = { driver: 'null-co', 'node-name': emptyNode(name), size: emptySlotBytes, 'read-zeroes': true };
+  // A node in its own right, which stays when a file takes its place, and takes that place again.
+  return ['-blockdev', JSON.stringify(nothing), ...drive(name, readOnly, emptyNode(name), name, transport)];
+}
+
+/**
+ * `guest_announce`: after a restore the guest would tell a network that it has moved, by a MAC that all VMs have. The rest
+ * is virtio-net's own: no second queue, and no control of what it is not asked for.
+ */
+function networkCard(index: number, transport: number): string[] {
+  return [
+    ...['-netdev', `tap,id=net${index},fd=${firstTapFd + index}`],
+    '-device',
+    `virtio-net-device,netdev=net${index},mac=${cardMac(index)},guest_announce=off,bus=virtio-mmio-bus.${transport}`,
+  ];
 }
 
 function channelDevice(channel: ChannelDevice, bus: string): string[] {
@@ -102,6 +142,8 @@ function channelDevice(channel: ChannelDevice, bus: string): string[] {
         ...['-device', `virtio-serial-device,id=serial,bus=${bus}`],
         // Port 0 is for consoles; the name is what the agent looks for (agent/serial-port.ts).
         ...['-device', 'virtserialport,bus=serial.0,nr=1,chardev=agent,name=kiln.agent'],
+        ...['-chardev', `socket,id=files,path=${optionValue(channel.filesSocket)},server=on,wait=off`],
+        ...['-device', 'virtserialport,bus=serial.0,nr=2,chardev=files,name=kiln.files'],
       ];
   }
 }
@@ -128,7 +170,10 @@ function memoryBackend(memory: GuestMemory, sizeMib: number): string[] {
   }
 }
 
-/** QEMU's arguments for a microvm with placeholder drives, a console ring buffer, and a QMP server on `qmpFd`. */
+/**
+ * QEMU's arguments for a microvm with placeholder drives, network cards, a console ring buffer, and a QMP server on
+ * `qmpFd`.
+ */
 export function qemuArguments(options: CommandLineOptions): string[] {
   const { config, accelerator } = options;
   let transport = lastTransport;
@@ -139,6 +184,7 @@ export function qemuArguments(options: CommandLineOptions): string[] {
     ...writableSlots.flatMap((name) => emptySlot(name, false, transport--)),
   ];
   const channel = channelDevice(options.channel, `virtio-mmio-bus.${transport--}`);
+  const cards = Array.from({ length: config.networkCards }, (_, index) => networkCard(index, transport--)).flat();
   return [
     ...[
       '-name',
@@ -161,5 +207,6 @@ export function qemuArguments(options: CommandLineOptions): string[] {
     ...['-chardev', `socket,id=qmp,fd=${qmpFd},server=on,wait=off`, '-mon', 'chardev=qmp,mode=control'],
     ...disks,
     ...channel,
+    ...cards,
   ];
 }

@@ -9,13 +9,15 @@ import { programIdentity } from '../../host/program.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
 import { listenForPeers } from '../../sys/unix-fd.ts';
 import { abortable } from '../abortable.ts';
+import { makeTaps, type Parking } from '../cards.ts';
 import { type AgentListener, type Channel, chooseChannel, type FirstConnection } from '../channel.ts';
+import { type FileChannel, hybridFiles, type KernelFiles, kernelFiles, serialFiles } from '../file-channel.ts';
 import { requireGuestFiles } from '../guest-files.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
 import { listenHybrid, listenHybridAgain, udsPathIn } from '../hybrid-vsock.ts';
 import { listenKernel, randomCid } from '../kernel-vsock.ts';
 import { type SerialConnection, serialConnection } from '../virtio-serial.ts';
-import { agentPort, type TemplateDriver, type Vm, type VmConfig, type Vmm, type VmRecord } from '../vmm.ts';
+import { agentPort, filesPort, type TemplateDriver, type Vm, type VmConfig, type Vmm, type VmRecord } from '../vmm.ts';
 import { type Accelerator, chooseAccelerator, hostTscKhz } from './accelerator.ts';
 import { type ChannelDevice, type GuestMemory, qemuArguments, stateFd } from './command-line.ts';
 import { loadState } from './migration.ts';
@@ -31,6 +33,8 @@ export interface QemuOptions {
   readonly vsockBackend: string;
   readonly accelerator: 'auto' | Accelerator;
   readonly channel: 'auto' | Channel;
+  /** Where QEMU runs, and the taps of network cards wait. */
+  readonly parking: Parking;
 }
 
 /** How long QEMU may take until it answers: some 50 ms in fact, so this only bounds a wrong program. */
@@ -70,9 +74,10 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
         config: { ...shape, id: '', directory: '' },
         accelerator,
         tscKhz: undefined,
-        channel: { kind: 'serial', socket: '' },
+        channel: { kind: 'serial', socket: '', filesSocket: '' },
         memory: { kind: 'anonymous' },
         agentPort,
+        filesPort,
       });
       return [programIdentity(options.qemu), ...args];
     },
@@ -143,9 +148,11 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
   await using stack = new AsyncDisposableStack();
   const qmpSocket = qmpSocketIn(config.directory);
   stack.defer(() => rm(qmpSocket, { force: true }));
-  const { agent, device, backend } = await openChannel(request, stack, signal);
-  const args = { config, accelerator, tscKhz, channel: device, memory, agentPort: agent.port };
+  const { agent, device, backend, files } = await openChannel(request, stack, signal);
+  const args = { config, accelerator, tscKhz, channel: device, memory, agentPort: agent.port, filesPort: files.port };
   requireSocketPath(qmpSocket);
+  // QEMU has the descriptors, then.
+  using taps = makeTaps(options.parking, config.networkCards);
   const listener = listenForPeers(qmpSocket);
   let qemu: HelperProcess;
   try {
@@ -157,7 +164,8 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
         logName: vmmLogName,
         title: 'QEMU (vm.qemu in the config file)',
         hint: 'install the package qemu-system-x86, or run `npm run setup`',
-        inherit: state === undefined ? [listener] : [listener, state],
+        inherit: [listener, ...taps.fds, ...(state === undefined ? [] : [state])],
+        network: options.parking,
       }),
     );
   } finally {
@@ -166,14 +174,14 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
   const qmp = await connectQmp(qmpSocket, qemu, stack, signal);
   if (state !== undefined) {
     agent.open?.();
-    await loadState(qmp, stateFd, signal).catch(async (error: unknown) => {
+    await loadState(qmp, stateFd(config), signal).catch(async (error: unknown) => {
       // QEMU closes its connection a moment before it has exited, and its exit says more.
       if (!qmp.closedByPeer) throw error;
       throw await abortable(endAt('the restore of its state', qemu, error), signal);
     });
   }
-  const channel = channelRecord(device, agent);
-  return { qemu, qmp, agent, channel, backend, resources: stack.move() };
+  const channel = channelRecord(device, agent, files);
+  return { qemu, qmp, agent, channel, files, nics: taps.nics, backend, resources: stack.move() };
 }
 
 /** How QEMU has ended, when it has, in its own last words. */
@@ -186,6 +194,7 @@ interface OpenChannel {
   readonly agent: AgentListener & Partial<Pick<SerialConnection, 'open'>>;
   readonly device: ChannelDevice;
   readonly backend: HelperProcess | undefined;
+  readonly files: Pick<KernelFiles, 'accept' | 'port'>;
 }
 
 /** The host's end of the channel, owned by the stack, and the device that gives the guest its end. */
@@ -196,21 +205,26 @@ async function openChannel(
 ): Promise<OpenChannel> {
   if (channel === 'kernel-vsock') {
     const cid = randomCid();
-    return { agent: stack.use(listenKernel(cid)), device: { kind: 'vhost-kernel', cid }, backend: undefined };
+    const [agent, files] = [stack.use(listenKernel(cid)), stack.use(kernelFiles(cid))];
+    return { agent, device: { kind: 'vhost-kernel', cid }, backend: undefined, files };
   }
   if (channel === 'virtio-serial') {
-    const socket = serialSocketIn(config.directory);
-    requireSocketPath(socket);
-    stack.defer(() => rm(socket, { force: true }));
+    const [socket, filesSocket] = [serialSocketIn(config.directory), filesSocketIn(config.directory)];
+    for (const file of [socket, filesSocket]) {
+      requireSocketPath(file);
+      stack.defer(() => rm(file, { force: true }));
+    }
     const agent = { port: agentPort, ...stack.use(serialConnection(socket)) };
-    return { agent, device: { kind: 'serial', socket }, backend: undefined };
+    const files = { port: filesPort, ...stack.use(serialFiles(filesSocket)) };
+    return { agent, device: { kind: 'serial', socket, filesSocket }, backend: undefined, files };
   }
   const udsPath = udsPathIn(config.directory);
   const agent = stack.use(await listenHybrid(udsPath, agentPort));
   const backend = stack.use(
     await startVsockBackend({ program: options.vsockBackend, directory: config.directory, udsPath }, signal),
   );
-  return { agent, device: { kind: 'vhost-user', socket: backend.socket }, backend: backend.process };
+  const files = { port: filesPort, ...stack.use(hybridFiles(udsPath)) };
+  return { agent, device: { kind: 'vhost-user', socket: backend.socket }, backend: backend.process, files };
 }
 
 /** QEMU's control connection, ready for commands. A failure carries QEMU's own last words. */
@@ -246,7 +260,8 @@ async function adoptQemu(given: VmRecord, directory: string, signal: AbortSignal
   const record = parseQemuRecord(given);
   await using stack = new AsyncDisposableStack();
   const vsockSocket = path.join(directory, vsockSocketName);
-  for (const file of [udsPathIn(directory), vsockSocket, serialSocketIn(directory), qmpSocketIn(directory)]) {
+  const sockets = [udsPathIn(directory), vsockSocket, serialSocketIn(directory), filesSocketIn(directory)];
+  for (const file of [...sockets, qmpSocketIn(directory)]) {
     stack.defer(() => rm(file, { force: true }));
   }
   const backend = record.backend && adoptHelper(record.backend, { directory, logName: vsockLogName });
@@ -255,12 +270,13 @@ async function adoptQemu(given: VmRecord, directory: string, signal: AbortSignal
   if (qemu === undefined) throw hasEnded('QEMU', record.qemu);
   if (backend === undefined && record.backend !== undefined) throw hasEnded('the vsock backend', record.backend);
   const qmp = await connectQmp(qmpSocketIn(directory), qemu, stack, signal);
-  const { channel, usedSlots } = record;
+  const { channel, usedSlots, nics } = record;
+  const files = filesAgain(channel, directory, stack);
   const resources = stack.move();
   const accept = async (accepting: AbortSignal) => {
     return resources.use(await listenAgain(channel, directory)).accept(accepting);
   };
-  return new QemuVm({ qemu, qmp, agent: { accept }, channel, usedSlots, backend, resources });
+  return new QemuVm({ qemu, qmp, agent: { accept }, channel, files, nics, usedSlots, backend, resources });
 }
 
 function hasEnded(what: string, { pid }: ProcessIdentity): KilnError {
@@ -273,12 +289,33 @@ async function listenAgain(channel: ChannelRecord, directory: string): Promise<F
   return listenHybridAgain(udsPathIn(directory), agentPort);
 }
 
-function channelRecord(device: ChannelDevice, { port }: AgentListener): ChannelRecord {
+/** Listens when it has to: the guest's files are served by the one who was asked before. */
+function filesAgain(
+  channel: ChannelRecord,
+  directory: string,
+  stack: AsyncDisposableStack,
+): Pick<FileChannel, 'accept'> {
+  switch (channel.kind) {
+    case 'hybrid-vsock':
+      return stack.use(hybridFiles(udsPathIn(directory)));
+    case 'virtio-serial':
+      return stack.use(serialFiles(filesSocketIn(directory)));
+    case 'kernel-vsock':
+      return {
+        async accept(signal) {
+          await using files = kernelFiles(channel.cid, channel.filesPort);
+          return await files.accept(signal);
+        },
+      };
+  }
+}
+
+function channelRecord(device: ChannelDevice, agent: AgentListener, files: { readonly port: number }): ChannelRecord {
   switch (device.kind) {
     case 'vhost-user':
       return { kind: 'hybrid-vsock' };
     case 'vhost-kernel':
-      return { kind: 'kernel-vsock', cid: device.cid, port };
+      return { kind: 'kernel-vsock', cid: device.cid, port: agent.port, filesPort: files.port };
     case 'serial':
       return { kind: 'virtio-serial' };
   }
@@ -303,4 +340,9 @@ function migrationSocketIn(directory: string): string {
 /** See virtio-serial.ts. */
 function serialSocketIn(directory: string): string {
   return path.join(directory, 'agent.sock');
+}
+
+/** See file-channel.ts. */
+function filesSocketIn(directory: string): string {
+  return path.join(directory, 'files.sock');
 }

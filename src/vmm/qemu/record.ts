@@ -1,12 +1,17 @@
 import { z } from 'zod';
 import { identityRecord } from '../../host/process-identity.ts';
-import { parseVmRecord, usedSlots } from '../record.ts';
+import { nics, parseVmRecord, usedSlots } from '../record.ts';
 import type { VmRecord } from '../vmm.ts';
 
 const channel = z.union([
   z.object({ kind: z.literal('hybrid-vsock') }),
   z.object({ kind: z.literal('virtio-serial') }),
-  z.object({ kind: z.literal('kernel-vsock'), cid: z.int().positive(), port: z.int().positive() }),
+  z.object({
+    kind: z.literal('kernel-vsock'),
+    cid: z.int().positive(),
+    port: z.int().positive(),
+    filesPort: z.int().positive().optional(),
+  }),
 ]);
 
 const qemuRecord = z.object({
@@ -15,6 +20,7 @@ const qemuRecord = z.object({
   backend: identityRecord.optional(),
   channel,
   usedSlots,
+  nics,
 });
 
 export type ChannelRecord = z.infer<typeof channel>;

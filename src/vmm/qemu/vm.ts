@@ -2,9 +2,19 @@ import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
 import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
 import type { FirstConnection } from '../channel.ts';
-import { DriveSlots } from '../drive-slots.ts';
-import type { NetworkCard, SavableVm, SlotName, Vm, VmExit, VmRecord } from '../vmm.ts';
-import { slotNode } from './command-line.ts';
+import { DriveSlots, isReadOnly } from '../drive-slots.ts';
+import type { FileChannel } from '../file-channel.ts';
+import {
+  type NetworkCard,
+  readOnlySlots,
+  type SavableVm,
+  type SlotName,
+  type Vm,
+  type VmExit,
+  type VmRecord,
+  writableSlots,
+} from '../vmm.ts';
+import { emptyNode, slotNode } from './command-line.ts';
 import { GuestConsole } from './console.ts';
 import { saveState } from './migration.ts';
 import type { QmpClient } from './qmp.ts';
@@ -23,6 +33,9 @@ export interface QemuParts {
   /** Where the agent calls. */
   readonly agent: Pick<FirstConnection, 'accept'>;
   readonly channel: ChannelRecord;
+  /** Where the guest's files go. */
+  readonly files: Pick<FileChannel, 'accept'>;
+  readonly nics: readonly NetworkCard[];
   /** Drive slots that have a file already. */
   readonly usedSlots?: readonly SlotName[];
   /** The program that carries the channel, where there is one. */
@@ -33,7 +46,7 @@ export interface QemuParts {
 
 export class QemuVm implements Vm {
   readonly pid: number;
-  readonly nics: readonly NetworkCard[] = [];
+  readonly nics: readonly NetworkCard[];
   readonly memoryGrowth = null;
   readonly channelLost: Promise<void>;
   readonly #parts: QemuParts;
@@ -44,8 +57,9 @@ export class QemuVm implements Vm {
 
   constructor(parts: QemuParts) {
     this.pid = parts.qemu.pid;
+    this.nics = parts.nics;
     this.#parts = parts;
-    this.#slots = new DriveSlots(parts.usedSlots);
+    this.#slots = new DriveSlots([...readOnlySlots, ...writableSlots], parts.usedSlots);
     this.#console = new GuestConsole(parts.qmp);
     this.#exit = this.#awaitExit();
     this.channelLost = this.#awaitBackendLoss();
@@ -98,33 +112,45 @@ export class QemuVm implements Vm {
     return { code, signal, guestStopped, consoleTail: await this.consoleTail(consoleTailChars) };
   }
 
+  get freeSlots(): readonly SlotName[] {
+    return this.#slots.free;
+  }
+
   record(): VmRecord {
-    const { qemu, backend, channel } = this.#parts;
+    const { qemu, backend, channel, nics } = this.#parts;
     // Without an identity it has ended, which whoever adopts the VM will find.
-    return { version: 1, qemu: qemu.identity, backend: backend?.identity, channel, usedSlots: this.#slots.used };
+    return { version: 1, qemu: qemu.identity, backend: backend?.identity, channel, usedSlots: this.#slots.used, nics };
   }
 
   async acceptAgent(signal: AbortSignal): Promise<net.Socket> {
-    const failed = Promise.race([this.#endedBeforeCall(), this.#lostBeforeCall()]);
-    failed.catch(() => {});
-    return Promise.race([this.#parts.agent.accept(signal), failed]);
+    return Promise.race([this.#parts.agent.accept(signal), this.#failure('before the agent called')]);
   }
 
-  async #endedBeforeCall(): Promise<never> {
+  async acceptFiles(signal: AbortSignal): Promise<number> {
+    const given = new AbortController();
+    this.#failure('before its files were served').catch((error: unknown) => given.abort(error));
+    return this.#parts.files.accept(AbortSignal.any([signal, given.signal]));
+  }
+
+  /** Rejects when the guest cannot reach its host any more. */
+  #failure(when: string): Promise<never> {
+    const failure = Promise.race([this.#ended(when), this.#lost(when)]);
+    failure.catch(() => {});
+    return failure;
+  }
+
+  async #ended(when: string): Promise<never> {
     const exit = await this.#exit;
     const how = exit.guestStopped ? 'the guest stopped' : `QEMU ended ${describeExit(exit)}`;
     const words = exit.consoleTail || this.#parts.qemu.lastWords() || '(nothing)';
-    throw new KilnError('unavailable', `${how} before the agent called; last output:\n${words}`);
+    throw new KilnError('unavailable', `${how} ${when}; last output:\n${words}`);
   }
 
-  async #lostBeforeCall(): Promise<never> {
+  async #lost(when: string): Promise<never> {
     await this.channelLost;
     const { backend } = this.#parts;
     const how = backend === undefined ? '' : ` ${describeExit(await backend.exited)}`;
-    throw new KilnError(
-      'unavailable',
-      `the vsock backend ended${how} before the agent called: ${backend?.lastWords()}`,
-    );
+    throw new KilnError('unavailable', `the vsock backend ended${how} ${when}: ${backend?.lastWords()}`);
   }
 
   /** Resolves when the channel's program has ended although QEMU runs on. */
@@ -133,10 +159,6 @@ export class QemuVm implements Vm {
     await (backend?.exited ?? new Promise<never>(() => {}));
     // It also ends when QEMU does, and then QEMU's end is what has to be told: QEMU does not answer any more.
     await qmp.execute('query-status').catch(() => this.#exit.then(() => new Promise<never>(() => {})));
-  }
-
-  acceptFiles(): Promise<number> {
-    return Promise.reject(new KilnError('unimplemented', 'this VM has no file channel'));
   }
 
   /** The serial is the slot's name, whatever file is behind it. */
@@ -149,10 +171,10 @@ export class QemuVm implements Vm {
 
   async #putBehind(slot: SlotName, file: string): Promise<void> {
     const { qmp } = this.#parts;
-    const readOnly = slot.startsWith('ro');
-    const node = `${slot}-file`;
-    const fileNode = { driver: 'file', 'node-name': node, filename: file, 'read-only': readOnly };
-    await qmp.execute('blockdev-add', readOnly ? fileNode : { ...fileNode, discard: 'unmap' });
+    const readOnly = isReadOnly(slot);
+    const node = fileNode(slot);
+    const options = { driver: 'file', 'node-name': node, filename: file, 'read-only': readOnly };
+    await qmp.execute('blockdev-add', readOnly ? options : { ...options, discard: 'unmap' });
     try {
       await qmp.execute('blockdev-reopen', { options: [slotNode(slot, readOnly, node)] });
     } catch (error) {
@@ -163,7 +185,11 @@ export class QemuVm implements Vm {
   }
 
   detachDisk(slot: SlotName): Promise<void> {
-    return Promise.reject(new KilnError('unimplemented', `drive slot ${slot} of this VM cannot be emptied`));
+    return this.#slots.empty(slot, async () => {
+      const { qmp } = this.#parts;
+      await qmp.execute('blockdev-reopen', { options: [slotNode(slot, isReadOnly(slot), emptyNode(slot))] });
+      await qmp.execute('blockdev-del', { 'node-name': fileNode(slot) });
+    });
   }
 
   wait(): Promise<VmExit> {
@@ -182,6 +208,11 @@ export class QemuVm implements Vm {
   [Symbol.asyncDispose](): Promise<void> {
     return this.kill();
   }
+}
+
+/** The node of the file that is behind a slot. */
+function fileNode(slot: SlotName): string {
+  return `${slot}-file`;
 }
 
 /** A VM whose memory is a template's file. */

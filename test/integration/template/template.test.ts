@@ -5,6 +5,7 @@ import { PassThrough } from 'node:stream';
 import { text } from 'node:stream/consumers';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { Guest, type GuestContainer } from '../../../src/guest/guest.ts';
+import { NetworkNamespace } from '../../../src/sys/netns.ts';
 import { buildTemplate } from '../../../src/template/build.ts';
 import { createQemu } from '../../../src/vmm/qemu/driver.ts';
 import type { TemplateDriver, Vm } from '../../../src/vmm/vmm.ts';
@@ -15,7 +16,7 @@ const guestDir = process.env.KILN_GUEST_DIR ?? path.join(projectRoot, 'dist/gues
 const shape = {
   memoryMib: 256,
   vcpus: 1,
-  networkCards: 0,
+  networkCards: 2,
   kernel: path.join(guestDir, 'vmlinux'),
   initrd: path.join(guestDir, 'initrd'),
   guestImage: path.join(guestDir, 'guest.erofs'),
@@ -23,11 +24,13 @@ const shape = {
 const answerLimitMs = 60_000;
 const never = new AbortController().signal;
 
+const parking = NetworkNamespace.create();
 const { templates } = createQemu({
   qemu: 'qemu-system-x86_64',
   vsockBackend: '/not/needed',
   accelerator: 'auto',
   channel: 'virtio-serial',
+  parking,
 });
 const driver = templates as TemplateDriver;
 

@@ -17,6 +17,7 @@ import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { takeStock } from '../../../src/daemon/earlier.ts';
 import { killProcessesOf } from '../../../src/host/stale.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
+import { NetworkNamespace } from '../../../src/sys/netns.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../src/vmm/firecracker/driver.ts';
 import { clearJail, jailHost } from '../../../src/vmm/firecracker/jail.ts';
 import { uidsOf } from '../../../src/vmm/firecracker/jail-uids.ts';
@@ -25,7 +26,7 @@ import { type HostDevices, hostDevices } from '../../../src/vmm/host-devices.ts'
 import type { SavableVm, TemplateDriver, Vm, VmConfig, Vmm } from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
 import { Workspace } from '../../unit/vmm/workspace.ts';
-import { timedGuest, tinyGuest, waitingGuest } from './tiny-guest.ts';
+import { tinyGuest, waitingGuest } from './tiny-guest.ts';
 
 /**
  * The real Firecracker, where KILN_FIRECRACKER names it and /dev/kvm opens, whatever is behind that, and the real jailer,
@@ -69,9 +70,9 @@ const defaults = {
   jail: () => undefined,
   logger,
   hugePages: false,
-  bootTimer: false,
   memoryMaxMib: 0,
   diskLimits: { bytesPerS: 2 ** 20, opsPerS: 100 },
+  parking: NetworkNamespace.create(),
 };
 
 const files = { kernel: guest('vmlinux'), initrd: guest('initrd'), guestImage: guest('guest.erofs') };
@@ -88,8 +89,8 @@ const disk = (name: string, mode = 0o600): string => {
 };
 
 /** Boots a guest that says a word and reboots. */
-async function expectGuestsEnd(vmm: Vmm, guestOf = tinyGuest): Promise<void> {
-  const kernel = workspace.file('tiny', guestOf('Ki'));
+async function expectGuestsEnd(vmm: Vmm): Promise<void> {
+  const kernel = workspace.file('tiny', tinyGuest('Ki'));
   const config = { ...workspace.vm(), kernel, initrd: undefined, memoryMib: 128 };
   vm = await vmm.boot({ ...config, guestImage: disk('image', 0o644) }, never);
   const stopped = 'the guest stopped before the agent called; last output:\nKi';
@@ -264,13 +265,6 @@ describe.runIf(program !== undefined)('the real Firecracker without a jail', () 
   test('ends when its guest reboots, with what that has said', async () => {
     await expectGuestsEnd(driver());
     expect(workspace.files()).toEqual([]);
-  });
-
-  test("measures how long its guest's first program takes to run", async () => {
-    await expectGuestsEnd(driver({ bootTimer: true }), timedGuest);
-    const told = log.find(({ msg }) => msg === "the guest's first program runs");
-    expect(told).toMatchObject({ level: 'info', vm: 'one' });
-    expect(Number(told?.guestBootMs)).toBeGreaterThan(0);
   });
 
   test('takes the configuration, starts the VM, swaps drives, and leaves nothing', async () => {

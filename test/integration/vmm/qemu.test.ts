@@ -3,6 +3,7 @@ import { closeSync, existsSync, mkdirSync, readFileSync } from 'node:fs';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { startHelper } from '../../../src/host/helper-process.ts';
+import { NetworkNamespace } from '../../../src/sys/netns.ts';
 import { listenForPeers } from '../../../src/sys/unix-fd.ts';
 import { hostDevices } from '../../../src/vmm/host-devices.ts';
 import { listenHybrid } from '../../../src/vmm/hybrid-vsock.ts';
@@ -10,7 +11,7 @@ import { chooseAccelerator, hostTscKhz } from '../../../src/vmm/qemu/accelerator
 import { qemuArguments } from '../../../src/vmm/qemu/command-line.ts';
 import { createQemu, type QemuOptions } from '../../../src/vmm/qemu/driver.ts';
 import { startVsockBackend } from '../../../src/vmm/qemu/vsock-backend.ts';
-import type { Vm, VmConfig } from '../../../src/vmm/vmm.ts';
+import { filesPort, type Vm, type VmConfig } from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
 import { Workspace } from '../../unit/vmm/workspace.ts';
 
@@ -26,6 +27,7 @@ const options: QemuOptions = {
   vsockBackend: path.join(distDir, 'libexec/vhost-device-vsock'),
   accelerator: 'auto',
   channel: 'auto',
+  parking: NetworkNamespace.create(),
 };
 
 let workspace: Workspace;
@@ -114,6 +116,7 @@ describe('a guest in QEMU', () => {
       channel: { kind: 'vhost-user', socket: backend.socket },
       memory: { kind: 'anonymous' },
       agentPort: 40_000,
+      filesPort,
     });
     const control = listenForPeers(path.join(directory, 'qmp.sock'));
     stack.defer(() => closeSync(control));

@@ -3,11 +3,12 @@ import { afterEach, beforeEach, expect, test } from 'vitest';
 import { defaultConfig, type KilnConfig } from '../../../src/config/config.ts';
 import { jailSettings, selectVmm, vmmNamed } from '../../../src/daemon/vmm.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
-import { Workspace } from '../vmm/workspace.ts';
+import { parking, Workspace } from '../vmm/workspace.ts';
 
 let workspace: Workspace;
 let log: Record<string, unknown>[];
 const logger = loggerTo({ write: (line) => void log.push(JSON.parse(line)) }, 'trace');
+const services = { logger, parking };
 beforeEach(() => {
   workspace = new Workspace();
   log = [];
@@ -27,23 +28,22 @@ function withKvm() {
 
 test('the choice and its reason are told once at info level', async () => {
   const wanted = config({ firecracker: workspace.firecracker('version=1.15.7') });
-  for (const _ of [1, 2]) expect((await selectVmm(wanted, logger, withKvm())).name).toBe('firecracker');
+  for (const _ of [1, 2]) expect((await selectVmm(wanted, services, withKvm())).name).toBe('firecracker');
   const reason = 'Firecracker 1.15.7 and hardware KVM are there';
   const told = log.filter(({ level }) => level === 'info');
   expect(told).toMatchObject([{ vmm: 'firecracker', reason, msg: 'chose the virtual machine monitor' }]);
   const other = config({ firecracker: '/no/firecracker', accelerator: 'tcg' });
-  expect((await selectVmm(other, logger, withKvm())).name).toBe('qemu');
+  expect((await selectVmm(other, services, withKvm())).name).toBe('qemu');
   expect(log).toContainEqual(expect.objectContaining({ vmm: 'qemu', reason: 'vm.accelerator = "tcg"' }));
 });
 
 test.each([
-  ['vm.boot_timer', config({ vmm: 'qemu', bootTimer: true })],
   ['vm.huge_pages', config({ vmm: 'qemu', hugePages: true })],
   ['memory that grows (memory_max_mib)', config({ vmm: 'qemu', memoryMaxMib: 1024 })],
   ['a limit of disk bandwidth (disk_mib_per_s)', config({ vmm: 'qemu' }, { diskMibPerS: 1 })],
   ['a limit of disk requests (disk_ops_per_s)', config({ vmm: 'qemu' }, { diskOpsPerS: 1 })],
 ])('%s is refused where QEMU runs the VM, with the reason why that is so', async (what, wanted) => {
-  await expect(selectVmm(wanted, logger, workspace.devices())).rejects.toMatchObject({
+  await expect(selectVmm(wanted, services, workspace.devices())).rejects.toMatchObject({
     code: 'failed-precondition',
     message: `${what} needs Firecracker, but this VM runs under QEMU: qemu is asked for`,
   });
@@ -71,6 +71,6 @@ test('a jail that is demanded and cannot be had is an error, but not for a VM th
       message: 'vm.jail is "on", but there is no program "no-such-jailer" (vm.jailer)',
     }),
   );
-  const taking = vmmNamed('firecracker', wanted, logger).adopt({}, workspace.sandbox, new AbortController().signal);
+  const taking = vmmNamed('firecracker', wanted, services).adopt({}, workspace.sandbox, new AbortController().signal);
   await expect(taking).rejects.toMatchObject({ code: 'invalid-argument' });
 });

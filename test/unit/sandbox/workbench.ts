@@ -26,7 +26,18 @@ import type { Sandbox } from '../../../src/sandbox/sandbox.ts';
 import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
 import type { FileServers } from '../../../src/sandbox/volumes.ts';
 import type { Template } from '../../../src/template/store.ts';
-import type { MemoryGrowth, NetworkCard, SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../../../src/vmm/vmm.ts';
+import {
+  type MemoryGrowth,
+  type NetworkCard,
+  readOnlySlots,
+  type SlotName,
+  type Vm,
+  type VmConfig,
+  type VmExit,
+  type Vmm,
+  type VmRecord,
+  writableSlots,
+} from '../../../src/vmm/vmm.ts';
 import { type Script, ScriptedAgent, socketPair } from '../guest/scripted-agent.ts';
 
 /** How a network namespace can be had here: as root, or in a user namespace; undefined: not at all. */
@@ -43,6 +54,9 @@ const noHooks = { prestart: [], createRuntime: [], poststart: [], poststop: [] }
 export class ScriptedVm implements Vm {
   readonly pid = 1_000_000;
   nics: readonly NetworkCard[] = [];
+  get freeSlots(): SlotName[] {
+    return [...readOnlySlots, ...writableSlots].filter((slot) => !this.disks.some(([used]) => used === slot));
+  }
   memoryGrowth: MemoryGrowth | null = null;
   readonly config: VmConfig;
   readonly agent: ScriptedAgent;
@@ -323,7 +337,8 @@ export class Workbench implements AsyncDisposable {
       noteFailure: (_template, error) => void this.events.push(`not restored: ${(error as Error).message}`),
     };
     const pool: HostServices['pool'] = { take: async () => this.waiting };
-    return { rootfs: this.#rootfs(), templates, pool, fileServers: this.fileServers };
+    const parking: HostServices['parking'] = { run: (action) => action() };
+    return { rootfs: this.#rootfs(), templates, pool, fileServers: this.fileServers, parking };
   }
 
   #rootfs(): RootfsStore {

@@ -1,5 +1,11 @@
 import { describe, expect, test } from 'vitest';
-import { type CommandLineOptions, kernelCommandLine, qemuArguments } from '../../../src/vmm/qemu/command-line.ts';
+import {
+  type CommandLineOptions,
+  kernelCommandLine,
+  qemuArguments,
+  stateFd,
+} from '../../../src/vmm/qemu/command-line.ts';
+import { maxNetworkCards, readOnlySlots, writableSlots } from '../../../src/vmm/vmm.ts';
 
 const options: CommandLineOptions = {
   config: {
@@ -17,6 +23,7 @@ const options: CommandLineOptions = {
   channel: { kind: 'vhost-user', socket: '/run/kiln/c/1/vu.sock' },
   memory: { kind: 'anonymous' },
   agentPort: 1024,
+  filesPort: 9000,
 };
 
 /** The value after an option; of every occurrence. */
@@ -32,9 +39,9 @@ const machineOf = (extra: Partial<CommandLineOptions> = {}) =>
 test('puts the guest image first and then the slots on the transports from 23 downward, none twice', () => {
   const devices = devicesOf();
   const transports = devices.map((device) => Number(/virtio-mmio-bus\.(\d+)/.exec(device)?.[1]));
-  expect(transports).toEqual([23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12]);
+  expect(transports).toEqual([23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6]);
   const serials = devices.flatMap((device) => /serial=(\w+)/.exec(device)?.[1] ?? []);
-  expect(serials).toEqual(['guest', 'ro0', 'ro1', 'ro2', 'ro3', 'ro4', 'ro5', 'ro6', 'ro7', 'rw0', 'rw1']);
+  expect(serials).toEqual(['guest', ...readOnlySlots, ...writableSlots]);
   // virtio allows 20 bytes for a serial.
   expect(Math.max(...serials.map((serial) => serial.length))).toBeLessThanOrEqual(20);
 });
@@ -47,12 +54,14 @@ test('makes empty slots of 1 TiB, the writable ones writable and giving freed bl
     'read-only': true,
     file: { driver: 'file', filename: '/guest/guest.erofs', 'read-only': true },
   });
-  expect(nodes.slice(1).map((node) => [node['node-name'], node['read-only'], node.discard])).toEqual([
-    ...['ro0', 'ro1', 'ro2', 'ro3', 'ro4', 'ro5', 'ro6', 'ro7'].map((name) => [name, true, undefined]),
-    ['rw0', false, 'unmap'],
-    ['rw1', false, 'unmap'],
+  const slots = nodes.slice(1).filter(({ driver }) => driver === 'raw');
+  expect(slots.map((node) => [node['node-name'], node['read-only'], node.discard, node.file])).toEqual([
+    ...readOnlySlots.map((name) => [name, true, undefined, `${name}-empty`]),
+    ...writableSlots.map((name) => [name, false, 'unmap', `${name}-empty`]),
   ]);
-  expect(nodes[1].file).toMatchObject({ driver: 'null-co', size: 2 ** 40, 'read-zeroes': true });
+  const empty = nodes.filter(({ driver }) => driver === 'null-co');
+  expect(empty.map((node) => node['node-name'])).toEqual(slots.map(({ file }) => file));
+  for (const node of empty) expect(node).toMatchObject({ size: 2 ** 40, 'read-zeroes': true });
 });
 
 test('lets the guest see a full disk of the host as an error and not as a VM that stands still', () => {
@@ -91,22 +100,59 @@ test('tells the agent its port only where it is not the usual one', () => {
 });
 
 test('uses the vsock device of the channel', () => {
-  expect(devicesOf().at(-1)).toBe('vhost-user-vsock-device,chardev=vsock,bus=virtio-mmio-bus.12');
+  expect(devicesOf().at(-1)).toBe('vhost-user-vsock-device,chardev=vsock,bus=virtio-mmio-bus.6');
   const kernel = qemuArguments({ ...options, channel: { kind: 'vhost-kernel', cid: 77 } });
-  expect(valuesOf(kernel, '-device').at(-1)).toBe('vhost-vsock-device,guest-cid=77,bus=virtio-mmio-bus.12');
+  expect(valuesOf(kernel, '-device').at(-1)).toBe('vhost-vsock-device,guest-cid=77,bus=virtio-mmio-bus.6');
   expect(valuesOf(kernel, '-chardev').join()).not.toContain('id=vsock');
 });
 
 test('has a serial port for the agent where that is the channel, and tells it', () => {
-  const serial = { ...options, channel: { kind: 'serial', socket: '/r,1/agent.sock' } } as const;
+  const serial = {
+    ...options,
+    channel: { kind: 'serial', socket: '/r,1/agent.sock', filesSocket: '/r,1/files.sock' },
+  } as const;
   const args = qemuArguments(serial);
   expect(valuesOf(args, '-chardev')).toContain('socket,id=agent,path=/r,,1/agent.sock,server=on,wait=off');
-  expect(valuesOf(args, '-device').slice(-2)).toEqual([
-    'virtio-serial-device,id=serial,bus=virtio-mmio-bus.12',
+  expect(valuesOf(args, '-chardev')).toContain('socket,id=files,path=/r,,1/files.sock,server=on,wait=off');
+  expect(valuesOf(args, '-device').slice(-3)).toEqual([
+    'virtio-serial-device,id=serial,bus=virtio-mmio-bus.6',
     'virtserialport,bus=serial.0,nr=1,chardev=agent,name=kiln.agent',
+    'virtserialport,bus=serial.0,nr=2,chardev=files,name=kiln.files',
   ]);
   expect(kernelCommandLine(serial)).toContain(' kiln.channel=virtio-serial');
   expect(kernelCommandLine(options)).not.toContain('kiln.channel');
+});
+
+describe('network cards', () => {
+  const withCards = (networkCards: number) => ({ ...options, config: { ...options.config, networkCards } });
+
+  test('have taps by the descriptors after the control socket’s, and MACs by which the guest finds them', () => {
+    const args = qemuArguments(withCards(2));
+    expect(valuesOf(args, '-netdev')).toEqual(['tap,id=net0,fd=4', 'tap,id=net1,fd=5']);
+    const cards = valuesOf(args, '-device').filter((device) => device.startsWith('virtio-net-device,'));
+    expect(cards.map((card) => /mac=([0-9a-f:]+)/.exec(card)?.[1])).toEqual(['02:6b:69:6c:6e:00', '02:6b:69:6c:6e:01']);
+    expect(stateFd(withCards(2).config)).toBe(6);
+    expect(stateFd(withCards(0).config)).toBe(4);
+  });
+
+  test('are on transports of their own, none of them number 0, however many there are', () => {
+    const transports = valuesOf(qemuArguments(withCards(maxNetworkCards)), '-device').flatMap((device) => {
+      return /virtio-mmio-bus\.(\d+)/.exec(device)?.[1] ?? [];
+    });
+    expect(new Set(transports).size).toBe(transports.length);
+    expect(Math.min(...transports.map(Number))).toBeGreaterThan(0);
+  });
+
+  test('do not tell a network that they have moved, since all VMs have the same MACs', () => {
+    const cards = valuesOf(qemuArguments(withCards(4)), '-device').filter((device) => device.startsWith('virtio-net'));
+    expect(cards).toHaveLength(4);
+    for (const card of cards) expect(card).toContain(',guest_announce=off,');
+  });
+});
+
+test('tells the guest the port of its files where that is not the usual one', () => {
+  expect(kernelCommandLine({ ...options, filesPort: 5123 })).toContain(' kiln.files_port=5123');
+  expect(kernelCommandLine(options)).not.toContain('kiln.files_port');
 });
 
 describe('the guest’s memory', () => {

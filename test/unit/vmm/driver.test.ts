@@ -1,13 +1,13 @@
 import { once } from 'node:events';
-import { chmodSync, existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
+import { chmodSync, closeSync, existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { isAlive, type ProcessIdentity } from '../../../src/host/process-identity.ts';
 import { createQemu, type QemuOptions } from '../../../src/vmm/qemu/driver.ts';
-import type { Vm, VmConfig, VmRecord } from '../../../src/vmm/vmm.ts';
+import { readOnlySlots, type Vm, type VmConfig, type VmRecord, writableSlots } from '../../../src/vmm/vmm.ts';
 import { hasVsock } from './vsock.ts';
-import { Workspace } from './workspace.ts';
+import { parking, Workspace } from './workspace.ts';
 
 /** The driver, with QEMU and its backend played by programs of ours; the real ones are in test/integration/vmm. */
 let workspace: Workspace;
@@ -22,6 +22,9 @@ afterEach(async () => {
 });
 
 const never = new AbortController().signal;
+
+/** Whoever takes a VM over starts nothing. */
+const nowhere = { qemu: '/nowhere', vsockBackend: '/nowhere' };
 
 interface Host {
   readonly options?: Partial<QemuOptions>;
@@ -38,6 +41,7 @@ async function boot(mode: string, host: Host = {}, signal = never): Promise<Vm> 
       vsockBackend: workspace.backend(),
       accelerator: 'auto',
       channel: 'auto',
+      parking,
       ...host.options,
     },
     workspace.devices(),
@@ -216,6 +220,74 @@ describe('a running VM', () => {
   });
 });
 
+describe('a drive slot that is emptied', () => {
+  const commands = () =>
+    readFileSync(workspace.path('qemu.commands'), 'utf8')
+      .trim()
+      .split('\n')
+      .map((line) => JSON.parse(line))
+      .filter(({ execute }) => execute.startsWith('blockdev'));
+
+  test('has its empty node again, and takes another file', async () => {
+    const vm = await boot('running');
+    expect(vm.freeSlots).toEqual([...readOnlySlots, ...writableSlots]);
+    await vm.attachDisk('rw3', '/disk');
+    expect(vm.freeSlots).not.toContain('rw3');
+    await vm.detachDisk('rw3');
+    expect(vm.freeSlots).toContain('rw3');
+    await vm.attachDisk('rw3', '/other');
+    expect(
+      commands().map(({ execute, arguments: args }) => [execute, args['node-name'] ?? args.options[0].file]),
+    ).toEqual([
+      ['blockdev-add', 'rw3-file'],
+      ['blockdev-reopen', 'rw3-file'],
+      ['blockdev-reopen', 'rw3-empty'],
+      ['blockdev-del', 'rw3-file'],
+      ['blockdev-add', 'rw3-file'],
+      ['blockdev-reopen', 'rw3-file'],
+    ]);
+  });
+
+  test('without having a file stays as it is', async () => {
+    const vm = await boot('running');
+    await vm.detachDisk('ro0');
+    expect(workspace.has('qemu.commands') && commands()).toEqual([]);
+  });
+
+  test('is not one that the VM does not have', async () => {
+    const vm = await boot('running');
+    await expect(vm.attachDisk('ro8', '/disk')).rejects.toMatchObject({
+      code: 'failed-precondition',
+      message: 'this VM has no drive slot ro8',
+    });
+  });
+});
+
+describe('the files of a VM', () => {
+  test('come by the connection that the guest dials', async () => {
+    const vm = await boot('running');
+    const accepting = vm.acceptFiles(never);
+    const guest = net.connect(path.join(workspace.sandbox, 'vsock_9000'));
+    guest.on('error', () => {});
+    closeSync(await accepting);
+    guest.destroy();
+    await vm.kill();
+    expectNothingLeft();
+  });
+
+  test('do not come when the VM ends before', async () => {
+    const vm = await boot('running');
+    const accepting = expect(vm.acceptFiles(never)).rejects.toMatchObject({
+      code: 'unavailable',
+      message: expect.stringMatching(/^QEMU ended \(SIGKILL\) before its files were served; last output:/),
+    });
+    process.kill(vm.pid, 'SIGKILL');
+    await accepting;
+    await vm.kill();
+    expectNothingLeft();
+  });
+});
+
 describe('the channel of a VM', () => {
   test('is hybrid vsock without /dev/vhost-vsock', async () => {
     await boot('running');
@@ -245,7 +317,7 @@ describe('the channel of a VM', () => {
   test('by a serial port is taken over: the agent answers the next host, too', async () => {
     const first = await boot('running', serial);
     (await first.acceptAgent(never)).destroy();
-    const options = { qemu: '/nowhere', vsockBackend: '/nowhere', accelerator: 'auto', channel: 'auto' } as const;
+    const options = { ...nowhere, accelerator: 'auto', channel: 'auto', parking } as const;
     const second = await createQemu(options, workspace.devices()).adopt(
       JSON.parse(JSON.stringify(first.record())),
       workspace.sandbox,
@@ -279,7 +351,7 @@ describe('the channel of a VM', () => {
       const vm = await boot('running', { vhostVsock: true, options: { vsockBackend: '/no/backend' } });
       expect(workspace.processes()).toEqual([String(vm.pid)]);
       const [args = []] = workspace.qemuStarts();
-      expect(args.join(' ')).toMatch(/ vhost-vsock-device,guest-cid=\d+,bus=virtio-mmio-bus\.12$/);
+      expect(args.join(' ')).toMatch(/ vhost-vsock-device,guest-cid=\d+,bus=virtio-mmio-bus\.6$/);
       expect(cidOf(args)).toBeGreaterThan(2);
       expect(portOf(args)).toBeGreaterThan(1023);
     });
@@ -308,7 +380,7 @@ describe('the channel of a VM', () => {
 
 describe('a VM that is taken over', () => {
   const qemu = () => {
-    const options = { qemu: '/nowhere', vsockBackend: '/nowhere', accelerator: 'auto', channel: 'auto' } as const;
+    const options = { ...nowhere, accelerator: 'auto', channel: 'auto', parking } as const;
     return createQemu(options, workspace.devices());
   };
   const adopt = async (record: VmRecord): Promise<Vm> => {

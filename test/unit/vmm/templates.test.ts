@@ -14,7 +14,7 @@ import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { createQemu, type QemuOptions } from '../../../src/vmm/qemu/driver.ts';
 import type { SavableVm, TemplateDriver, Vm, Vmm } from '../../../src/vmm/vmm.ts';
 import { savedState } from './fake-qemu.ts';
-import { Workspace } from './workspace.ts';
+import { parking, Workspace } from './workspace.ts';
 
 /** Saving and restoring, with QEMU played by fake-qemu.ts. */
 let workspace: Workspace;
@@ -34,7 +34,7 @@ afterEach(async () => {
 const never = new AbortController().signal;
 
 function vmm(options: Partial<QemuOptions> = {}): Vmm {
-  const usual = { vsockBackend: '/no/backend', accelerator: 'auto', channel: 'virtio-serial' } as const;
+  const usual = { vsockBackend: '/no/backend', accelerator: 'auto', channel: 'virtio-serial', parking } as const;
   return createQemu({ qemu: workspace.path('qemu'), ...usual, ...options }, workspace.devices());
 }
 
@@ -229,8 +229,9 @@ describe('a restored VM', () => {
 
   test('does not run before it is complete', async () => {
     const vm = await restore();
-    expect(conversation().slice(0, 6)).toEqual([
+    expect(conversation().slice(0, 7)).toEqual([
       'migrate-set-capabilities',
+      'migrate-set-parameters',
       'migrate-incoming',
       'MIGRATION setup',
       'MIGRATION active',

@@ -4,7 +4,7 @@ import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { loggerTo } from '../../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../../src/vmm/firecracker/driver.ts';
 import type { Vm } from '../../../../src/vmm/vmm.ts';
-import { Workspace } from '../workspace.ts';
+import { parking, Workspace } from '../workspace.ts';
 import { FakeKernel } from './fake-kernel.ts';
 
 /** Memory that a VM gets while it runs, with Firecracker played by a program of ours. */
@@ -26,8 +26,8 @@ const never = new AbortController().signal;
 function driver(mode: string, options: Partial<FirecrackerOptions> = {}) {
   const defaults = {
     jail: () => undefined,
+    parking,
     hugePages: false,
-    bootTimer: false,
     memoryMaxMib: 1000,
     diskLimits: { bytesPerS: 0, opsPerS: 0 },
   };

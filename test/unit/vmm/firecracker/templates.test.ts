@@ -13,8 +13,9 @@ import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { loggerTo } from '../../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../../src/vmm/firecracker/driver.ts';
+import { slotsBeside } from '../../../../src/vmm/firecracker/drives.ts';
 import type { SavableVm, TemplateDriver, Vm, VmConfig, Vmm } from '../../../../src/vmm/vmm.ts';
-import { Workspace } from '../workspace.ts';
+import { parking, Workspace } from '../workspace.ts';
 import { FakeKernel } from './fake-kernel.ts';
 
 /** Saving and restoring, with Firecracker played by fake-firecracker.ts; for the real one see test/integration/vmm. */
@@ -58,8 +59,8 @@ function vmm(mode: string, { options, jailed = false }: Host = {}): Vmm {
   const defaults = {
     jail,
     logger,
+    parking,
     hugePages: false,
-    bootTimer: false,
     memoryMaxMib: 0,
     diskLimits: { bytesPerS: 0, opsPerS: 0 },
   };
@@ -186,7 +187,8 @@ describe.each([
       const { path_on_host: drive, uds_path: vsock } = (body ?? {}) as Record<string, string>;
       return [drive, vsock].filter((each) => each !== undefined);
     });
-    expect(paths).toHaveLength(12);
+    // The guest image, vsock, and the slots.
+    expect(paths).toHaveLength(2 + slotsBeside(0).length);
     expect(paths.filter((each) => each.includes(template))).toEqual([]);
   });
 });

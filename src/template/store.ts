@@ -93,7 +93,7 @@ export class TemplateStore {
   readonly #flights = new SingleFlight();
   /** By key, what the files were when their content was looked at last. */
   readonly #verified = new Map<string, string>();
-  /** By key, until when none is made. */
+  /** By key, until when none is made, `performance.now()`: the wall clock may jump. */
   readonly #failed = new Map<string, number>();
   /** Boot ids of clones: two of the same would be twins. */
   readonly #bootIds = new Set<string>();
@@ -117,7 +117,7 @@ export class TemplateStore {
     const key = templateKey(parts);
     const template = { key, directory: path.join(this.#directory, key), driver };
     if (!this.#isVerified(template)) {
-      if ((this.#failed.get(key) ?? 0) > Date.now()) return undefined;
+      if ((this.#failed.get(key) ?? 0) > performance.now()) return undefined;
       await this.#flights.run(key, signal, (flight) => this.#verifyOrMake(template, parts, request, flight));
       if (!this.#isVerified(template)) return undefined;
     }
@@ -139,7 +139,7 @@ export class TemplateStore {
   noteFailure({ key, directory }: Template, error: unknown): void {
     this.counts.restoresFailed += 1;
     this.#verified.delete(key);
-    this.#failed.set(key, Date.now() + retryAfterMs);
+    this.#failed.set(key, performance.now() + retryAfterMs);
     rmSync(directory, { recursive: true, force: true });
     const words = 'cannot restore from a template, which is removed: the virtual machine boots instead';
     this.#options.logger.warn({ err: error, template: key }, words);
@@ -203,7 +203,7 @@ export class TemplateStore {
     } catch (error) {
       signal.throwIfAborted();
       this.counts.buildsFailed += 1;
-      this.#failed.set(key, Date.now() + retryAfterMs);
+      this.#failed.set(key, performance.now() + retryAfterMs);
       this.#options.logger.warn({ err: error, template: key }, 'cannot make a template: virtual machines boot instead');
     }
   }
@@ -211,7 +211,10 @@ export class TemplateStore {
   /** Whether it is there, and as it was made; one that is not is removed. */
   async #isWhole({ key, directory, driver }: Template, signal: AbortSignal): Promise<boolean> {
     try {
-      const { sha256 } = readTemplateRecord(directory);
+      const { parts, sha256 } = readTemplateRecord(directory);
+      // One that was made for another host, and copied here, would crash or miscalculate, and not fail.
+      if (templateKey(parts) !== key)
+        throw new KilnError('invalid-argument', `${directory} was made for something else`);
       if ((await digestOf(directory, driver.files, signal)) === sha256) return true;
       throw new KilnError('invalid-argument', `the files in ${directory} are not what they were`);
     } catch (error) {

@@ -1,4 +1,4 @@
-import { constants, openSync, watch } from 'node:fs';
+import { constants, openSync } from 'node:fs';
 import { mkdir, mkdtemp, readdir, readFile, rm, stat } from 'node:fs/promises';
 import { Socket } from 'node:net';
 import { join } from 'node:path';
@@ -6,7 +6,8 @@ import { describe, expect, it } from 'vitest';
 import { kilndPids } from '../support/leftovers.ts';
 import { containerdVersions, distBin, underKiln } from '../support/paths.ts';
 import type { Scene } from '../support/scene.ts';
-import { bytes, Lines, type RunningProgram, run, stream } from '../support/spawn.ts';
+import { bytes, Lines, run } from '../support/spawn.ts';
+import { startKilnd } from '../support/start-kilnd.ts';
 import { useScene } from '../support/use-scene.ts';
 import { signal, waitForEnd } from '../support/wait-for-end.ts';
 
@@ -127,25 +128,6 @@ describe.each(containerdVersions)('a restart of containerd %s', (version) => {
     expect(lines).toEqual(lines.map((_line, n) => `line ${n}`));
   });
 });
-
-/** Starts kilnd by hand; returns when it answers. */
-async function startKilnd(env: Record<string, string>): Promise<RunningProgram> {
-  const stateDir = env.KILN_STATE_DIR ?? '';
-  const program = stream(join(distBin, 'kilnd'), [], { env: { ...process.env, ...env }, timeout: 600_000 });
-  program.stdout.resume();
-  const errors = new Lines(program.stderr);
-  const { promise, resolve } = Promise.withResolvers<void>();
-  const watcher = watch(stateDir, (_event, name) => {
-    if (name === 'kilnd.sock') resolve();
-  });
-  await Promise.race([
-    promise,
-    program.exit.then((code) => {
-      throw new Error(`kilnd ended with ${code}: ${errors.all.join('\n')}`);
-    }),
-  ]).finally(() => watcher.close());
-  return program;
-}
 
 interface LogLine {
   msg: string;

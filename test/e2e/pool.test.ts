@@ -8,6 +8,8 @@ import type { PoolStatus } from '../../src/cli/pool.ts';
 import type { ShelfStatus } from '../../src/sandbox/pool.ts';
 import { execIn } from '../support/fault-notes.ts';
 import { distBin, underKiln } from '../support/paths.ts';
+import { shiftedClock } from '../support/shifted-clock.ts';
+import { startKilnd } from '../support/start-kilnd.ts';
 import { useScene } from '../support/use-scene.ts';
 import { signal, waitForEnd } from '../support/wait-for-end.ts';
 
@@ -90,6 +92,24 @@ describe.runIf(underKiln)('a pool', () => {
     expect(machines().filter((pid) => before.includes(pid)).length).toBe(1);
     await scene.remove(id);
     expect(machines().filter((pid) => before.includes(pid))).toEqual([]);
+  });
+
+  it('while which waits the wall clock jumps by hours: the container has the time that is then', async () => {
+    const clock = shiftedClock(scene.dir, 'kilnd.mjs');
+    // The launcher passes no such environment on, so kilnd is there before it.
+    await using daemon = await startKilnd({ ...scene.kilnEnv, ...clock.env });
+    await bootId();
+    for (const hours of [5, -3, 0]) {
+      await waiting(2);
+      const { hits } = shelf() ?? { hits: 0 };
+      await clock.jumpTo(hours * 3600);
+      const { stdout } = await scene.run(scene.id(), ['date', '+%s']);
+      // The machine's clock, this test's too, has not jumped.
+      expect(Math.abs(Number(stdout.toString()) - hours * 3600 - Date.now() / 1000)).toBeLessThan(10);
+      expect(shelf()).toMatchObject({ hits: hits + 1, died: 0 });
+    }
+    await scene.stopKilnd();
+    expect(await daemon.exit).toBe(0);
   });
 
   it('ends with kilnd, and leaves no directory', async () => {

@@ -1,10 +1,12 @@
 /** Containers whose virtual machines are clones of a template, and what happens when there is none, or a bad one. */
 import { execFileSync } from 'node:child_process';
 import { existsSync, readdirSync } from 'node:fs';
-import { readFile, rm, writeFile } from 'node:fs/promises';
-import { join } from 'node:path';
+import { readFile, rename, rm, writeFile } from 'node:fs/promises';
+import { basename, join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, describe, expect, it } from 'vitest';
+import { templateKey } from '../../src/template/key.ts';
+import { readTemplateRecord, writeTemplateRecord } from '../../src/template/record.ts';
 import { hasKvm } from '../support/failure.ts';
 import { execIn, short } from '../support/fault-notes.ts';
 import { distBin, underKiln } from '../support/paths.ts';
@@ -135,6 +137,29 @@ describe.runIf(underKiln)('a container from a template', () => {
     expect((await warnings(scene)).at(-1)).toMatch(
       /^a template is damaged, and made anew: the files in .* are not what/,
     );
+  });
+
+  it('is never one of a host with another CPU, nor one that was copied from there', async () => {
+    const here = onlyTemplate(scene);
+    const record = readTemplateRecord(here);
+    const parts = { ...record.parts, host: { ...record.parts.host, cpu: 'vendor_id : Another' } };
+    const there = join(scene.templatesDir, templateKey(parts));
+    await scene.stopKilnd();
+    // As a cache that was taken along from another machine.
+    await rename(here, there);
+    writeTemplateRecord(there, { ...record, parts });
+    await echo(scene);
+    expect(await counts(scene)).toMatchObject({ restored: 1, built: 1, damaged: 0 });
+    expect(templatesOf(scene).toSorted()).toEqual([basename(here), basename(there)].toSorted());
+    await scene.stopKilnd();
+    await rm(here, { recursive: true });
+    await rename(there, here);
+    await echo(scene);
+    expect(await counts(scene)).toMatchObject({ restored: 1, built: 1, damaged: 1 });
+    expect((await warnings(scene)).at(-1)).toMatch(
+      /^a template is damaged, and made anew: .* was made for something else$/,
+    );
+    onlyTemplate(scene);
   });
 
   it('boots when it cannot be restored, with a warning', async () => {

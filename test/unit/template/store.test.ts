@@ -12,11 +12,12 @@ import {
 } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { KilnError } from '../../../src/errors.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import type { buildTemplate } from '../../../src/template/build.ts';
 import { hostFacts, templateKey, templateParts } from '../../../src/template/key.ts';
+import { readTemplateRecord, writeTemplateRecord } from '../../../src/template/record.ts';
 import { type Template, TemplateStore } from '../../../src/template/store.ts';
 import type { TemplateDriver, Vmm, VmShape } from '../../../src/vmm/vmm.ts';
 
@@ -265,6 +266,17 @@ describe('a template that is not what it was', () => {
     expect(readFileSync(join(directory, 'state'), 'utf8')).toBe('state');
   });
 
+  test('since it was made for another CPU, and copied here, is warned of and made anew', async () => {
+    const { directory } = await bench.template();
+    const record = readTemplateRecord(directory);
+    const foreign = { ...record.parts, host: { ...record.parts.host, cpu: 'another one' } };
+    writeTemplateRecord(directory, { ...record, parts: foreign });
+    const next = bench.another();
+    expect(await bench.provide(next)).toBeDefined();
+    expect(next.counts).toMatchObject({ damaged: 1, built: 1 });
+    expect(bench.warnings()[0]).toMatch(/^a template is damaged, and made anew: .* was made for something else$/);
+  });
+
   test('is found by the same kilnd where a look at the files tells', async () => {
     const { directory } = await bench.template();
     truncateSync(join(directory, 'memory'), 1000);
@@ -295,7 +307,13 @@ describe('a clone', () => {
     expect(existsSync(template.directory)).toBe(false);
     expect(bench.store.counts.restoresFailed).toBe(1);
     expect(bench.warnings()[0]).toMatch(/^cannot restore from a template, which is removed: .*: QEMU ended$/);
-    expect(await bench.provide()).toBeUndefined();
+    // However the clock jumps meanwhile.
+    const now = Date.now();
+    for (const hours of [0, -5, 5]) {
+      vi.spyOn(Date, 'now').mockReturnValue(now + hours * 3_600_000);
+      expect(await bench.provide()).toBeUndefined();
+    }
+    vi.restoreAllMocks();
     expect(bench.builds).toBe(1);
   });
 });

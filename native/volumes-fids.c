@@ -95,8 +95,10 @@ static struct fid *find_fid(uint32_t number)
 struct fid *share_fid(uint32_t number)
 {
 	struct fid *fid = find_fid(number);
-	if (fid != NULL)
+	if (fid != NULL) {
+		follow(fid);
 		pthread_rwlock_rdlock(&fid->lock);
+	}
 	return fid;
 }
 
@@ -176,10 +178,20 @@ void drop_fid(struct fid *fid)
 	release_locks(fid);
 	if (fid->file >= 0)
 		close(fid->file);
+	forget_place(fid);
 	drop_node(fid->node);
 	free_xattr(fid->xattr);
 	pthread_rwlock_destroy(&fid->lock);
 	free(fid);
+}
+
+void for_each_fid(void (*action)(struct fid *fid, const void *argument), const void *argument)
+{
+	pthread_mutex_lock(&table.lock);
+	for (size_t i = 0; i < table.size; i++)
+		for (struct fid *fid = table.buckets[i]; fid != NULL; fid = fid->next)
+			action(fid, argument);
+	pthread_mutex_unlock(&table.lock);
 }
 
 void remove_all_fids(void)

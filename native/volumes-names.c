@@ -117,7 +117,10 @@ int handle_renameat(struct request *request)
 	if (error != 0 || bad_old != 0 || bad_new != 0)
 		return error != 0 ? error : bad_old != 0 ? bad_old : bad_new;
 	act_as_root();
-	return renameat(from->node->fd, old_name, to->node->fd, new_name) < 0 ? errno : 0;
+	if (renameat(from->node->fd, old_name, to->node->fd, new_name) < 0)
+		return errno;
+	note_move(from->node, old_name, to->node, new_name);
+	return 0;
 }
 
 int handle_unlinkat(struct request *request)
@@ -130,7 +133,10 @@ int handle_unlinkat(struct request *request)
 	if (error != 0 || bad_name != 0)
 		return error != 0 ? error : bad_name;
 	act_as_root();
-	return unlinkat(directory->node->fd, name, flags & L_REMOVEDIR ? AT_REMOVEDIR : 0) < 0 ? errno : 0;
+	if (unlinkat(directory->node->fd, name, flags & L_REMOVEDIR ? AT_REMOVEDIR : 0) < 0)
+		return errno;
+	note_move(directory->node, name, NULL, NULL);
+	return 0;
 }
 
 int handle_readlink(struct request *request)

@@ -161,10 +161,13 @@ static struct node *step(const struct node *from, const char *name, struct stat 
 	return make_node(fd, stat->st_mode, read_only);
 }
 
-/* Walks to the file, or as far as it goes: then the reply has fewer qids than names were asked for, and no fid is made. */
-static int walk(struct request *request, struct node **node, uint16_t count, bool *complete)
+/*
+ * Walks to the file, or as far as it goes: then the reply has fewer qids than names were asked for, and no fid is made.
+ * Keeps the last directory, and its name for the file.
+ */
+static int walk(struct request *request, struct node **node, uint16_t count, bool *complete, struct place *last)
 {
-	char name[NAME_SIZE];
+	char *name = last->name;
 	struct stat stat;
 	uint16_t walked = 0;
 	int error = 0;
@@ -178,7 +181,8 @@ static int walk(struct request *request, struct node **node, uint16_t count, boo
 			error = errno;
 			break;
 		}
-		drop_node(*node);
+		drop_node(last->directory);
+		last->directory = *node;
 		*node = next;
 		put_qid(request, &stat);
 		walked++;
@@ -186,6 +190,16 @@ static int walk(struct request *request, struct node **node, uint16_t count, boo
 	*complete = walked == count;
 	request->out[HEADER_SIZE] = (uint8_t)walked;
 	return walked == 0 ? error : 0;
+}
+
+/* A volume itself is always the file that it is, whatever the host does with its source's name. */
+static void remember(uint32_t number, const struct place *place)
+{
+	if (place->directory == NULL || place->directory->root)
+		return;
+	struct fid *fid HELD = own_fid(number);
+	if (fid != NULL)
+		set_place(fid, place->directory, place->name);
 }
 
 int handle_walk(struct request *request)
@@ -199,15 +213,22 @@ int handle_walk(struct request *request)
 	if (count > MAX_NAMES || fid->xattr != NULL || (in_place && fid->file >= 0))
 		return EINVAL;
 	struct node *node = keep_node(fid->node);
-	int error = walk(request, &node, count, &complete);
+	struct place last = {.directory = NULL};
+	int error = walk(request, &node, count, &complete, &last);
+	if (error == 0 && fid->gone)
+		error = ENOENT;
 	if (error == 0 && complete && !request->malformed) {
 		if (in_place) {
 			drop_node(fid->node);
 			fid->node = keep_node(node);
+			forget_place(fid);
 		} else {
 			error = add_fid(new_number, fid->uid, node, NULL);
+			if (error == 0)
+				remember(new_number, &last);
 		}
 	}
+	drop_node(last.directory);
 	drop_node(node);
 	return error;
 }

@@ -7,6 +7,7 @@
  *   volumes-session.c  the connection: messages, threads, Tflush
  *   volumes-message.c  the fields of a 9P message
  *   volumes-fids.c     fids and the files that they stand for
+ *   volumes-places.c   where fids were found, to see what the host puts there meanwhile
  *   volumes-walk.c     Tversion, Tattach, Twalk, Tclunk, Tstatfs, and how a request finds its function
  *   volumes-files.c    open, read, write, readdir, fsync
  *   volumes-names.c    everything that makes, moves and removes names
@@ -112,6 +113,12 @@ struct xattr {
 	bool writing;
 };
 
+/* A name in a directory. */
+struct place {
+	struct node *directory;
+	char name[NAME_SIZE];
+};
+
 struct fid {
 	struct fid *next;
 	uint32_t number;
@@ -123,6 +130,8 @@ struct fid {
 	int file; /* open for reading or writing; -1 before Tlopen */
 	int access;
 	uint64_t position; /* of a directory */
+	struct place *_Atomic place; /* where it was walked to; NULL: it is the file that it is. Changed under a lock of its own */
+	atomic_bool gone;    /* the host has removed what was there */
 	struct xattr *xattr;
 };
 
@@ -137,7 +146,17 @@ void let_go(struct fid **fid);
 int add_fid(uint32_t number, uid_t uid, struct node *node, struct xattr *xattr); /* keeps node, takes xattr; 0 or errno */
 struct fid *remove_fid(uint32_t number);
 void drop_fid(struct fid *fid);
+void for_each_fid(void (*action)(struct fid *fid, const void *argument), const void *argument);
 void remove_all_fids(void);
+
+/* --- places --- */
+
+void set_place(struct fid *fid, struct node *directory, const char *name); /* keeps directory */
+void forget_place(struct fid *fid);
+/* Has the fid stand for what is at its place now. To be called without its lock. */
+void follow(struct fid *fid);
+/* The guest itself has moved the name, or with to NULL, has removed it: who has the file open keeps it. */
+void note_move(const struct node *from, const char *old_name, const struct node *to, const char *new_name);
 
 /* The file of a node as a path that libc functions without a directory descriptor take. */
 struct node_path {

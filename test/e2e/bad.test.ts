@@ -270,7 +270,6 @@ describe.runIf(underKiln)('what Kiln cannot do yet', () => {
   });
 
   it.each([
-    ['a bind mount', ['--mount', 'type=bind,src=/tmp,dst=/x,options=rbind:ro'], /bind|mount/],
     // ctr also binds the host's /etc/hosts and /etc/resolv.conf then; either may be the reason that is given.
     ['the network of the host', ['--net-host'], /network|bind/],
   ] as const)('%s is an error that names it', async (_what, flags, named) => {

@@ -149,10 +149,21 @@ static bool is_at(const struct place *place, const struct stat *directory, const
 	return strcmp(place->name, name) == 0 && fstat(place->directory->fd, &stat) == 0 && is_same(&stat, directory);
 }
 
+/* Of all fids, hardly one has. */
+static bool has_name_of(const struct fid *fid, const struct move *move)
+{
+	pthread_mutex_lock(&places);
+	const struct place *place = fid->place;
+	bool has = place != NULL && (strcmp(place->name, move->old_name) == 0 ||
+				     (move->new_name != NULL && strcmp(place->name, move->new_name) == 0));
+	pthread_mutex_unlock(&places);
+	return has;
+}
+
 static void move_one(struct fid *fid, const void *argument)
 {
 	const struct move *move = argument;
-	struct place *place = copy_place(fid);
+	struct place *place = has_name_of(fid, move) ? copy_place(fid) : NULL;
 	if (place == NULL)
 		return;
 	/* A file of two names that is moved from one to the other stays where it is: no fid is lost by that. */

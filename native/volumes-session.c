@@ -41,7 +41,6 @@ static pthread_mutex_t sending = PTHREAD_MUTEX_INITIALIZER;
 static struct {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
-	unsigned threads;
 	unsigned waiting; /* for a request */
 	struct {
 		bool exists, busy;
@@ -72,7 +71,7 @@ static size_t receive_some(uint8_t *bytes, size_t size)
 	return (size_t)got;
 }
 
-/* The rest of a message; `at` least `size` bytes of it are taken from what was received already. */
+/* So many bytes of a message, of which some may have been received already. */
 static void receive(uint8_t *bytes, size_t size)
 {
 	size_t ready = received.end - received.start;
@@ -112,23 +111,26 @@ static void send_all(const uint8_t *bytes, size_t size)
 static void *work(void *slot);
 
 /* Without memory for another thread we do with those that there are. */
-static void start_thread(void)
+static bool start_thread(void)
 {
 	pthread_attr_t attributes;
 	size_t slot = 0;
+	bool started;
 	pthread_attr_init(&attributes);
 	pthread_attr_setstacksize(&attributes, STACK_SIZE);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 	pthread_mutex_lock(&workers.lock);
 	while (slot < MAX_THREADS && workers.slots[slot].exists)
 		slot++;
-	if (slot < MAX_THREADS && pthread_create(&workers.slots[slot].thread, &attributes, work, (void *)slot) == 0) {
+	started = slot < MAX_THREADS &&
+		  pthread_create(&workers.slots[slot].thread, &attributes, work, (void *)slot) == 0;
+	if (started) {
 		workers.slots[slot].exists = true;
-		workers.threads++;
 		workers.waiting++;
 	}
 	pthread_mutex_unlock(&workers.lock);
 	pthread_attr_destroy(&attributes);
+	return started;
 }
 
 /* The next request, into the thread's buffer. When this returns, another thread can read the one after it. */
@@ -158,12 +160,10 @@ static bool finish_request(size_t slot)
 	pthread_mutex_lock(&workers.lock);
 	workers.slots[slot].busy = false;
 	bool wanted = workers.waiting < KEPT_THREADS;
-	if (wanted) {
+	if (wanted)
 		workers.waiting++;
-	} else {
+	else
 		workers.slots[slot].exists = false;
-		workers.threads--;
-	}
 	pthread_cond_broadcast(&workers.changed);
 	pthread_mutex_unlock(&workers.lock);
 	return wanted;
@@ -231,8 +231,7 @@ void serve(int socket, const char *root)
 	/* Whoever accepted it may have made it non-blocking, and we have it for us alone. */
 	fcntl(connection, F_SETFL, fcntl(connection, F_GETFL) & ~O_NONBLOCK);
 	allow_only_what_serving_needs();
-	start_thread();
-	if (workers.threads == 0)
+	if (!start_thread())
 		end("there is no memory for a thread");
 	for (;;)
 		pause();

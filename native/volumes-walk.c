@@ -197,7 +197,7 @@ static void remember(uint32_t number, const struct place *place)
 {
 	if (place->directory == NULL || place->directory->root)
 		return;
-	struct fid *fid HELD = own_fid(number);
+	struct fid *fid HELD = share_fid(number); /* whose place has a lock of its own */
 	if (fid != NULL)
 		set_place(fid, place->directory, place->name);
 }

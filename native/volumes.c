@@ -14,9 +14,9 @@
  * ends. ROOT_DIR is any directory: the root is mounted there, in a mount namespace that nobody else sees.
  * add puts more volumes into the namespace of a server that runs, remove takes some out.
  *
- * Files are held by descriptor and never found again by path, so a name that is changed in between, by the guest or on
- * the host, leads nowhere else. Who may do what is decided by the guest's kernel, which knows its users and groups;
- * the server does what it is asked to on the volumes, as the user that asks, whose number the new files get.
+ * What the guest has found is held by descriptor, and each name is one step from a directory that is held so: no path
+ * is ever gone anew, no symbolic link followed. Who may do what is decided by the guest's kernel, which knows its users
+ * and groups; the server does what it is asked to on the volumes, as the user that asks, whose number new files get.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -6,6 +6,9 @@ import { join } from 'node:path';
 
 const mountPoint = '/sys/fs/cgroup';
 
+/** The group that kilnd has all containers' groups made in: src/oci/guest-spec.ts. */
+export const allContainers = join(mountPoint, 'kiln');
+
 /**
  * The directory of the control group that a container's init is in; its line in /proc/<pid>/cgroup begins with `0::`.
  *

@@ -9,8 +9,9 @@ import { cgroupOf, killAll, processesIn } from './cgroup.ts';
 import { Controls } from './controls.ts';
 import type { Crun } from './crun.ts';
 import { AgentError } from './errors.ts';
-import { mountOne } from './mounts.ts';
+import { diskIsFree, mountOne } from './mounts.ts';
 import { oomScoreOf } from './oom-score.ts';
+import type { Pod } from './pod.ts';
 import { kill, Process, type ProcessExit } from './process.ts';
 import type { Reaper } from './reaper.ts';
 import { deadlyBeforeStart } from './signals.ts';
@@ -71,6 +72,7 @@ export interface ContainersOptions {
   readonly crun: Crun;
   readonly reaper: Reaper;
   readonly volumes: Volumes;
+  readonly pod: Pod;
 }
 
 export class Containers {
@@ -105,7 +107,7 @@ export class Containers {
   }
 
   async #make(container: Container, request: CreateContainerRequest): Promise<number> {
-    const { directory, crun, reaper, volumes } = this.#options;
+    const { directory, crun, reaper, volumes, pod } = this.#options;
     const { id } = container;
     const beyondCrun = new BeyondCrun(request.spec);
     beyondCrun.check();
@@ -119,10 +121,15 @@ export class Containers {
       await volumes.mount(request.volumes.options);
       undo.defer(() => volumes.flush());
     }
+    // Undone last: as long as anything has a disk, the host must not put another file behind it.
+    undo.defer(async () => {
+      if (!container.guestEnds) for (const mount of request.mounts) await diskIsFree(mount);
+    });
     for (const mount of request.mounts) mountOne(mount, undo);
     writeFileSync(join(bundle, 'config.json'), request.spec, { mode: 0o600 });
     const stdio = undo.use(this.#stdio(request.stdio));
     // From here on an init can exist: it must be found when it ends, and killed when anything below fails.
+    pod.provideFor(request.spec);
     using _held = reaper.hold();
     undo.defer(async () => {
       if (!container.guestEnds) await crun.delete(id, bundle);
@@ -255,6 +262,11 @@ export class Containers {
       process === null ? [] : [{ pid: process.pid, execId, init: false }],
     );
     return { started: current.kind !== 'created', paused, execs: named };
+  }
+
+  /** The ids of those that are not removed. */
+  list(): string[] {
+    return [...this.#containers.keys()];
   }
 
   /** The container's processes: which is its init, and which were exec'd. */

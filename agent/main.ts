@@ -20,6 +20,7 @@ import { connectVsock, listenVsock, VMADDR_CID_ANY, VMADDR_CID_HOST } from '../s
 import { Containers } from './containers.ts';
 import { Crun } from './crun.ts';
 import { describe } from './errors.ts';
+import { Pod } from './pod.ts';
 import { Reaper } from './reaper.ts';
 import { type Dialled, dialSerialPort } from './serial-port.ts';
 import { createService } from './service.ts';
@@ -77,7 +78,8 @@ async function main(): Promise<never> {
   const reaper = new Reaper();
   const crun = new Crun({ command, root: join(directory, 'crun'), reaper });
   const volumes = new Volumes({ directory: join(directory, 'volumes'), reaper, channel: volumesChannel });
-  const containers = new Containers({ directory: join(directory, 'containers'), crun, reaper, volumes });
+  const pod = new Pod({ directory: join(directory, 'pod'), reaper });
+  const containers = new Containers({ directory: join(directory, 'containers'), crun, reaper, volumes, pod });
   let retry = FIRST_RETRY;
   let served: ServedSocket | undefined;
   let dialAtOnce = () => {};
@@ -95,7 +97,7 @@ async function main(): Promise<never> {
         retry = FIRST_RETRY;
       };
       const ownsGuest = socketPath === undefined;
-      const service = createService({ containers, ownsGuest, connectedAt: () => connectedAt, onHello });
+      const service = createService({ containers, pod, ownsGuest, connectedAt: () => connectedAt, onHello });
       // Before it is needed: a clone of a template finds it made.
       const serve = prepareServer(AgentService, service);
       const { socket, at } = await dial();

@@ -11,12 +11,15 @@ import {
   type WriteStdinRequest,
 } from '../gen/kiln/agent/v1/agent.ts';
 import { FramedMessage, framePrefix } from '../src/rpc/grpc/framed-message.ts';
+import { allContainers } from './cgroup.ts';
 import type { Containers } from './containers.ts';
 import { AgentError, grpcStatusOf } from './errors.ts';
 import { adjustClock, hello } from './hello.ts';
 import { sampleRandomness } from './identity.ts';
 import { applyNetwork } from './network.ts';
 import type { Output, OutputSink } from './output.ts';
+import type { Pod } from './pod.ts';
+import { readStats } from './stats.ts';
 
 /** Protobuf's key of field 1, length-delimited, and where the bits of a longer length begin. */
 const DATA_KEY = (1 << 3) | 2;
@@ -42,6 +45,7 @@ export function frameOutput(data: Buffer): FramedMessage {
 
 export interface ServiceOptions {
   readonly containers: Containers;
+  readonly pod: Pod;
   /** See `hello`. */
   readonly ownsGuest: boolean;
   /** When the connection was made: `performance.now()`. */
@@ -51,7 +55,7 @@ export interface ServiceOptions {
 }
 
 /** The service for one connection. Until Hello has succeeded on it, every other call is FAILED_PRECONDITION. */
-export function createService({ containers, ownsGuest, connectedAt, onHello }: ServiceOptions): AgentServer {
+export function createService({ containers, pod, ownsGuest, connectedAt, onHello }: ServiceOptions): AgentServer {
   let greeted = false;
   const greetedFirst = () => {
     if (!greeted) throw new AgentError('failed-precondition', 'the first call on a connection must be Hello');
@@ -85,6 +89,12 @@ export function createService({ containers, ownsGuest, connectedAt, onHello }: S
     },
     adjustClock: unary(({ deltaNs }) => adjustClock(deltaNs, ownsGuest)),
     sampleRandomness: unary(sampleRandomness),
+    preparePod: unary((request) => {
+      if (request.network !== undefined) applyNetwork(request.network);
+      pod.prepare(request);
+      return {};
+    }),
+    listContainers: unary(() => ({ ids: containers.list() })),
     createContainer: unary(async (request) => {
       if (request.network !== undefined) applyNetwork(request.network);
       return { pid: await containers.create(request) };
@@ -131,7 +141,9 @@ export function createService({ containers, ownsGuest, connectedAt, onHello }: S
       return {};
     }),
     readStats: unary(({ id }) =>
-      containers.controls(id, 'read the statistics of', 'created', 'running', 'stopped').stats(),
+      id === ''
+        ? readStats(allContainers)
+        : containers.controls(id, 'read the statistics of', 'created', 'running', 'stopped').stats(),
     ),
     setLimits: unary(async ({ id, files }) => {
       await containers.controls(id, 'change the limits of', 'created', 'running').setLimits(files);

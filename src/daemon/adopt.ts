@@ -1,7 +1,10 @@
 /** Taking over what an earlier kilnd has created. */
 import { rm } from 'node:fs/promises';
+import path from 'node:path';
+import { setImmediate } from 'node:timers/promises';
 import { forLog } from '../errors.ts';
 import { reattachContainer } from '../sandbox/create.ts';
+import { reattachPod } from '../sandbox/create-pod.ts';
 import { EndedContainer, EndedProcess } from '../sandbox/ended.ts';
 import { ContainerHooks } from '../sandbox/hooks.ts';
 import type { Exit } from '../sandbox/process-state.ts';
@@ -19,7 +22,7 @@ import { vmmNamed } from './vmm.ts';
  * written down of it, what is left of it is a container that has ended. Never rejects.
  */
 export async function adoptContainer(
-  { host, load }: Installation,
+  { host, pods, load }: Installation,
   state: TaskState,
   context: ContainerContext,
   signal: AbortSignal,
@@ -32,13 +35,26 @@ export async function adoptContainer(
     if (record !== undefined && record.exit === undefined && request !== undefined) {
       const { id, stdin, stdout, stderr, terminal } = request;
       const openStdio = () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, id, adopt: true });
+      const common = { directory, openStdio, timeline, logger };
+      const means = { logger, parking: host.parking };
+      if (record.place === 'pod') {
+        const vmm = vmmNamed(record.vmm, load().config, means);
+        const adopting = reattachPod(host, { ...common, record, vmm }, signal);
+        // Before anything is awaited, so that the pod's containers find it.
+        pods.add(
+          directory,
+          adopting.then(({ pod }) => pod),
+        );
+        return { container: (await adopting).container, execs: withEnded(state, new Map(), unknownExit()) };
+      }
       const execs = [...execRequestsOf(state).values()].map((exec) => prepareExec(exec, { ...context, adopt: true }));
-      const vmm = vmmNamed(record.vmm, load().config, { logger, parking: host.parking });
-      const adopted = await reattachContainer(
-        host,
-        { record, directory, vmm, openStdio, execs, timeline, logger },
-        signal,
-      );
+      // All pods are being taken over by then.
+      await setImmediate();
+      const where =
+        record.place === 'alone'
+          ? { record, vmm: vmmNamed(record.vmm, load().config, means) }
+          : { record, pod: await pods.find(record.pod, path.basename(record.pod)) };
+      const adopted = await reattachContainer(host, { ...common, ...where, execs }, signal);
       return { container: adopted.container, execs: withEnded(state, adopted.execs, unknownExit()) };
     }
   } catch (error) {
@@ -60,7 +76,7 @@ function endedTask(
     const hooks = new ContainerHooks({ id: record.id, hooks: record.hooks, logger, begun: true });
     disposal.defer(() => hooks.poststop());
   }
-  for (const left of [directory, record?.vmDirectory]) {
+  for (const left of [directory, record?.place === 'member' ? undefined : record?.vmDirectory]) {
     if (left === undefined) continue;
     disposal.defer(() => rm(left, { recursive: true, force: true }));
     disposal.defer(() => endRemains(left).then(() => {}));

@@ -7,16 +7,19 @@ import { parseProcess, readBundle } from '../oci/bundle.ts';
 import { terminalSize, toGuestProcess, toGuestSpec } from '../oci/guest-spec.ts';
 import { hostHooks } from '../oci/hooks.ts';
 import { stringifyJson } from '../oci/json.ts';
-import { vmSize } from '../oci/vm-size.ts';
+import { podPlace } from '../oci/pod.ts';
+import { guestPodOf, networkNamespaceOf, withPodResources } from '../oci/pod-spec.ts';
+import { memoryLimitOf, vmSize } from '../oci/vm-size.ts';
 import { guestRootDirectory, planRootfs } from '../rootfs/index.ts';
-import type { Container } from '../sandbox/container.ts';
 import { bootContainer } from '../sandbox/create.ts';
+import { bootPod } from '../sandbox/create-pod.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
+import type { Pods } from '../sandbox/pod.ts';
 import type { SandboxPool } from '../sandbox/pool.ts';
 import type { HostServices } from '../sandbox/resources.ts';
 import { isIdentifier } from '../shim/control/request.ts';
 import { openStdio, type StdioPaths } from '../shim/stdio.ts';
-import type { ExecTaskRequest, TaskRequest } from '../shim/task.ts';
+import type { ExecTaskRequest, TaskContainer, TaskRequest } from '../shim/task.ts';
 import type { ContainerContext } from './daemon.ts';
 import { guestFiles } from './installation.ts';
 import { selectVmm } from './vmm.ts';
@@ -24,6 +27,7 @@ import { selectVmm } from './vmm.ts';
 /** What belongs to kilnd, not to one container. */
 export interface Installation {
   readonly host: HostServices & { readonly pool: SandboxPool };
+  readonly pods: Pods;
   /** Called for each container, so that a change of the configuration needs no restart. */
   readonly load: () => LoadedConfig;
 }
@@ -33,50 +37,76 @@ export interface Installation {
  * anything is acquired.
  */
 export async function createContainer(
-  { host, load }: Installation,
+  { host, pods, load }: Installation,
   request: TaskRequest,
   context: ContainerContext,
   signal: AbortSignal,
-): Promise<Container> {
+): Promise<TaskContainer> {
   const { timeline, logger } = context;
   const { id, stdin, stdout, stderr, terminal } = request;
   timeline.mark('request');
   const loaded = load();
   const bundle = await readBundle(request.bundle);
   const config = applyAnnotations(loaded.config, bundle.spec.annotations);
-  const guestOptions = { id, rootfsPath: guestRootDirectory(id), bundle: bundle.dir };
+  const hooks = {
+    ...hostHooks(bundle.spec),
+    bundle: bundle.dir,
+    ociVersion: bundle.spec.ociVersion,
+    annotations: bundle.spec.annotations ?? {},
+  };
+  const common = {
+    ...{
+      id,
+      directory: context.directory,
+      config,
+      vmm: await selectVmm(config, { logger, parking: host.parking }),
+      hooks,
+    },
+    ...{ files: guestFiles(config, loaded.paths), terminal, timeline, logger },
+    openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, id }),
+  };
+  const place = podPlace(bundle.spec);
+  if (place.kind === 'sandbox') {
+    const size = vmSize(config, withPodResources(bundle.spec));
+    const networkNamespace = networkNamespaceOf(bundle.spec);
+    const making = bootPod(
+      host,
+      { ...common, ...size, guestPod: guestPodOf(bundle.spec, id), networkNamespace },
+      signal,
+    );
+    pods.add(
+      context.directory,
+      making.then(({ pod }) => pod),
+    );
+    return (await making).container;
+  }
+  const pod =
+    place.kind === 'member' ? await pods.findForNew(context.directoryOf(place.sandboxId), place.sandboxId) : undefined;
+  const guestOptions = {
+    id,
+    rootfsPath: guestRootDirectory(id),
+    bundle: bundle.dir,
+    ...(pod && { pod: { pid: pod.pid } }),
+  };
   const guest = toGuestSpec(bundle.spec, guestOptions);
   for (const warning of guest.warnings) logger.warn(warning);
   if (request.options !== undefined) {
     logger.warn(`runtime options (${request.options.typeUrl}) are not looked at: Kiln is configured by config.toml`);
   }
   requireSameTerminal(`container ${id}`, terminal, bundle.spec.process.terminal);
-  const { memoryMib, vcpus } = vmSize(config, bundle.spec);
   const rootfs = planRootfs(request.rootfs, { path: bundle.rootPath, workDirectory: path.join(bundle.dir, 'work') });
   return bootContainer(
     host,
     {
-      id,
-      directory: context.directory,
-      config,
-      vmm: await selectVmm(config, { logger, parking: host.parking }),
+      ...common,
+      ...(pod === undefined ? vmSize(config, bundle.spec) : { memoryMib: 0, vcpus: 0 }),
+      memoryBytes: memoryLimitOf(bundle.spec),
+      networkNamespace: pod && `/proc/${pod.pid}/ns/net`,
+      pod,
       spec: (volumeNumbers) => stringifyJson(toGuestSpec(bundle.spec, { ...guestOptions, volumeNumbers }).spec),
       volumes: guest.volumes,
       rootfs,
-      hooks: {
-        ...hostHooks(bundle.spec),
-        bundle: bundle.dir,
-        ociVersion: bundle.spec.ociVersion,
-        annotations: bundle.spec.annotations ?? {},
-      },
-      files: guestFiles(config, loaded.paths),
-      memoryMib,
-      vcpus,
-      terminal,
       terminalSize: terminalSize(bundle.spec.process),
-      openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, id }),
-      timeline,
-      logger,
     },
     signal,
   );

@@ -47,6 +47,8 @@ export interface ContainerContext {
   readonly namespace: string;
   /** A directory for the container alone; not yet existing. */
   readonly directory: string;
+  /** The directory of another container of the same containerd and namespace. */
+  readonly directoryOf: (id: string) => string;
   readonly timeline: Timeline;
   readonly logger: Logger;
   /** Keeps FIFOs open while no kilnd is there. */
@@ -64,6 +66,8 @@ export interface DaemonOptions {
   /** Takes over the container of an earlier kilnd, or what is left of it; rejects only when the signal aborts. */
   readonly adoptContainer: (state: TaskState, context: ContainerContext, signal: AbortSignal) => Promise<RestoredTask>;
   readonly prepareExec: (request: ExecTaskRequest, context: Omit<ContainerContext, 'timeline'>) => ExecRequest;
+  /** Called at the start, with what resolves when all that an earlier kilnd has left is taken over or given up. */
+  readonly onRestoring: (restored: Promise<unknown>) => void;
   /** Removes what no snapshot needs any more; called after each container. */
   readonly collectGarbage: () => Promise<unknown>;
   /** What else `kiln status` shows. */
@@ -136,7 +140,9 @@ export class Daemon {
     });
     const restored = Array.from(tasks, ([key, record]) => this.#restore(key, record));
     // Before that, nobody knows which disks are in use.
-    void Promise.all(restored).then(() => {
+    const all = Promise.all(restored);
+    this.#options.onRestoring(all);
+    void all.then(() => {
       this.#restored = true;
       this.#collectGarbage();
     });
@@ -271,9 +277,17 @@ export class Daemon {
     return endpoint;
   }
 
-  #contextOf(key: string, { namespace }: LauncherContext, endpoint: Endpoint): Omit<ContainerContext, 'timeline'> {
-    const directory = containerDirectory(this.#options.paths.stateDir, key);
-    return { namespace, directory, logger: endpoint.logger, holds: endpoint };
+  #contextOf(key: string, launcher: LauncherContext, endpoint: Endpoint): Omit<ContainerContext, 'timeline'> {
+    const { stateDir } = this.#options.paths;
+    const { namespace, ttrpcAddress } = launcher;
+    const directoryOf = (id: string) => containerDirectory(stateDir, keyOf({ ttrpcAddress, namespace, id }));
+    return {
+      namespace,
+      directory: containerDirectory(stateDir, key),
+      directoryOf,
+      logger: endpoint.logger,
+      holds: endpoint,
+    };
   }
 
   /** What cannot be written down is lost only if this kilnd is killed: no reason to fail the container now. */

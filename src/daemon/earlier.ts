@@ -73,7 +73,8 @@ export async function takeStock(stateDir: string, logger: Logger): Promise<Map<s
 /** The directory of a container's virtual machine, where that came from the pool. */
 function vmDirectoryOf(directory: string): string | undefined {
   try {
-    return readContainerRecord(directory)?.vmDirectory;
+    const record = readContainerRecord(directory);
+    return record?.place === 'member' ? undefined : record?.vmDirectory;
   } catch {
     return undefined; // Whoever takes the container over tells why.
   }

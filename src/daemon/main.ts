@@ -9,6 +9,7 @@ import { Metrics } from '../observe/metrics.ts';
 import { parseAddress, serveMetrics } from '../observe/metrics-server.ts';
 import { RootfsStore } from '../rootfs/index.ts';
 import { BootSlots } from '../sandbox/boot-slots.ts';
+import { Pods } from '../sandbox/pod.ts';
 import { SandboxPool } from '../sandbox/pool.ts';
 import { Readiness } from '../shim/control/readiness.ts';
 import { controlSocketIsServed } from '../shim/control/server.ts';
@@ -61,7 +62,8 @@ async function main(): Promise<void> {
   const pool = new SandboxPool({ directory: poolDirectory, templates, bootSlots, logger });
   const parking = NetworkNamespace.create();
   const host = { rootfs, standInProgram, bootSlots, templates, pool, fileServers, parking };
-  const installation = { host, load };
+  const pods = new Pods();
+  const installation = { host, pods, load };
   const { metricsAddress } = config.daemon;
   // They cost something, so only where somebody wants them.
   const metrics =
@@ -79,6 +81,7 @@ async function main(): Promise<void> {
     createContainer: (request, context, signal) => createContainer(installation, request, context, signal),
     adoptContainer: (state, context, signal) => adoptContainer(installation, state, context, signal),
     prepareExec,
+    onRestoring: (restored) => pods.settleAfter(restored, logger),
     collectGarbage: () => Promise.all([rootfs.collectGarbage(), templates.collectGarbage(config.template)]),
     status: () => ({ templates: templates.counts, pool: pool.status() }),
     onStarted: (timeline) => metrics?.noteStart(timeline),

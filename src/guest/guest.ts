@@ -76,6 +76,17 @@ export interface GuestContainer {
   readonly network?: NetworkConfig | undefined;
 }
 
+/** What the containers of a pod share. */
+export interface GuestPod {
+  /** Empty for the guest's own. */
+  readonly hostname: string;
+  readonly domainname: string;
+  /** Parameters of the network and of the IPC namespace. */
+  readonly sysctl: Readonly<Record<string, string>>;
+  /** Size of /dev/shm. */
+  readonly shmBytes: number;
+}
+
 /** How a process ended. */
 export interface GuestExit {
   /** 0 to 255; 128 + n for signal n. */
@@ -224,6 +235,21 @@ export class Guest implements Disposable {
     return pidOf(await this.#call(AgentService.createContainer, request, { signal }));
   }
 
+  /**
+   * Makes what the containers of a pod share, once, and takes the network over; `invalid-argument` for a kernel parameter that
+   * the guest refuses.
+   */
+  async preparePod({ shmBytes, sysctl, ...names }: GuestPod, network?: NetworkConfig): Promise<void> {
+    const pod = { ...names, sysctl: { ...sysctl }, shmBytes: BigInt(shmBytes) };
+    await this.#call(AgentService.preparePod, { ...pod, network: toNetwork(network) });
+  }
+
+  /** The ids of the containers that are there, also of those that are being made. */
+  async containers(): Promise<readonly string[]> {
+    const { ids } = await this.#call(AgentService.listContainers, {});
+    return ids;
+  }
+
   /** @param network what the guest has to take over before; absent when there is nothing new */
   async startContainer(id: string, network?: NetworkConfig): Promise<void> {
     await this.#call(AgentService.startContainer, { id, network: toNetwork(network) });
@@ -284,6 +310,11 @@ export class Guest implements Disposable {
 
   async resumeContainer(id: string): Promise<void> {
     await this.#call(AgentService.resumeContainer, { id });
+  }
+
+  /** What all containers use together. */
+  async totalStats(): Promise<ContainerStats> {
+    return toContainerStats(await this.#call(AgentService.readStats, { id: '' }));
   }
 
   /** What a container uses; also of one that has stopped, until it is removed. */

@@ -11,18 +11,20 @@ export interface StandInOptions {
   readonly id: string;
   /** The sandbox's private directory. */
   readonly directory: string;
+  /** An existing network namespace to join, by its path; without it, a new one is made. */
+  readonly networkNamespace?: string | undefined;
 }
 
 /**
- * Starts the process whose pid containerd gets for a container. It sits in a network namespace of its own with an
+ * Starts the process whose pid containerd gets for a container. It sits in a network namespace with an
  * empty read-only root, so that whatever a client does with the pid (`/proc/<pid>/root`, `/proc/<pid>/ns/net`,
  * `kill -0`) meets the right and harmless thing. It lives until it is killed.
  */
 export async function startStandIn(options: StandInOptions): Promise<HelperProcess> {
   const standIn = await startHelper({
     program: options.program,
-    // "-": a new network namespace. The directory is where the root is mounted, for the stand-in alone to see.
-    args: ['-', options.directory, options.id],
+    // "-": a new one. The directory is where the root is mounted, for the stand-in alone to see.
+    args: [options.networkNamespace ?? '-', options.directory, options.id],
     directory: options.directory,
     logName: standInLogName,
     title: 'the stand-in',

@@ -4,6 +4,7 @@
  */
 import { KilnError } from '../errors.ts';
 import type { VolumeMount } from './binds.ts';
+import type { PodOfSpec } from './pod.ts';
 
 /** A translation of a part of a spec that speaks of nothing but itself: a process, a set of limits. */
 export function partialTranslation(id: string, rootfsPath: string): Translation {
@@ -17,6 +18,7 @@ export function partialTranslation(id: string, rootfsPath: string): Translation 
     bundle: '/',
     volumes: [],
     volumePath: String,
+    pod: undefined,
     warnings: [],
   };
 }
@@ -41,6 +43,8 @@ export interface Translation {
   readonly volumes: VolumeMount[];
   /** Where the guest has the volume of that place in `volumes`. */
   readonly volumePath: (index: number) => string;
+  /** Of a container of a pod. */
+  readonly pod: PodOfSpec | undefined;
   /** What was left out, for the caller to log. */
   readonly warnings: string[];
 }

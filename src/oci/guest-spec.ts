@@ -25,6 +25,7 @@ import { translateHooks } from './hooks.ts';
 import type { Integer } from './json.ts';
 import { translateMounts } from './mounts.ts';
 import { translateNamespaces } from './namespaces.ts';
+import type { PodOfSpec } from './pod.ts';
 import {
   apparmorProfile,
   capabilityRules,
@@ -50,6 +51,8 @@ export interface GuestSpecOptions {
   readonly bundle?: string;
   /** The guest's numbers of the volumes that an earlier translation of this spec has named; until then, their places. */
   readonly volumeNumbers?: readonly number[];
+  /** Set for a container of a pod. */
+  readonly pod?: PodOfSpec;
 }
 
 export interface GuestSpec {
@@ -77,9 +80,6 @@ const guestOciVersion = '1.0.2';
 const leastOomScore = -999;
 
 const notLinux = refuse('Kiln runs Linux containers', 'invalid-argument');
-
-/** containerd's and CRI-O's way to say that a container is (a part of) a pod. */
-const podAnnotations = ['io.kubernetes.cri.container-type', 'io.kubernetes.cri-o.ContainerType'];
 
 const processRules: Rules = {
   terminal: keep,
@@ -178,7 +178,7 @@ export const fieldRules: Readonly<Record<string, Rules>> = {
  * @throws KilnError unimplemented for what Kiln cannot do yet, invalid-argument for what makes no sense in a microVM
  */
 export function toGuestSpec(spec: Spec, options: GuestSpecOptions): GuestSpec {
-  const { id, rootfsPath, hostname, bundle = '/', volumeNumbers = [] } = options;
+  const { id, rootfsPath, hostname, pod, bundle = '/', volumeNumbers = [] } = options;
   // Fields whose rule makes something out of nothing must be there.
   const whole = {
     ...spec,
@@ -194,7 +194,7 @@ export function toGuestSpec(spec: Spec, options: GuestSpecOptions): GuestSpec {
   const volumes: VolumeMount[] = [];
   const volumePath = (index: number) => `${guestVolumesDirectory}/${volumeNumbers[index] ?? index}`;
   const translation: Translation = {
-    ...{ id, rootfsPath, hostname, domainname, setsNetwork, mapsIds, warnings },
+    ...{ id, rootfsPath, hostname, domainname, setsNetwork, mapsIds, pod, warnings },
     ...{ bundle, volumes, volumePath },
   };
   return { spec: applyRules(specRules, whole, '', translation) as Spec, volumes, warnings };
@@ -228,13 +228,7 @@ export function terminalSize({ consoleSize }: Process): { width: number; height:
   return { width: Number(width), height: Number(height) };
 }
 
-function translateAnnotations(annotations: Record<string, string>, path: string, { warnings }: Translation): object {
-  for (const name of podAnnotations) {
-    if (annotations[name] === undefined) continue;
-    throw new KilnError('unimplemented', `${path}["${name}"]: pods are not supported yet`, {
-      hint: `the spec has ${name}=${JSON.stringify(annotations[name])}`,
-    });
-  }
+function translateAnnotations(annotations: Record<string, string>, _path: string, { warnings }: Translation): object {
   // They steer crun itself (handlers, files for its output): names of the host's things, or a way around the guest's.
   const [forCrun, others] = partition(Object.entries(annotations), ([name]) => name.startsWith('run.oci.'));
   for (const [name] of forCrun) warnings.push(`annotation ${name}: not passed to the guest's crun`);

@@ -2,6 +2,7 @@ import { KilnError } from '../errors.ts';
 import { isBind, translateBind } from './binds.ts';
 import type { Translation } from './field-rules.ts';
 import { translateMountOptions } from './mount-options.ts';
+import { guestPodDirectory } from './pod.ts';
 import type { Mount } from './spec.ts';
 
 /**
@@ -34,10 +35,17 @@ export function translateMounts(mounts: readonly Mount[], path: string, translat
     }
     const { options = [], ...rest } = mount;
     const withOptions = { ...rest, options: withoutSelinux(options, at, translation.warnings) };
+    if (isBind(mount) && translation.pod !== undefined && destination === '/dev/shm') return podShm(withOptions, at);
     if (isBind(mount)) return translateBind(withOptions, at, translation);
     if (mount.options === undefined) return mount;
     return { ...withOptions, options: translateMountOptions(withOptions.options, `${at}.options`) };
   });
+}
+
+/** CRI mounts one and the same filesystem of the host there for all containers of a pod; the guest has one for them, too. */
+function podShm(mount: Mount, at: string): Mount {
+  const options = translateMountOptions(mount.options ?? [], `${at}.options`);
+  return { ...mount, type: 'bind', source: `${guestPodDirectory}/shm`, options };
 }
 
 /** A kernel without SELinux refuses mount options with a context. */

@@ -1,5 +1,6 @@
 import { KilnError } from '../errors.ts';
 import type { Translation } from './field-rules.ts';
+import { podNamespace } from './pod.ts';
 import type { Namespace } from './spec.ts';
 
 /** Namespaces that crun 1.8 knows by these names. */
@@ -19,21 +20,27 @@ const required: Readonly<Record<string, string>> = {
  * virtual machine's network card is. A cgroup namespace is always made, because outside of one the container would see
  * the agent's cgroups.
  *
+ * A container of a pod joins the pod's, which the guest has under names of their own.
+ *
  * @throws KilnError invalid-argument when a namespace is shared with the host, is unknown or comes twice; unimplemented
- * when one is to be joined
+ * when another one is to be joined
  */
 export function translateNamespaces(
   namespaces: readonly Namespace[],
   path: string,
-  { setsNetwork }: Translation,
+  { setsNetwork, pod }: Translation,
 ): readonly Namespace[] {
   const types = new Set<string>();
+  const ofPod = new Map<string, string>();
   for (const [index, { type, path: joined }] of namespaces.entries()) {
     const at = `${path}[${index}]`;
     if (!known.has(type)) throw new KilnError('invalid-argument', `${at}: unknown namespace "${type}"`);
     if (types.has(type)) throw new KilnError('invalid-argument', `${at}: namespace "${type}" is listed twice`);
     types.add(type);
-    if (joined !== undefined && joined !== '') {
+    if (joined === undefined || joined === '' || (type === 'network' && pod !== undefined)) continue;
+    const guestPath = pod && podNamespace(type, joined, pod);
+    if (guestPath !== undefined) ofPod.set(type, guestPath);
+    else {
       throw new KilnError('unimplemented', `${at}.path: joining a ${type} namespace is not supported yet: ${joined}`);
     }
   }
@@ -50,7 +57,12 @@ export function translateNamespaces(
       hint: `the spec has no ${type} namespace`,
     });
   }
-  const guestNamespaces = namespaces.filter(({ type }) => type !== 'network');
+  const guestNamespaces = namespaces
+    .filter(({ type }) => type !== 'network')
+    .map((namespace) => {
+      const guestPath = ofPod.get(namespace.type);
+      return guestPath === undefined ? namespace : { ...namespace, path: guestPath };
+    });
   // crun sets sysctls of the network only for a network namespace that the spec names; this is the one it is in.
   if (setsNetwork) guestNamespaces.push({ type: 'network', path: '/proc/self/ns/net' });
   return types.has('cgroup') ? guestNamespaces : [...guestNamespaces, { type: 'cgroup' }];

@@ -78,9 +78,15 @@ function cpus(config: KilnConfig, spec: Spec, annotated: number | undefined, hos
   return Math.min(Math.max(config.vm.vcpus, cpuLimit(spec)), host.cpus);
 }
 
-function memoryLimitMib(spec: Spec): number | undefined {
+/** Bytes of memory that a container's limits let it use; undefined for no limit. */
+export function memoryLimitOf(spec: Spec): number | undefined {
   const limit = Number(spec.linux?.resources?.memory?.limit ?? 0);
-  return limit > 0 && limit < unlimitedBytes ? Math.ceil(limit / mib) : undefined;
+  return limit > 0 && limit < unlimitedBytes ? limit : undefined;
+}
+
+function memoryLimitMib(spec: Spec): number | undefined {
+  const limit = memoryLimitOf(spec);
+  return limit === undefined ? undefined : Math.ceil(limit / mib);
 }
 
 /** CPUs that the quota allows to keep busy; 0 for no quota. */

@@ -50,7 +50,7 @@ export interface ContainerProcess {
 
 /** What a container is made of, new or taken over. */
 export interface ContainerParts
-  extends Pick<ContainerRequest, 'id' | 'directory' | 'vmm' | 'terminal' | 'timeline' | 'logger'> {
+  extends Pick<ContainerRequest, 'id' | 'directory' | 'terminal' | 'timeline' | 'logger'> {
   readonly resources: Resources;
   readonly disposal: AsyncDisposableStack;
   readonly hooks: ContainerHooks;
@@ -60,7 +60,7 @@ export interface ContainerParts
   readonly state: ContainerState;
 }
 
-/** A container in a VM of its own, from when it is there (see create.ts) to when it is released. */
+/** A container in a VM of its own or in that of its pod, from when it is there (see create.ts) to when it is released. */
 export class Container {
   readonly id: string;
   /** The stand-in's pid: what the host knows the container by. */
@@ -78,7 +78,6 @@ export class Container {
   readonly #hookPlan: HookPlan;
   readonly #logger: Logger;
   readonly #directory: string;
-  readonly #vmm: string;
   readonly #io: ProcessIo;
   readonly #execs = new Map<string, Exec>();
   /** Exec'd processes that are deleted and that the guest is still to forget, by exec id. */
@@ -98,7 +97,7 @@ export class Container {
   #woundUp: Promise<void> | undefined;
 
   constructor(parts: ContainerParts) {
-    const { id, resources, directory, vmm, terminal } = parts;
+    const { id, resources, directory, terminal } = parts;
     this.id = id;
     this.#state = parts.state;
     this.pid = resources.standIn.pid;
@@ -110,7 +109,6 @@ export class Container {
     this.#hooks = parts.hooks;
     this.#hookPlan = parts.hookPlan;
     this.#directory = directory;
-    this.#vmm = vmm.name;
     this.#io = new ProcessIo({
       guest: resources.sandbox.guest,
       process: this.#init,
@@ -120,6 +118,7 @@ export class Container {
       report: this.#report,
     });
     this.#save();
+    resources.tenancy.enter({ id, quit: () => this.#endInGuest() });
     void this.#watchOom();
     void this.#supervise();
     void this.#followStandIn();
@@ -147,12 +146,13 @@ export class Container {
   /** Runs the user's program. When it fails, the program has not run, as far as the guest has told. */
   async start(): Promise<void> {
     requireStartable(this.#name, this.#state);
-    const { sandbox, stdio } = this.#resources;
+    const { sandbox, tenancy, stdio } = this.#resources;
     const started = Promise.withResolvers<void>();
     this.#starting = started.promise;
     this.#state = { kind: 'starting' };
     try {
-      assertNoInterfaces(this.id, this.pid);
+      // A pod's interfaces are the pod's business.
+      if (!tenancy.shared) assertNoInterfaces(this.id, this.pid);
       // First, because it can fail; until the program reads it, stdin waits in the guest's pipe.
       stdio.startStdin();
       await sandbox.guest.startContainer(this.id);
@@ -247,14 +247,14 @@ export class Container {
 
   /** Writes down what the next kilnd needs, should this one be killed. */
   #save(): void {
-    const { sandbox, standIn, rootfs } = this.#resources;
+    const { tenancy, standIn, rootfs } = this.#resources;
     // It has ended already: then there is nothing to be taken over by that.
     if (standIn.identity === undefined) return;
     const exit = this.exit.peek();
     const record: ContainerRecord = {
-      ...{ version: 1, id: this.id, terminal: this.terminal, vmm: this.#vmm },
+      ...{ version: 1, id: this.id, terminal: this.terminal },
       started: this.#state.kind !== 'created' && this.#state.kind !== 'starting',
-      ...sandbox.record(),
+      ...tenancy.record(),
       standIn: standIn.identity,
       hooks: this.#hookPlan,
       oomKills: this.oom.kills,
@@ -353,8 +353,10 @@ export class Container {
 
   async #destroy(): Promise<void> {
     const ended = this.#endInGuest().catch((error: unknown) => this.#report(error, 'cannot end the container'));
-    await Promise.race([ended, delay(destroyGraceMs, undefined, { ref: false })]);
-    await this.#endVm();
+    // For the sake of a pod's other containers a little more.
+    const graceMs = this.#resources.tenancy.shared ? killLimitMs : destroyGraceMs;
+    await Promise.race([ended, delay(graceMs, undefined, { ref: false })]);
+    if (this.exit.peek() === undefined || !this.#resources.tenancy.shared) await this.#endVm();
     await this.exit.wait();
     await this.#windUp();
     await this.#disposal.disposeAsync();
@@ -409,7 +411,7 @@ export class Container {
     const removed = Promise.all([this.#io.drained, ...execs]).then(() =>
       vmLives ? this.#removeFromGuest() : undefined,
     );
-    this.#woundUp = removed.then(() => this.#endVm());
+    this.#woundUp = removed.then(() => this.#leaveVm());
     this.exit.set(exit);
     this.#save();
   }
@@ -456,22 +458,37 @@ export class Container {
   }
 
   async #awaitVmEnd(cause: unknown): Promise<number> {
-    const end = await this.#resources.sandbox.end();
-    const level = this.#destruction === undefined ? 'error' : 'debug';
+    const { sandbox, tenancy } = this.#resources;
+    const end = await sandbox.end();
+    const wanted = tenancy.wasEnded;
+    const level = this.#destruction === undefined && !wanted ? 'error' : 'debug';
     this.#logger[level]({ err: cause, ...end }, 'the VM ended while the container was alive');
-    return end.signal === 'SIGKILL' && !end.guestStopped && !end.agentLost ? vmKilledStatus : unknownStatus;
+    const killed = end.signal === 'SIGKILL' && !end.guestStopped && !end.agentLost;
+    return wanted || killed ? vmKilledStatus : unknownStatus;
   }
 
   /** Flushes the container's filesystems. */
   async #removeFromGuest(): Promise<void> {
     try {
-      await this.#resources.sandbox.guest.removeContainer(this.id, { force: true, guestEnds: true });
+      await this.#resources.sandbox.guest.removeContainer(this.id, {
+        force: true,
+        guestEnds: !this.#resources.tenancy.shared,
+      });
     } catch (error) {
       this.#logger.warn({ err: error }, 'the guest did not remove the container: its last writes may be lost');
     }
   }
 
-  /** Gives the VM's memory back. Never rejects. */
+  /** Gives back what it has of the VM: all its memory, or its disks in a pod's. Never rejects. */
+  async #leaveVm(): Promise<void> {
+    try {
+      await this.#resources.tenancy[Symbol.asyncDispose]();
+    } catch (error) {
+      this.#report(error, 'cannot give back what the container had of its VM');
+    }
+  }
+
+  /** Ends the VM, which may be a pod's. Never rejects. */
   async #endVm(): Promise<void> {
     try {
       await this.#resources.sandbox[Symbol.asyncDispose]();

@@ -27,7 +27,7 @@ export async function bootContainer(
   request: ContainerRequest,
   signal: AbortSignal,
 ): Promise<Container> {
-  const { id, directory, timeline } = request;
+  const { id, directory, pod, timeline } = request;
   await using stack = new AsyncDisposableStack();
   const hooks = new ContainerHooks(request);
   // First on the stack, because they run when all the rest is gone.
@@ -38,17 +38,19 @@ export async function bootContainer(
   stack.defer(() => rm(directory, { recursive: true, force: true }));
   faultPoint('sandbox-directory');
   const resources = await acquire(host, request, signal, stack);
-  const { sandbox, rootfs, stdio, volumeNumbers } = resources;
+  const { sandbox, tenancy, rootfs, stdio, volumeNumbers } = resources;
   await hooks.create(resources.standIn.pid, signal);
   faultPoint('hooks');
-  const lower = await sandbox.attachDisk(rootfs.lower, signal);
-  const writable = rootfs.writable === null ? undefined : await sandbox.attachDisk(rootfs.writable, signal);
+  // A VM of its own was made as large as it has to be.
+  if (pod !== undefined) await sandbox.provideMemory(request.memoryBytes ?? 0);
+  const lower = await tenancy.attachDisk(rootfs.lower, signal);
+  const writable = rootfs.writable === null ? undefined : await tenancy.attachDisk(rootfs.writable, signal);
   timeline.mark('rootfs-attached');
   faultPoint('attach-disk');
   const container = {
     id,
     spec: request.spec(volumeNumbers),
-    mounts: guestMounts(rootfs, id, { lower, writable }),
+    mounts: guestMounts(rootfs, id, { lower: lower.serial, writable: writable?.serial }),
     stdio: guestStdio(stdio, request.terminal, request.terminalSize),
     volumeOptions: request.volumes.length === 0 ? undefined : volumeOptions,
   };
@@ -65,18 +67,17 @@ export async function bootContainer(
 
 /**
  * Takes over a container that was created under an earlier kilnd, with the processes that were exec'd in it. When that
- * fails, its VM is ended, and what is left of it on the host stays.
+ * fails, it is ended, in its pod or by its VM, and what is left of it on the host stays.
  */
 export async function reattachContainer(
   host: HostServices,
   request: AdoptRequest,
   signal: AbortSignal,
 ): Promise<{ container: Container; execs: Map<string, Exec> }> {
-  const { record, directory, vmm, logger } = request;
-  const { fileServers } = host;
+  const { record, directory, timeline, logger } = request;
   const { id, terminal, hooks: hookPlan } = record;
   await using stack = new AsyncDisposableStack();
-  const sandbox = stack.use(await Sandbox.adopt({ vmm, fileServers, record, directory, logger }, signal));
+  const sandbox = await sandboxOf(host, request, signal, stack);
   const guest = await sandbox.guest.describe(id);
   const resources = await adoptResources(host, request, sandbox, stack);
   if (guest.started) resources.stdio.startStdin({ clientMayReturn: true });
@@ -85,7 +86,8 @@ export async function reattachContainer(
   const disposal = disposalOf(directory, resources, hooks);
   const running: ContainerState = { kind: guest.paused ? 'paused' : 'running' };
   const state: ContainerState = guest.started ? running : { kind: 'created' };
-  const container = new Container({ ...request, id, terminal, resources, disposal, hooks, hookPlan, state });
+  const parts = { id, directory, terminal, resources, disposal, hooks, hookPlan, state, timeline, logger };
+  const container = new Container(parts);
   // The agent tells the number so far; what is known of it is no news.
   container.oom.count(record.oomKills);
   const execs = new Map<string, Exec>();
@@ -101,16 +103,28 @@ export async function reattachContainer(
   return { container, execs };
 }
 
+/** The VM in which an earlier kilnd has made a container. One that is the container's alone goes on the stack. */
+async function sandboxOf(
+  { fileServers }: HostServices,
+  request: AdoptRequest,
+  signal: AbortSignal,
+  stack: AsyncDisposableStack,
+): Promise<Sandbox> {
+  if ('pod' in request) return request.pod.sandbox;
+  const { vmm, record, directory, logger } = request;
+  return stack.use(await Sandbox.adopt({ vmm, fileServers, record, directory, logger }, signal));
+}
+
 /** Releases a container's resources in the order in which `create` does. */
 function disposalOf(
   directory: string,
-  { sandbox, standIn, rootfs, stdio }: Resources,
+  { tenancy, standIn, rootfs, stdio }: Resources,
   hooks: ContainerHooks,
 ): AsyncDisposableStack {
   const stack = new AsyncDisposableStack();
   stack.defer(() => hooks.poststop());
   stack.defer(() => rm(directory, { recursive: true, force: true }));
   stack.defer(() => stdio.dispose());
-  for (const resource of [standIn, rootfs, sandbox]) stack.use(resource);
+  for (const resource of tenancy.shared ? [standIn, tenancy] : [standIn, rootfs, tenancy]) stack.use(resource);
   return stack;
 }

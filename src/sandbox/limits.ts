@@ -18,6 +18,9 @@ export const guestStopGraceMs = 5000;
 /** How long a guest may take to end a container after it has taken SIGKILL for it, before its VM is ended. */
 export const killLimitMs = 30_000;
 
+/** How long a guest may take to get to the end of making a container that nobody wants any more. */
+export const clearLimitMs = 10_000;
+
 /** How long a VMM may take to tell its guest's console: one that hangs must not take the error with it. */
 export const consoleLimitMs = 2000;
 

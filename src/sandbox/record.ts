@@ -4,6 +4,7 @@ import { z } from 'zod';
 import { KilnError } from '../errors.ts';
 import { identityRecord } from '../host/process-identity.ts';
 import { replaceFile } from '../host/replace-file.ts';
+import type { SlotName } from '../vmm/vmm.ts';
 import type { HookPlan } from './hooks.ts';
 
 /*
@@ -12,33 +13,57 @@ import type { HookPlan } from './hooks.ts';
  * finds it without a record. It is replaced with every change, complete, by rename(2).
  */
 
-const containerRecord = z.object({
+const common = {
   version: z.literal(1),
   id: z.string(),
   terminal: z.boolean(),
   /** The user's program was started. */
   started: z.boolean(),
-  /** Of the sandbox: see Hello in agent.proto. */
-  session: z.string(),
-  /** Milliseconds. */
-  answerLimitMs: z.number().positive(),
-  /** The VMM's own. */
-  vmm: z.string(),
-  vm: z.record(z.string(), z.unknown()),
-  /** Of the sandbox: see SandboxRecord. */
-  vmDirectory: z.string().optional(),
-  /** Of the sandbox: see VolumesRecord. */
-  volumes: z.object({ server: z.record(z.string(), z.unknown()), connected: z.boolean() }).optional(),
   standIn: identityRecord,
   /** For poststop. Kilnd itself has made it of a spec that was checked. */
   hooks: z.custom<HookPlan>((value) => typeof value === 'object' && value !== null),
-  disks: z.object({ lower: z.string(), writable: z.string().nullable() }),
   /** Processes of it that were killed for want of memory, as far as it was told. */
   oomKills: z.int().nonnegative(),
   /** Set when the init process has ended. */
   exit: z.object({ status: z.int().min(0).max(255), atMs: z.number() }).optional(),
+};
+
+/** Of whoever has a VM: see SandboxRecord. */
+const ofVm = {
+  vmm: z.string(),
+  session: z.string(),
+  /** Milliseconds. */
+  answerLimitMs: z.number().positive(),
+  /** The VMM's own. */
+  vm: z.record(z.string(), z.unknown()),
+  vmDirectory: z.string().optional(),
+  /** See VolumesRecord. */
+  volumes: z.object({ server: z.record(z.string(), z.unknown()), connected: z.boolean() }).optional(),
+};
+
+const ofRootfs = { disks: z.object({ lower: z.string(), writable: z.string().nullable() }) };
+
+const slotName = z.custom<SlotName>((value) => typeof value === 'string' && /^r[ow]\d+$/.test(value));
+
+const aloneRecord = z.object({ place: z.literal('alone'), ...common, ...ofVm, ...ofRootfs });
+const podRecord = z.object({ place: z.literal('pod'), ...common, ...ofVm });
+const memberRecord = z.object({
+  place: z.literal('member'),
+  ...common,
+  ...ofRootfs,
+  /** The directory of the container that stands for its pod. */
+  pod: z.string(),
+  slots: z.array(z.object({ slot: slotName, serial: z.string(), file: z.string() })),
 });
 
+const containerRecord = z.discriminatedUnion('place', [aloneRecord, podRecord, memberRecord]);
+
+/** Of a container that has a VM to itself. */
+export type AloneRecord = z.infer<typeof aloneRecord>;
+/** Of what stands for a pod, and has its VM. */
+export type PodRecord = z.infer<typeof podRecord>;
+/** Of a container that runs in a pod's VM. */
+export type MemberRecord = z.infer<typeof memberRecord>;
 export type ContainerRecord = z.infer<typeof containerRecord>;
 
 const fileName = 'container.json';

@@ -11,14 +11,17 @@ import type { TemplateStore } from '../template/store.ts';
 import type { Parking } from '../vmm/cards.ts';
 import type { VmConfig, Vmm } from '../vmm/vmm.ts';
 import type { BootSlots } from './boot-slots.ts';
+import type { AttachedDisk } from './disk-slots.ts';
 import type { ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
 import type { HookPlan } from './hooks.ts';
+import type { Pod } from './pod.ts';
 import type { SandboxPool } from './pool.ts';
-import type { ContainerRecord } from './record.ts';
+import type { AloneRecord, ContainerRecord, MemberRecord } from './record.ts';
 import type { Sandbox } from './sandbox.ts';
 import { startSandbox } from './start.ts';
 import type { ContainerStdio } from './stdio.ts';
+import { PlaceInPod, type Tenancy, WholeVm } from './tenancy.ts';
 import { checkVolumes, type FileServers, SandboxVolumes } from './volumes.ts';
 
 /** What the host provides to every container. */
@@ -55,20 +58,25 @@ export interface ContainerRequest {
   /** Undefined leaves it as the guest makes it. */
   readonly terminalSize: TerminalSize | undefined;
   readonly openStdio: () => Promise<ContainerStdio>;
+  /** A network namespace of the host to be in; without it, the container gets a new one. */
+  readonly networkNamespace?: string | undefined;
+  /** What its limits let it use of a pod's memory; undefined for no limit. */
+  readonly memoryBytes?: number | undefined;
+  /** The pod in whose VM it runs; else it gets a VM of its own. */
+  readonly pod?: Pod | undefined;
   readonly timeline: Timeline;
   readonly logger: Logger;
 }
 
 /** A container of an earlier kilnd. */
-export interface AdoptRequest
-  extends Pick<ContainerRequest, 'directory' | 'vmm' | 'openStdio' | 'timeline' | 'logger'> {
-  readonly record: ContainerRecord;
+export type AdoptRequest = Pick<ContainerRequest, 'directory' | 'openStdio' | 'timeline' | 'logger'> & {
   /** Those that were exec'd in it, as they were asked for. */
   readonly execs: readonly ExecRequest[];
-}
+} & ({ readonly record: AloneRecord; readonly vmm: Vmm } | { readonly record: MemberRecord; readonly pod: Pod });
 
 export interface Resources {
   readonly sandbox: Sandbox;
+  readonly tenancy: Tenancy;
   readonly standIn: HelperProcess;
   readonly rootfs: PreparedRootfs;
   readonly stdio: ContainerStdio;
@@ -90,28 +98,25 @@ export async function acquire(
   signal: AbortSignal,
   stack: AsyncDisposableStack,
 ): Promise<NewResources> {
-  const failed = new AbortController();
-  const either = AbortSignal.any([signal, failed.signal]);
-  const guard = async <T>(step: Promise<T>): Promise<T> => {
-    try {
-      return await step;
-    } catch (error) {
-      failed.abort(error);
-      throw error;
-    }
-  };
+  const { id, directory, networkNamespace, pod, vmm } = request;
+  const { either, guard } = sideBySide(signal);
   const [stdio, standIn, rootfs, volumes, sandbox] = await Promise.allSettled([
     guard(request.openStdio()),
-    guard(startStandIn({ program: host.standInProgram, id: request.id, directory: request.directory })),
+    guard(startStandIn({ program: host.standInProgram, id, directory, networkNamespace })),
     guard(prepareRootfs(host, request, either)),
     guard(prepareVolumes(host, request)),
-    guard(startSandbox(host, request, either)),
+    guard(pod === undefined ? startSandbox(host, request, either) : Promise.resolve(pod.sandbox)),
   ]);
   if (stdio.status === 'fulfilled') stack.defer(() => stdio.value.dispose());
   if (standIn.status === 'fulfilled') stack.use(standIn.value);
-  if (rootfs.status === 'fulfilled') stack.defer(() => rootfs.value.release());
   if (volumes.status === 'fulfilled' && volumes.value.volumes !== undefined) stack.use(volumes.value.volumes);
-  if (sandbox.status === 'fulfilled') stack.use(sandbox.value);
+  let tenancy: Tenancy | undefined;
+  if (rootfs.status === 'fulfilled' && sandbox.status === 'fulfilled') {
+    tenancy = settle(stack, { id, vmm: vmm.name, pod, sandbox: sandbox.value, rootfs: rootfs.value });
+  } else {
+    if (rootfs.status === 'fulfilled') stack.use(rootfs.value);
+    if (sandbox.status === 'fulfilled' && pod === undefined) stack.use(sandbox.value);
+  }
   // The first failure is the cause; the other steps were aborted by it.
   either.throwIfAborted();
   const { volumes: served, numbers: volumeNumbers } = fulfilled(volumes);
@@ -120,6 +125,7 @@ export async function acquire(
     standIn: fulfilled(standIn),
     rootfs: fulfilled(rootfs),
     sandbox: fulfilled(sandbox),
+    tenancy: tenancy as Tenancy,
     volumeNumbers,
   };
   if (served !== undefined) resources.sandbox.useVolumes(served);
@@ -127,7 +133,37 @@ export async function acquire(
   return resources;
 }
 
-function fulfilled<T>(result: PromiseSettledResult<T>): T {
+/** Puts what a container has of a VM on the stack, with its root filesystem. */
+function settle(
+  stack: AsyncDisposableStack,
+  parts: Pick<ContainerRequest, 'id' | 'pod'> & {
+    readonly vmm: string;
+    readonly sandbox: Sandbox;
+    readonly rootfs: PreparedRootfs;
+    readonly disks?: readonly AttachedDisk[];
+  },
+): Tenancy {
+  const { id, vmm, pod, sandbox, rootfs, disks } = parts;
+  if (pod !== undefined) return stack.use(new PlaceInPod(pod, id, rootfs, disks));
+  stack.use(rootfs);
+  return stack.use(new WholeVm(sandbox, vmm));
+}
+
+/** For steps that run side by side: the first that fails aborts `either`, with its error, for the others. */
+export function sideBySide(signal: AbortSignal) {
+  const failed = new AbortController();
+  const guard = async <T>(step: Promise<T>): Promise<T> => {
+    try {
+      return await step;
+    } catch (error) {
+      failed.abort(error);
+      throw error;
+    }
+  };
+  return { either: AbortSignal.any([signal, failed.signal]), guard };
+}
+
+export function fulfilled<T>(result: PromiseSettledResult<T>): T {
   if (result.status === 'rejected') throw result.reason;
   return result.value;
 }
@@ -141,10 +177,15 @@ async function prepareRootfs(host: HostServices, request: ContainerRequest, sign
   return prepared;
 }
 
-/** A file server with the container's volumes, if it has any. */
-async function prepareVolumes(host: HostServices, { volumes: mounts, directory, logger }: ContainerRequest) {
+/** A file server with the container's volumes, if it has any; a pod's own, once it has one. */
+async function prepareVolumes(host: HostServices, { volumes: mounts, directory, pod, logger }: ContainerRequest) {
   if (mounts.length === 0) return { volumes: undefined, numbers: [] };
   const wanted = await checkVolumes(mounts);
+  if (pod !== undefined) {
+    const options = { directory: pod.directory, logger };
+    const shared = await pod.sandbox.volumes(() => SandboxVolumes.start(host.fileServers, options));
+    return { volumes: undefined, numbers: await shared.add(wanted) };
+  }
   await using stack = new AsyncDisposableStack();
   const volumes = stack.use(await SandboxVolumes.start(host.fileServers, { directory, logger }));
   const numbers = await volumes.add(wanted);
@@ -155,16 +196,24 @@ async function prepareVolumes(host: HostServices, { volumes: mounts, directory, 
 /** The resources of a container whose VM was taken over, on the stack as `acquire` puts them. */
 export async function adoptResources(
   host: HostServices,
-  { record, directory, openStdio }: AdoptRequest,
+  request: AdoptRequest,
   sandbox: Sandbox,
   stack: AsyncDisposableStack,
 ): Promise<Resources> {
+  const { record, directory, openStdio } = request;
   const stdio = stack.adopt(await openStdio(), (opened) => opened.dispose());
-  const standIn = adoptHelper(record.standIn, { directory, logName: standInLogName });
-  if (standIn === undefined) {
-    throw new KilnError('not-found', `the process that stands for container ${record.id} has ended`);
-  }
-  stack.use(standIn);
-  const rootfs = stack.use(host.rootfs.adopt(record.disks));
-  return { sandbox, standIn, rootfs, stdio };
+  const standIn = stack.use(adoptStandIn(record, directory));
+  const rootfs = host.rootfs.adopt(record.disks);
+  const [vmm, pod, disks] =
+    'pod' in request ? ['', request.pod, request.record.slots] : [request.record.vmm, undefined, []];
+  for (const disk of disks) sandbox.claimDisk(disk);
+  const tenancy = settle(stack, { id: record.id, vmm, pod, sandbox, rootfs, disks });
+  return { sandbox, tenancy, standIn, rootfs, stdio };
+}
+
+/** @throws KilnError not-found when it has ended */
+export function adoptStandIn({ id, standIn }: ContainerRecord, directory: string): HelperProcess {
+  const adopted = adoptHelper(standIn, { directory, logName: standInLogName });
+  if (adopted !== undefined) return adopted;
+  throw new KilnError('not-found', `the process that stands for container ${id} has ended`);
 }

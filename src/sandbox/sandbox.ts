@@ -8,8 +8,8 @@ import { tooMuchMemory } from '../oci/limits-check.ts';
 import { guestOverheadMib } from '../oci/vm-size.ts';
 import type { Template } from '../template/store.ts';
 import { abortable } from '../vmm/abortable.ts';
-import { isReadOnly } from '../vmm/drive-slots.ts';
-import type { Vm, VmConfig, VmExit, Vmm, VmRecord } from '../vmm/vmm.ts';
+import type { SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../vmm/vmm.ts';
+import { type AttachedDisk, type DiskFile, DiskSlots } from './disk-slots.ts';
 import { faultPoint } from './faults.ts';
 import { consoleLimitMs, guestStopGraceMs } from './limits.ts';
 import { type FileServers, SandboxVolumes, type VolumesRecord } from './volumes.ts';
@@ -59,10 +59,12 @@ export interface SandboxEnd extends VmExit {
 export class Sandbox implements AsyncDisposable {
   readonly vm: Vm;
   readonly guest: Guest;
+  readonly #disks: DiskSlots;
   readonly #session: string;
   readonly #answerLimitMs: number;
   readonly #vmDirectory: string | undefined;
   #volumes: SandboxVolumes | undefined;
+  #startingVolumes: Promise<SandboxVolumes> | undefined;
   /** What containers may be promised. */
   #memoryBytes: number;
 
@@ -70,9 +72,11 @@ export class Sandbox implements AsyncDisposable {
     vm: Vm,
     guest: Guest,
     { session, answerLimitMs, vmDirectory }: Omit<SandboxRecord, 'vm' | 'volumes'>,
+    adopted = false,
   ) {
     this.vm = vm;
     this.guest = guest;
+    this.#disks = new DiskSlots(adopted);
     this.#session = session;
     this.#answerLimitMs = answerLimitMs;
     this.#vmDirectory = vmDirectory;
@@ -109,7 +113,7 @@ export class Sandbox implements AsyncDisposable {
         const hello = Guest.connect(socket, { hostname: '', answerLimitMs, session, returning: true });
         const guest = await abortable(hello, either);
         logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is taken over');
-        const sandbox = new Sandbox(vm, guest, record);
+        const sandbox = new Sandbox(vm, guest, record, true);
         if (record.volumes !== undefined) {
           const volumes = await SandboxVolumes.adopt(fileServers, record.volumes, { directory, logger });
           if (volumes !== undefined) sandbox.useVolumes(volumes);
@@ -180,22 +184,63 @@ export class Sandbox implements AsyncDisposable {
     return new Sandbox(vm, guest, { session, answerLimitMs: bootTimeoutMs, vmDirectory });
   }
 
-  /** Puts a file behind a free drive slot and returns the disk's serial in the guest. */
-  async attachDisk(disk: { readonly file: string; readonly readOnly: boolean }, signal: AbortSignal): Promise<string> {
-    const slot = this.vm.freeSlots.find((each) => isReadOnly(each) === disk.readOnly);
-    if (slot === undefined) {
-      const kind = disk.readOnly ? 'read-only' : 'writable';
-      throw new KilnError('resource-exhausted', `the VM has no free ${kind} drive slot for ${disk.file}`);
-    }
-    const timeout = AbortSignal.timeout(this.#answerLimitMs);
+  /** Puts a file behind a free drive slot; a read-only one that another container has is not put there twice. */
+  async attachDisk(disk: DiskFile, signal: AbortSignal): Promise<AttachedDisk> {
     try {
-      return await abortable(this.vm.attachDisk(slot, disk.file), AbortSignal.any([signal, timeout]));
+      return await this.#disks.attach(disk, {
+        free: this.vm.freeSlots,
+        attach: (slot, file) => this.#vmm(`attach ${file}`, () => this.vm.attachDisk(slot, file), signal),
+        detach: (slot) => this.#detach(slot),
+      });
     } catch (error) {
       if (signal.aborted) throw error;
-      if (error === timeout.reason) throw vmmSilent({ name: 'VMM' }, `attach ${disk.file}`, this.#answerLimitMs);
       if (!(error instanceof KilnError && error.code === 'unavailable')) throw error;
       throw await this.#lostWhile(`${disk.file} was attached`, error);
     }
+  }
+
+  /** The opposite, for a container that was removed from a guest that goes on. */
+  detachDisk(disk: AttachedDisk): Promise<void> {
+    return this.#disks.release(disk, (slot) => this.#detach(slot));
+  }
+
+  /** Notes a disk of a container of an earlier kilnd. */
+  claimDisk(disk: AttachedDisk): void {
+    this.#disks.claim(disk);
+  }
+
+  /** Of an adopted one, when the disks of all its containers are claimed: empties the other slots. */
+  detachUnknown(): Promise<void> {
+    return this.#disks.emptyDoubtful((slot) => this.#detach(slot));
+  }
+
+  #detach(slot: SlotName): Promise<void> {
+    return this.#vmm(`empty the drive slot ${slot}`, () => this.vm.detachDisk(slot));
+  }
+
+  /** Has the VMM do something in the time that it has for an answer. */
+  async #vmm<T>(what: string, action: () => Promise<T>, signal?: AbortSignal): Promise<T> {
+    const timeout = AbortSignal.timeout(this.#answerLimitMs);
+    try {
+      return await abortable(action(), signal === undefined ? timeout : AbortSignal.any([signal, timeout]));
+    } catch (error) {
+      if (error !== timeout.reason || signal?.aborted) throw error;
+      throw vmmSilent({ name: 'VMM' }, what, this.#answerLimitMs);
+    }
+  }
+
+  /** The host's files that it has, or gets now. */
+  volumes(start: () => Promise<SandboxVolumes>): Promise<SandboxVolumes> {
+    if (this.#volumes !== undefined) return Promise.resolve(this.#volumes);
+    this.#startingVolumes ??= start()
+      .then((volumes) => {
+        this.#volumes = volumes;
+        return volumes;
+      })
+      .finally(() => {
+        this.#startingVolumes = undefined;
+      });
+    return this.#startingVolumes;
   }
 
   /** Gives the sandbox the host's files, which end with it. */

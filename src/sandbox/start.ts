@@ -2,12 +2,14 @@ import type { Template } from '../template/store.ts';
 import type { ContainerRequest, HostServices } from './resources.ts';
 import { Sandbox, type SandboxOptions } from './sandbox.ts';
 
+/** What the VM of a container or a pod depends on. */
+export type VmRequest = Pick<
+  ContainerRequest,
+  'id' | 'directory' | 'memoryMib' | 'vcpus' | 'files' | 'vmm' | 'timeline' | 'logger' | 'config'
+>;
+
 /** A VM for a container: one that waits for it in the pool, else a clone of a template, else one that boots. */
-export async function startSandbox(
-  host: HostServices,
-  request: ContainerRequest,
-  signal: AbortSignal,
-): Promise<Sandbox> {
+export async function startSandbox(host: HostServices, request: VmRequest, signal: AbortSignal): Promise<Sandbox> {
   const { id, directory, memoryMib, vcpus, files, vmm, timeline, logger, config } = request;
   const shape = { memoryMib, vcpus, networkCards: config.vm.networkCards, ...files };
   const bootTimeoutMs = config.vm.bootTimeoutS * 1000;

@@ -55,6 +55,7 @@ class Bench {
     this.stopped = promise;
     mkdirSync(this.stateDir, { recursive: true });
     this.daemon = new Daemon({
+      onRestoring: () => {},
       paths: {
         stateDir: this.stateDir,
         cacheDir: join(root, 'cache'),

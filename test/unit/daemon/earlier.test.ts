@@ -12,7 +12,8 @@ import { containerDirectory, knownOf, takeStock, taskFile } from '../../../src/d
 import { type HelperProcess, startHelper } from '../../../src/host/helper-process.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { Timeline } from '../../../src/observe/timeline.ts';
-import { type ContainerRecord, writeContainerRecord } from '../../../src/sandbox/record.ts';
+import { Pods } from '../../../src/sandbox/pod.ts';
+import { type AloneRecord, writeContainerRecord } from '../../../src/sandbox/record.ts';
 import { type TaskRecord, type TaskState, writeTaskRecord } from '../../../src/shim/task-record.ts';
 
 interface LogLine {
@@ -145,9 +146,10 @@ describe('the stock that a new kilnd takes', () => {
   });
 });
 
-function containerRecord(standIn: HelperProcess, fields: Partial<ContainerRecord> = {}): ContainerRecord {
+function containerRecord(standIn: HelperProcess, fields: Partial<AloneRecord> = {}): AloneRecord {
   const script = `: >${join(stateDir, 'poststop-ran')}`;
   return {
+    place: 'alone',
     ...{ version: 1, id: 'c1', terminal: false, started: true, session: 's', answerLimitMs: 1000, vmm: 'qemu', vm: {} },
     standIn: standIn.identity!,
     hooks: {
@@ -183,6 +185,7 @@ describe('what is known of a container before it is taken over', () => {
 describe('a container that cannot be taken over has ended', () => {
   const installation = {
     host: {} as Installation['host'],
+    pods: new Pods(),
     load: () => {
       throw new Error('no configuration');
     },
@@ -201,6 +204,7 @@ describe('a container that cannot be taken over has ended', () => {
     const context: ContainerContext = {
       namespace: 'ns',
       directory: containerDirectory(stateDir, 'aa'),
+      directoryOf: (id) => containerDirectory(stateDir, id),
       timeline: new Timeline(),
       logger,
       holds: { holdFifo: async () => {}, releaseFifo: async (path: string) => void released.push(path) },

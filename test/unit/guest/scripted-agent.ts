@@ -100,6 +100,8 @@ export class ScriptedAgent {
       hello: (_call, done) => done(null, helloResponse()),
       adjustClock: (_call, done) => done(null, { realtimeNs: nowNs() }),
       sampleRandomness: (_call, done) => done(null, SampleRandomnessResponse.fromPartial({})),
+      preparePod: (_call, done) => done(null, {}),
+      listContainers: (_call, done) => done(null, { ids: [] }),
       createContainer: (_call, done) => done(null, { pid: 12 }),
       startContainer: (_call, done) => done(null, {}),
       execProcess: (call, done) => {

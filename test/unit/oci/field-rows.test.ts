@@ -138,7 +138,6 @@ const rows: Readonly<Record<string, readonly Case[]>> = {
       becomes: { a: 'b' },
       warns: "annotation run.oci.handler: not passed to the guest's crun",
     },
-    refused({ 'io.kubernetes.cri.container-type': 'sandbox' }, '["io.kubernetes.cri.container-type"]: pods are not'),
   ],
   // Below: it cannot be set as a whole without its namespaces.
   linux: [],

@@ -202,16 +202,6 @@ describe('refused', () => {
       'unimplemented: hooks.midlife: no such moment to run a hook at is known',
     ],
     [
-      'a container of a pod',
-      { ...ctrSpec(), annotations: { 'io.kubernetes.cri.container-type': 'container' } },
-      'unimplemented: annotations["io.kubernetes.cri.container-type"]: pods are not supported yet (the spec has ',
-    ],
-    [
-      'a pod of CRI-O',
-      { ...ctrSpec(), annotations: { 'io.kubernetes.cri-o.ContainerType': 'sandbox' } },
-      'unimplemented: annotations["io.kubernetes.cri-o.ContainerType"]: pods are not supported yet (the spec has ',
-    ],
-    [
       'a spec of another age',
       { ...ctrSpec(), ociVersion: '2.0.0' },
       'invalid-argument: ociVersion: version 2.0.0 is not',

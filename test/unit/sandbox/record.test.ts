@@ -12,6 +12,7 @@ beforeEach(() => {
 afterEach(() => rmSync(folder, { recursive: true, force: true }));
 
 const record: ContainerRecord = {
+  place: 'alone',
   ...{ version: 1, id: 'c1', terminal: true, started: false, session: 's', answerLimitMs: 60_000, vmm: 'qemu' },
   vm: { version: 1, usedSlots: ['ro0'], deep: { of: ['the', 'driver'] } },
   standIn: { pid: 7, startTime: '123', bootId: 'b' },

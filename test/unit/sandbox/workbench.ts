@@ -20,7 +20,7 @@ import type { Container } from '../../../src/sandbox/container.ts';
 import { bootContainer, reattachContainer } from '../../../src/sandbox/create.ts';
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import type { HookPlan } from '../../../src/sandbox/hooks.ts';
-import { type ContainerRecord, writeContainerRecord } from '../../../src/sandbox/record.ts';
+import { type AloneRecord, writeContainerRecord } from '../../../src/sandbox/record.ts';
 import type { ContainerRequest, HostServices } from '../../../src/sandbox/resources.ts';
 import type { Sandbox } from '../../../src/sandbox/sandbox.ts';
 import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
@@ -277,12 +277,13 @@ export class Workbench implements AsyncDisposable {
   }
 
   /** What an earlier kilnd has left of a container that runs: its directory, its stand-in, and its record. */
-  async leave(fields: Partial<ContainerRecord> = {}): Promise<ContainerRecord> {
+  async leave(fields: Partial<AloneRecord> = {}): Promise<AloneRecord> {
     mkdirSync(this.directory, { mode: 0o700 });
     const standIn = await startStandIn({ program: this.#standIn(), id: 'c1', directory: this.directory });
     this.#leftStandIn = standIn;
     if (standIn.identity === undefined) throw new Error('the stand-in has ended');
-    const record: ContainerRecord = {
+    const record: AloneRecord = {
+      place: 'alone',
       ...{ version: 1, id: 'c1', terminal: this.terminal, started: true, session, answerLimitMs: 5000 },
       ...{ vmm: 'scripted', vm: { pid: 1_000_000 }, standIn: standIn.identity, oomKills: 0 },
       hooks: this.#request().hooks,
@@ -294,7 +295,7 @@ export class Workbench implements AsyncDisposable {
   }
 
   /** Takes over what `leave` has left. Its agent must say Hello with `session`. */
-  async adopt(record: ContainerRecord, execs: readonly ExecRequest[] = [], vmm: Partial<Vmm> = {}) {
+  async adopt(record: AloneRecord, execs: readonly ExecRequest[] = [], vmm: Partial<Vmm> = {}) {
     const { directory, timeline, logger, openStdio } = this.#request();
     const adopt: Vmm['adopt'] = async () => {
       const config = { directory } as VmConfig;

@@ -1,0 +1,62 @@
+/**
+ * What a spec says of pods. CRI makes of a pod one container of the type "sandbox", and then any number of the type
+ * "container", each naming the sandbox's id. The annotations are containerd's (internal/cri/annotations) and CRI-O's
+ * (pkg/annotations); containerd's specs of a pod's containers name the namespaces of the sandbox's process.
+ */
+import { KilnError } from '../errors.ts';
+import type { Spec } from './spec.ts';
+
+/** What a container is in a pod. */
+export type PodPlace =
+  /** It belongs to none, and has a virtual machine of its own. */
+  | { readonly kind: 'alone' }
+  /** It stands for the pod: its virtual machine is the pod's. */
+  | { readonly kind: 'sandbox' }
+  /** It runs in the virtual machine of that container. */
+  | { readonly kind: 'member'; readonly sandboxId: string };
+
+const dialects = [
+  { type: 'io.kubernetes.cri.container-type', sandbox: 'io.kubernetes.cri.sandbox-id' },
+  { type: 'io.kubernetes.cri-o.ContainerType', sandbox: 'io.kubernetes.cri-o.SandboxID' },
+];
+
+/** @throws KilnError invalid-argument for annotations that contradict themselves or each other, naming them */
+export function podPlace({ annotations = {} }: Pick<Spec, 'annotations'>): PodPlace {
+  const dialect = dialects.find(({ type }) => annotations[type] !== undefined);
+  if (dialect === undefined) return { kind: 'alone' };
+  const type = annotations[dialect.type];
+  if (type === 'sandbox') return { kind: 'sandbox' };
+  if (type !== 'container') {
+    throw new KilnError(
+      'invalid-argument',
+      `annotation ${dialect.type}=${JSON.stringify(type)}: must be "sandbox" or "container"`,
+    );
+  }
+  const sandboxId = annotations[dialect.sandbox] ?? '';
+  if (sandboxId !== '') return { kind: 'member', sandboxId };
+  throw new KilnError('invalid-argument', `annotation ${dialect.type}="container" needs ${dialect.sandbox}`);
+}
+
+/** Where the guest keeps what the containers of a pod share: namespaces by their type, and `shm` for /dev/shm. */
+export const guestPodDirectory = '/run/kiln/pod';
+
+/** What the translation of a container's spec has to know of its pod. */
+export interface PodOfSpec {
+  /** Of the process that stands for the pod on the host. */
+  readonly pid: number;
+}
+
+/** The names of namespaces in /proc/<pid>/ns, by the spec's. namespaces(7) */
+const shared: Readonly<Record<string, string>> = { ipc: 'ipc', uts: 'uts', pid: 'pid' };
+
+/**
+ * The guest's path of a pod's namespace that a spec names by the host's; undefined for any other.
+ *
+ * A path outside of /proc is one that CRI-O has given the namespace of a pod, and of nothing else.
+ */
+export function podNamespace(type: string, path: string, { pid }: PodOfSpec): string | undefined {
+  const name = shared[type];
+  if (name === undefined) return undefined;
+  if (path !== `/proc/${pid}/ns/${name}` && path.startsWith('/proc/')) return undefined;
+  return `${guestPodDirectory}/${type}`;
+}

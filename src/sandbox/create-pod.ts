@@ -1,0 +1,101 @@
+import { mkdir, rm } from 'node:fs/promises';
+import type { GuestPod } from '../guest/guest.ts';
+import { startStandIn } from '../host/stand-in.ts';
+import { faultPoint } from './faults.ts';
+import { ContainerHooks } from './hooks.ts';
+import { Pod } from './pod.ts';
+import { PodContainer } from './pod-container.ts';
+import type { PodRecord } from './record.ts';
+import { adoptStandIn, type ContainerRequest, fulfilled, type HostServices, sideBySide } from './resources.ts';
+import { Sandbox } from './sandbox.ts';
+import { startSandbox, type VmRequest } from './start.ts';
+
+export interface PodRequest
+  extends VmRequest,
+    Pick<ContainerRequest, 'hooks' | 'terminal' | 'openStdio' | 'networkNamespace'> {
+  /** What the pod's containers share. */
+  readonly guestPod: GuestPod;
+}
+
+/**
+ * Makes a pod, in which nothing runs yet, and what stands for it. Whatever step fails, all that was acquired is released
+ * before the error reaches the caller.
+ */
+export async function bootPod(
+  host: HostServices,
+  request: PodRequest,
+  signal: AbortSignal,
+): Promise<{ container: PodContainer; pod: Pod }> {
+  const { id, directory, timeline, networkNamespace } = request;
+  await using stack = new AsyncDisposableStack();
+  const hooks = new ContainerHooks(request);
+  // First on the stack, because they run when all the rest is gone.
+  stack.defer(() => hooks.poststop());
+  await rm(directory, { recursive: true, force: true });
+  await mkdir(directory, { mode: 0o700 });
+  stack.defer(() => rm(directory, { recursive: true, force: true }));
+  faultPoint('sandbox-directory');
+  const { either, guard } = sideBySide(signal);
+  const [stdio, standIn, sandbox] = await Promise.allSettled([
+    guard(request.openStdio()),
+    guard(startStandIn({ program: host.standInProgram, id, directory, networkNamespace })),
+    guard(startSandbox(host, request, either)),
+  ]);
+  if (stdio.status === 'fulfilled') stack.defer(() => stdio.value.dispose());
+  if (standIn.status === 'fulfilled') stack.use(standIn.value);
+  if (sandbox.status === 'fulfilled') stack.use(sandbox.value);
+  // The first failure is the cause; the other steps were aborted by it.
+  either.throwIfAborted();
+  await hooks.create(fulfilled(standIn).pid, signal);
+  faultPoint('hooks');
+  await fulfilled(sandbox).guest.preparePod(request.guestPod);
+  timeline.mark('created');
+  faultPoint('container-create');
+  const parts = { standIn: fulfilled(standIn), sandbox: fulfilled(sandbox), hooks, disposal: stack.move() };
+  return standFor(request, { ...parts, hookPlan: request.hooks, started: false });
+}
+
+/** A pod of an earlier kilnd. When that fails, its VM is ended, and what is left of it on the host stays. */
+export async function reattachPod(
+  { fileServers }: HostServices,
+  request: Pick<ContainerRequest, 'directory' | 'vmm' | 'openStdio' | 'timeline' | 'logger'> & {
+    readonly record: PodRecord;
+  },
+  signal: AbortSignal,
+): Promise<{ container: PodContainer; pod: Pod }> {
+  const { record, directory, vmm, openStdio, logger } = request;
+  const { id, terminal, hooks: hookPlan, started } = record;
+  await using stack = new AsyncDisposableStack();
+  const hooks = new ContainerHooks({ id, hooks: hookPlan, logger, begun: true });
+  const sandbox = stack.use(await Sandbox.adopt({ vmm, fileServers, record, directory, logger }, signal));
+  const stdio = stack.adopt(await openStdio(), (opened) => opened.dispose());
+  const standIn = stack.use(adoptStandIn(record, directory));
+  stack.move();
+  const disposal = new AsyncDisposableStack();
+  disposal.defer(() => hooks.poststop());
+  disposal.defer(() => rm(directory, { recursive: true, force: true }));
+  disposal.defer(() => stdio.dispose());
+  for (const resource of [standIn, sandbox]) disposal.use(resource);
+  return standFor({ ...request, id, terminal }, { standIn, sandbox, hooks, hookPlan, disposal, started });
+}
+
+type Standing = ConstructorParameters<typeof PodContainer>[0];
+
+function standFor(
+  {
+    id,
+    directory,
+    vmm,
+    terminal,
+    timeline,
+    logger,
+  }: Pick<PodRequest, 'id' | 'directory' | 'vmm' | 'terminal' | 'timeline' | 'logger'>,
+  parts: Pick<Standing, 'standIn' | 'hooks' | 'hookPlan' | 'disposal' | 'started'> & { readonly sandbox: Sandbox },
+): { container: PodContainer; pod: Pod } {
+  const { sandbox, ...others } = parts;
+  let container: PodContainer | undefined;
+  const save = () => container?.save();
+  const pod = new Pod({ directory, sandbox, pid: parts.standIn.pid, save, logger });
+  container = new PodContainer({ ...{ id, directory, pod, terminal, timeline, logger }, vmm: vmm.name, ...others });
+  return { container, pod };
+}

@@ -1,0 +1,78 @@
+import { beforeEach, describe, expect, it } from 'vitest';
+import { DiskSlots } from '../../../src/sandbox/disk-slots.ts';
+import { readOnlySlots, type SlotName, writableSlots } from '../../../src/vmm/vmm.ts';
+
+const events: string[] = [];
+beforeEach(() => {
+  events.length = 0;
+});
+const detach = async (slot: SlotName) => void events.push(`${slot} emptied`);
+const vm = {
+  free: [...readOnlySlots, ...writableSlots],
+  attach: async (slot: SlotName, file: string) => {
+    events.push(`${slot} has ${file}`);
+    return `serial-${slot}`;
+  },
+  detach,
+};
+const image = { file: '/image', readOnly: true };
+
+describe('the drive slots of a VM', () => {
+  it('have a read-only file once, for however many containers', async () => {
+    const slots = new DiskSlots();
+    const [one, two] = await Promise.all([slots.attach(image, vm), slots.attach(image, vm)]);
+    expect(one).toEqual({ slot: 'ro0', serial: 'serial-ro0', file: '/image' });
+    expect(two).toEqual(one);
+    await slots.release(one, detach);
+    expect(events).toEqual(['ro0 has /image']);
+    await slots.release(two, detach);
+    expect(events).toEqual(['ro0 has /image', 'ro0 emptied']);
+  });
+
+  it('are used again and again', async () => {
+    const slots = new DiskSlots();
+    for (let round = 0; round < 20; round += 1) {
+      const disk = await slots.attach({ file: `/rw-${round}`, readOnly: false }, vm);
+      expect(disk.slot).toBe('rw0');
+      await slots.release(disk, detach);
+    }
+  });
+
+  it('run out with an error that says which kind', async () => {
+    const slots = new DiskSlots();
+    for (const [index] of writableSlots.entries()) await slots.attach({ file: `/rw-${index}`, readOnly: false }, vm);
+    await expect(slots.attach({ file: '/more', readOnly: false }, vm)).rejects.toMatchObject({
+      code: 'resource-exhausted',
+      message: 'the VM has no free writable drive slot for /more',
+    });
+  });
+
+  it('are not used again when they cannot be emptied', async () => {
+    const slots = new DiskSlots();
+    const disk = await slots.attach(image, vm);
+    const failing = () => Promise.reject(new Error('stuck'));
+    await expect(slots.release(disk, failing)).rejects.toThrow('stuck');
+    expect((await slots.attach(image, vm)).slot).toBe('ro1');
+  });
+
+  it('are emptied before they are used again when putting a file there has failed', async () => {
+    const slots = new DiskSlots();
+    const failing = { ...vm, attach: () => Promise.reject(new Error('no such file')) };
+    await expect(slots.attach(image, failing)).rejects.toThrow('no such file');
+    await slots.attach(image, vm);
+    expect(events).toEqual(['ro0 emptied', 'ro0 has /image']);
+  });
+
+  it('of an earlier kilnd are emptied, except for those that a container has', async () => {
+    const slots = new DiskSlots(true);
+    const disk = { slot: 'ro3', serial: 's', file: '/image' } as const;
+    slots.claim(disk);
+    slots.claim(disk);
+    await slots.emptyDoubtful(detach);
+    expect(events).toHaveLength(readOnlySlots.length + writableSlots.length - 1);
+    expect(events).not.toContain('ro3 emptied');
+    expect(await slots.attach(image, vm)).toEqual(disk);
+    for (let users = 3; users > 0; users -= 1) await slots.release(disk, detach);
+    expect(events.at(-1)).toBe('ro3 emptied');
+  });
+});

@@ -240,6 +240,29 @@ describe('a volume', () => {
     await fails(client.setxattr('0/file', 'trusted.one', 'value'), errno.EPERM);
   });
 
+  test('has POSIX ACLs, which getfacl(1) of the host would show, too', async () => {
+    const { client, source } = await share();
+    writeFileSync(path.join(source, 'file'), '');
+    // linux/posix_acl_xattr.h: version 2, then tag, permissions and id of each entry.
+    const entries = [
+      [1, 6, -1],
+      [2, 4, 1000],
+      [4, 4, -1],
+      [0x10, 4, -1],
+      [0x20, 0, -1],
+    ] as const;
+    const acl = Buffer.alloc(4 + 8 * entries.length);
+    acl.writeUInt32LE(2);
+    for (const [i, [tag, permissions, id]] of entries.entries()) {
+      acl.writeUInt16LE(tag, 4 + 8 * i);
+      acl.writeUInt16LE(permissions, 6 + 8 * i);
+      acl.writeInt32LE(id, 8 + 8 * i);
+    }
+    await client.setxattr('0/file', 'system.posix_acl_access', acl);
+    expect(await client.getxattr(await client.walk('0/file'), 'system.posix_acl_access')).toEqual(acl);
+    expect(statSync(path.join(source, 'file')).mode & 0o777).toBe(0o640);
+  });
+
   test('tells how full the file system is', async () => {
     const { client, source } = await share();
     const reply = await client.call(T.statfs, [[4, await client.walk('0')]]);

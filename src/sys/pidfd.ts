@@ -74,7 +74,8 @@ export class ProcessHandle implements Disposable {
     this.#fd = fd;
     this.#poll = koffi.node.poll(fd, { readable: true }, () => {
       this[Symbol.dispose]();
-      this.#ended.resolve();
+      // koffi calls without what Node does around a callback: promises would settle only when something else happens.
+      setImmediate(this.#ended.resolve);
     });
   }
 

@@ -1,14 +1,19 @@
 import { type ChildProcess, type SpawnOptions, spawn } from 'node:child_process';
 import { closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';
+import { constants as osConstants } from 'node:os';
 import path from 'node:path';
-import { Readable } from 'node:stream';
+import type { Readable } from 'node:stream';
 import { KilnError } from '../errors.ts';
 import type { NetworkNamespace } from '../sys/netns.ts';
 import { ProcessHandle } from '../sys/pidfd.ts';
+import { pipe2, socketFromFd } from '../sys/pipe.ts';
+import { waitpid } from '../sys/process.ts';
+import { posixSpawn } from '../sys/spawn.ts';
 import { limitLog } from './log-limit.ts';
 import { resetOomScore } from './oom-score.ts';
 import { lastLines, printable } from './printable.ts';
 import { identityOf, isAlive, type ProcessIdentity } from './process-identity.ts';
+import { findProgram } from './program.ts';
 
 /** How a process ended; both null of one that was not our child. */
 export interface ProcessExit {
@@ -73,41 +78,53 @@ const lastWordsBytes = 2048;
  * Throws `failed-precondition` naming the program when it cannot be executed.
  */
 export async function startHelper(options: HelperOptions): Promise<HelperProcess> {
-  const logFile = path.join(options.directory, options.logName);
+  const { directory, statusPipe = false, inherit = [] } = options;
+  const logFile = path.join(directory, options.logName);
+  using stack = new DisposableStack();
   // Appending, so that the program's own processes do not overwrite each other's lines.
   const { O_WRONLY, O_CREAT, O_TRUNC, O_APPEND } = constants;
-  const log = openSync(logFile, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND, 0o600);
-  let started: { child: ChildProcess; exited: Promise<ProcessExit> };
-  try {
-    const more: readonly ('pipe' | number)[] = [
-      ...(options.statusPipe ? ['pipe' as const] : []),
-      ...(options.inherit ?? []),
-    ];
-    started = await spawned(options, {
-      detached: true,
-      cwd: options.workingDirectory ?? '/',
-      env: {
-        PATH: process.env.PATH ?? '/usr/sbin:/usr/bin:/sbin:/bin',
-        [sandboxVariable]: options.directory,
-      },
-      stdio: ['ignore', log, log, ...more],
-    });
-  } finally {
-    closeSync(log);
+  const log = stack.adopt(openSync(logFile, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND, 0o600), closeSync);
+  let status = Promise.resolve('');
+  const fds: (number | null)[] = [null, log, log, ...inherit];
+  if (statusPipe) {
+    const { read, write } = pipe2();
+    stack.defer(() => closeSync(write));
+    status = readAll(socketFromFd(read, 'read'));
+    fds.push(write);
   }
-  const { child, exited } = started;
-  const pid = child.pid as number;
+  const pid = run(options, fds);
   resetOomScore(pid);
-  const statusStream = child.stdio[3];
-  const status = statusStream instanceof Readable ? readAll(statusStream) : Promise.resolve('');
+  // There as long as nobody has waited for it, and that is only us.
+  const handle = ProcessHandle.open(pid);
+  if (handle === undefined) throw new KilnError('internal', `${options.title} (pid ${pid}) was taken from Kiln`);
+  const exited = handle.ended.then(() => exitOf(pid));
   const kill = async () => {
-    if (child.exitCode === null && child.signalCode === null) child.kill('SIGKILL');
+    handle.kill(SIGKILL);
     await exited;
   };
   const identity = identityOf(pid);
   const limit = limitLog(logFile);
   void exited.then(() => limit[Symbol.dispose]());
   return { pid, identity, exited, status, ...wordsIn(logFile), kill, [Symbol.asyncDispose]: kill };
+}
+
+/** @returns the process id of the program, which is our child and none of Node's: see spawn.ts */
+function run({ program, args, directory, workingDirectory = '/', ...named }: HelperOptions, fds: (number | null)[]) {
+  const searchPath = process.env.PATH ?? '/usr/sbin:/usr/bin:/sbin:/bin';
+  const env = { PATH: searchPath, [sandboxVariable]: directory };
+  try {
+    return posixSpawn({ path: findProgram(program, searchPath) ?? program, args, env, workingDirectory, fds });
+  } catch (cause) {
+    throw cannotRun({ program, ...named }, cause);
+  }
+}
+
+/** How a child of ours has ended. */
+function exitOf(pid: number): ProcessExit {
+  const exit = waitpid(pid);
+  if (exit?.kind !== 'signaled') return { code: exit?.code ?? null, signal: null };
+  const name = Object.entries(osConstants.signals).find(([, number]) => number === exit.signal)?.[0];
+  return { code: null, signal: (name ?? 'SIGKILL') as NodeJS.Signals };
 }
 
 /** Takes over a helper that an earlier kilnd has started; undefined when it has ended. */
@@ -163,10 +180,13 @@ export async function spawned(
     await promise;
     return { child, exited };
   } catch (cause) {
-    const { code, message } = cause as NodeJS.ErrnoException;
-    const { title, program, hint } = options;
-    throw new KilnError('failed-precondition', `cannot run ${title} "${program}": ${code ?? message}`, { hint, cause });
+    throw cannotRun(options, cause);
   }
+}
+
+function cannotRun({ title, program, hint }: Pick<HelperOptions, 'program' | 'title' | 'hint'>, cause: unknown) {
+  const { code, message } = cause as NodeJS.ErrnoException;
+  return new KilnError('failed-precondition', `cannot run ${title} "${program}": ${code ?? message}`, { hint, cause });
 }
 
 function wordsIn(logFile: string): Pick<HelperProcess, 'lastWords' | 'outputTail'> {

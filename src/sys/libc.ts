@@ -7,8 +7,8 @@
 import koffi, { type LibraryHandle } from 'koffi';
 import { SysError } from './error.ts';
 
-/** What crosses the boundary: numbers, strings (copied, null is NULL) and memory that C reads or writes in place. */
-type Argument = number | bigint | string | null | NodeJS.ArrayBufferView;
+/** What crosses the boundary: numbers, strings (copied, null is NULL), arrays of these, and memory that C reads or writes in place. */
+type Argument = number | bigint | string | null | readonly (string | null)[] | NodeJS.ArrayBufferView;
 
 /** A C function that returns an int. */
 export interface CFunction<Arguments extends Argument[]> {

@@ -112,7 +112,7 @@ async function writeTo(folder: string, name: string, text: string): Promise<void
 const startedAt = new Date();
 const facts = await machine();
 say(`${facts.cpus} × ${facts.cpu}, kernel ${facts.kernel}, load ${facts.load}, containerd ${containerdVersion}`);
-const scene = new Scene({ version: containerdVersion });
+const scene = new Scene({ version: containerdVersion, runInMemory: true });
 try {
   await scene.setUp();
   const uses: Record<string, unknown> = {};

@@ -8,7 +8,7 @@ import { busyboxImage, type Image, importImage } from './images.ts';
 import { assertNothingLeft, findLeft, type HostSnapshot, kilndPids, snapshotHost } from './leftovers.ts';
 import { type ContainerdVersion, runtime, shimBinary } from './paths.ts';
 import { sharedTemplatesVariable } from './shared-templates.ts';
-import { type RunningProgram, type RunOptions, type RunResult, run } from './spawn.ts';
+import { mustRun, type RunningProgram, type RunOptions, type RunResult, run } from './spawn.ts';
 import { signal, waitForEnd } from './wait-for-end.ts';
 
 export interface SceneOptions {
@@ -19,6 +19,8 @@ export interface SceneOptions {
   readonly images?: readonly Image[];
   /** Templates of the scene's own, which its first start has to make; else the test run's. */
   readonly ownTemplates?: boolean;
+  /** What an installed Kiln and containerd have in /run lies in memory here, too, and not on the disk of /tmp. */
+  readonly runInMemory?: boolean;
   /** More environment for containerd, and so for the launcher and kilnd. */
   readonly env?: Readonly<Record<string, string>>;
 }
@@ -130,7 +132,12 @@ export class Scene {
 
   async setUp(): Promise<void> {
     await mkdir(this.dir, { mode: 0o755 });
-    for (const name of ['k', 'c', 'd', 'shims', 'specs']) await mkdir(join(this.dir, name));
+    for (const name of ['k', 'c', 'd', 'd/state', 'shims', 'specs']) await mkdir(join(this.dir, name));
+    if (this.#options.runInMemory === true) {
+      for (const name of ['k', 'd/state']) {
+        await mustRun('mount', ['-t', 'tmpfs', '-o', 'mode=0755', 'kiln-test', join(this.dir, name)]);
+      }
+    }
     await writeFile(join(this.dir, 'shims', shimBinary(editingRuntime)), editingShim, { mode: 0o755 });
     const shared = process.env[sharedTemplatesVariable];
     if (shared !== undefined && this.#options.ownTemplates !== true) await symlink(shared, this.templatesDir);

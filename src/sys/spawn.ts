@@ -61,7 +61,8 @@ export interface Spawn {
 }
 
 /**
- * Starts a program in a session of its own, with no signal blocked or ignored. It runs when this returns.
+ * Starts a program in a session of its own, with no signal blocked or ignored. It runs when this returns; that its
+ * command line and environment can be seen in /proc takes a moment more.
  *
  * @returns its process id
  * @throws SysError of posix_spawn(3), execve(2), chdir(2): ENOENT, EACCES …

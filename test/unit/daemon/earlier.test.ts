@@ -1,8 +1,8 @@
 /** What a new kilnd finds of an earlier one, on a real disk, with real processes. */
-import { existsSync, mkdirSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import { CreateTaskRequest, ExecProcessRequest } from '../../../gen/containerd/task.ts';
 import { Status } from '../../../gen/containerd/task_types.ts';
 import { adoptContainer } from '../../../src/daemon/adopt.ts';
@@ -61,6 +61,8 @@ async function leaveIn(directory: string): Promise<HelperProcess> {
   const what = { program: 'sleep', args: ['1000'], logName: 'log', title: 'sleep', hint: '' };
   const helper = await startHelper({ ...what, directory });
   helpers.push(helper);
+  // It has its environment, by which it is found, a moment after it runs.
+  await vi.waitFor(() => expect(readFileSync(`/proc/${helper.pid}/environ`, 'utf8')).not.toBe(''), { interval: 1 });
   return helper;
 }
 

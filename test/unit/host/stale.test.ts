@@ -13,7 +13,7 @@ import {
 } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
-import { afterEach, beforeEach, expect, test } from 'vitest';
+import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import { type HelperProcess, startHelper } from '../../../src/host/helper-process.ts';
 import { readLoggerRecords, writeLoggerRecord } from '../../../src/host/logger-record.ts';
 import { killProcessesOf } from '../../../src/host/stale.ts';
@@ -41,6 +41,8 @@ async function helperOf(directory: string): Promise<HelperProcess> {
     hint: '',
   });
   started.push(helper);
+  // It has its environment a moment after it runs.
+  await vi.waitFor(() => expect(readFileSync(`/proc/${helper.pid}/environ`, 'utf8')).not.toBe(''), { interval: 1 });
   return helper;
 }
 

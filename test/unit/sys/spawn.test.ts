@@ -1,5 +1,5 @@
 import { closeSync, openSync, readFileSync, readlinkSync } from 'node:fs';
-import { expect, it } from 'vitest';
+import { expect, it, vi } from 'vitest';
 import { ProcessHandle } from '../../../src/sys/pidfd.ts';
 import { waitpid } from '../../../src/sys/process.ts';
 import { posixSpawn, type Spawn } from '../../../src/sys/spawn.ts';
@@ -7,11 +7,11 @@ import { posixSpawn, type Spawn } from '../../../src/sys/spawn.ts';
 const nothing = { args: [], env: {}, workingDirectory: '/', fds: [null, null, null] };
 
 /** A process that waits until it is killed, at the end of the test. */
-async function withSleep(options: Partial<Spawn>, look: (pid: number) => void): Promise<void> {
+async function withSleep(options: Partial<Spawn>, look: (pid: number) => unknown): Promise<void> {
   const pid = posixSpawn({ ...nothing, path: '/bin/sleep', args: ['1000'], ...options });
   using handle = ProcessHandle.open(pid)!;
   try {
-    look(pid);
+    await look(pid);
   } finally {
     handle.kill(9);
     await handle.ended;
@@ -35,8 +35,10 @@ it('gives a program no descriptor beside its own', async () => {
 });
 
 it('starts it in a session of its own, with this environment, in this directory', async () => {
-  await withSleep({ env: { A: 'b', C: '' }, workingDirectory: '/usr' }, (pid) => {
-    expect(readFileSync(`/proc/${pid}/environ`, 'utf8')).toBe('A=b\0C=\0');
+  await withSleep({ env: { A: 'b', C: '' }, workingDirectory: '/usr' }, async (pid) => {
+    // It has that a moment after it runs.
+    const environment = () => readFileSync(`/proc/${pid}/environ`, 'utf8');
+    await vi.waitFor(() => expect(environment()).toBe('A=b\0C=\0'), { interval: 1 });
     expect(readlinkSync(`/proc/${pid}/cwd`)).toBe('/usr');
     expect(
       readFileSync(`/proc/${pid}/stat`, 'utf8')

@@ -54,6 +54,8 @@ const memberRecord = z.object({
   /** The directory of the container that stands for its pod. */
   pod: z.string(),
   slots: z.array(z.object({ slot: slotName, serial: z.string(), file: z.string() })),
+  /** The guest's numbers of its volumes. */
+  volumeNumbers: z.array(z.int().nonnegative()),
 });
 
 const containerRecord = z.discriminatedUnion('place', [aloneRecord, podRecord, memberRecord]);

@@ -112,8 +112,10 @@ export async function acquire(
   if (volumes.status === 'fulfilled' && volumes.value.volumes !== undefined) stack.use(volumes.value.volumes);
   let tenancy: Tenancy | undefined;
   if (rootfs.status === 'fulfilled' && sandbox.status === 'fulfilled') {
-    tenancy = settle(stack, { id, vmm: vmm.name, pod, sandbox: sandbox.value, rootfs: rootfs.value });
+    const volumeNumbers = volumes.status === 'fulfilled' ? volumes.value.numbers : [];
+    tenancy = settle(stack, { id, vmm: vmm.name, pod, sandbox: sandbox.value, rootfs: rootfs.value, volumeNumbers });
   } else {
+    if (pod !== undefined && volumes.status === 'fulfilled') await pod.sandbox.removeVolumes(volumes.value.numbers);
     if (rootfs.status === 'fulfilled') stack.use(rootfs.value);
     if (sandbox.status === 'fulfilled' && pod === undefined) stack.use(sandbox.value);
   }
@@ -141,10 +143,11 @@ function settle(
     readonly sandbox: Sandbox;
     readonly rootfs: PreparedRootfs;
     readonly disks?: readonly AttachedDisk[];
+    readonly volumeNumbers: readonly number[];
   },
 ): Tenancy {
-  const { id, vmm, pod, sandbox, rootfs, disks } = parts;
-  if (pod !== undefined) return stack.use(new PlaceInPod(pod, id, rootfs, disks));
+  const { id, vmm, pod, sandbox, rootfs, disks = [], volumeNumbers } = parts;
+  if (pod !== undefined) return stack.use(new PlaceInPod(pod, id, rootfs, { disks, volumeNumbers }));
   stack.use(rootfs);
   return stack.use(new WholeVm(sandbox, vmm));
 }
@@ -204,10 +207,12 @@ export async function adoptResources(
   const stdio = stack.adopt(await openStdio(), (opened) => opened.dispose());
   const standIn = stack.use(adoptStandIn(record, directory));
   const rootfs = host.rootfs.adopt(record.disks);
-  const [vmm, pod, disks] =
-    'pod' in request ? ['', request.pod, request.record.slots] : [request.record.vmm, undefined, []];
+  const [vmm, pod, disks, volumeNumbers] =
+    'pod' in request
+      ? ['', request.pod, request.record.slots, request.record.volumeNumbers]
+      : [request.record.vmm, undefined, [], []];
   for (const disk of disks) sandbox.claimDisk(disk);
-  const tenancy = settle(stack, { id: record.id, vmm, pod, sandbox, rootfs, disks });
+  const tenancy = settle(stack, { id: record.id, vmm, pod, sandbox, rootfs, disks, volumeNumbers });
   return { sandbox, tenancy, standIn, rootfs, stdio };
 }
 

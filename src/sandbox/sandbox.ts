@@ -234,7 +234,7 @@ export class Sandbox implements AsyncDisposable {
     if (this.#volumes !== undefined) return Promise.resolve(this.#volumes);
     this.#startingVolumes ??= start()
       .then((volumes) => {
-        this.#volumes = volumes;
+        this.useVolumes(volumes);
         return volumes;
       })
       .finally(() => {
@@ -247,6 +247,11 @@ export class Sandbox implements AsyncDisposable {
   useVolumes(volumes: SandboxVolumes): void {
     this.#volumes = volumes;
     volumes.belongTo(this.vm);
+  }
+
+  /** Takes volumes away from a guest that no longer uses them. Never rejects. */
+  async removeVolumes(numbers: readonly number[]): Promise<void> {
+    if (numbers.length > 0) await this.#volumes?.remove(numbers);
   }
 
   /** As `Guest.createContainer`, which gets its volumes; when the VM ends meanwhile or the agent is silent, the error shows the console. */

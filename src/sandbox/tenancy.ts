@@ -5,7 +5,7 @@ import type { AloneRecord, MemberRecord } from './record.ts';
 import type { Sandbox } from './sandbox.ts';
 
 type AloneFields = Pick<AloneRecord, 'place' | 'vmm' | 'session' | 'answerLimitMs' | 'vm' | 'vmDirectory' | 'volumes'>;
-type MemberFields = Pick<MemberRecord, 'place' | 'pod' | 'slots'>;
+type MemberFields = Pick<MemberRecord, 'place' | 'pod' | 'slots' | 'volumeNumbers'>;
 
 /** What a container has of the VM in which it runs. */
 export interface Tenancy extends AsyncDisposable {
@@ -55,25 +55,32 @@ export class WholeVm implements Tenancy {
   }
 }
 
-/** A place in a pod's VM, and the root filesystem whose disks it has: they leave with the container. */
+/** A place in a pod's VM, the root filesystem whose disks it has, and volumes: they leave with the container. */
 export class PlaceInPod implements Tenancy {
   readonly shared = true;
   readonly #pod: Pod;
   readonly #id: string;
   readonly #rootfs: PreparedRootfs;
   readonly #disks: AttachedDisk[];
+  readonly #volumeNumbers: readonly number[];
   #member: PodMember | undefined;
   #left: Promise<void> | undefined;
 
   /**
    * @param container its id
-   * @param disks those of the root filesystem that the VM has already
+   * @param has the disks of the root filesystem that the VM has already, and the numbers of the container's volumes
    */
-  constructor(pod: Pod, container: string, rootfs: PreparedRootfs, disks: readonly AttachedDisk[] = []) {
+  constructor(
+    pod: Pod,
+    container: string,
+    rootfs: PreparedRootfs,
+    has: { readonly disks: readonly AttachedDisk[]; readonly volumeNumbers: readonly number[] },
+  ) {
     this.#pod = pod;
     this.#id = container;
     this.#rootfs = rootfs;
-    this.#disks = [...disks];
+    this.#disks = [...has.disks];
+    this.#volumeNumbers = has.volumeNumbers;
   }
 
   get sandbox(): Sandbox {
@@ -92,7 +99,12 @@ export class PlaceInPod implements Tenancy {
   }
 
   record(): MemberFields {
-    return { place: 'member', pod: this.#pod.directory, slots: [...this.#disks] };
+    return {
+      place: 'member',
+      pod: this.#pod.directory,
+      slots: [...this.#disks],
+      volumeNumbers: [...this.#volumeNumbers],
+    };
   }
 
   enter(member: PodMember): void {
@@ -112,6 +124,7 @@ export class PlaceInPod implements Tenancy {
       if (!this.#pod.vmHasEnded) {
         await this.#pod.clear(this.#id);
         for (const disk of this.#disks) await this.sandbox.detachDisk(disk);
+        await this.sandbox.removeVolumes(this.#volumeNumbers);
         this.#pod.save();
       }
     } catch (error) {

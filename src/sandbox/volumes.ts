@@ -29,6 +29,8 @@ export interface FileServer extends AsyncDisposable {
   readonly ended: Promise<string>;
   /** Adds volumes, and returns the numbers by which the guest knows them. */
   add(volumes: readonly Volume[]): Promise<readonly number[]>;
+  /** Takes volumes away that nobody in the guest uses any more. Those that are gone are no error. */
+  remove(numbers: readonly number[]): Promise<void>;
   /** Serves the guest at the other end of a descriptor, which is the server's then. Once. */
   serve(fd: number): Promise<void>;
   record(): FileServerRecord;
@@ -148,6 +150,15 @@ export class SandboxVolumes implements AsyncDisposable {
   /** Numbers for volumes, in their order. */
   add(volumes: readonly Volume[]): Promise<readonly number[]> {
     return this.#server.add(volumes);
+  }
+
+  /** For a container that has left the guest. Its volumes go with the server at the latest, so this does not fail. */
+  async remove(numbers: readonly number[]): Promise<void> {
+    try {
+      await this.#server.remove(numbers);
+    } catch (error) {
+      this.#logger.warn({ err: forLog(error), numbers }, 'volumes that nobody uses stay until the VM ends');
+    }
   }
 
   /** Hands the guest's channel to the server, if it does not have it yet. The guest may dial before or after. */

@@ -124,7 +124,7 @@ export class VolumeServer implements AsyncDisposable {
 
   /**
    * Serves the guest at the other end of a connected socket. Takes the descriptor, also when this fails; then nothing is
-   * left of the process either. To be called once.
+   * left of the process either, and it can be called again. Else it is called once.
    *
    * @throws KilnError failed-precondition
    */
@@ -134,7 +134,12 @@ export class VolumeServer implements AsyncDisposable {
       throw new KilnError('failed-precondition', 'the file server has a connection already');
     }
     this.#process = this.#startProcess(connection);
-    this.#hasStarted(await this.#process);
+    try {
+      this.#hasStarted(await this.#process);
+    } catch (error) {
+      this.#process = undefined; // The guest may call again, when the volume that was in the way is gone.
+      throw error;
+    }
   }
 
   record(): VolumeServerRecord {

@@ -162,6 +162,13 @@ describe('the file server', () => {
     await client.closed;
     expect(server.pid).toBeUndefined();
     expect(await killProcessesOf(directory)).toEqual([]);
+    // Without the volume that was in the way, it starts.
+    await server.remove([0]);
+    expect(await server.add([volume({ source: '/usr' })])).toEqual([1]);
+    const [again, theirsAgain] = socketPair();
+    await server.serve(theirsAgain);
+    using second = await NinePClient.open(new Socket({ fd: again }));
+    expect(await names(second, '')).toEqual(['1']);
     await server[Symbol.asyncDispose]();
   });
 

@@ -75,15 +75,20 @@ describe('the volumes of a sandbox', () => {
 
   function scripted() {
     const served: number[] = [];
+    const removed: number[] = [];
     const ended = Promise.withResolvers<string>();
     const server: FileServer = {
       ended: ended.promise,
       add: async (volumes) => volumes.map((_, index) => index),
+      remove: async (numbers) => {
+        if (numbers.includes(99)) throw new KilnError('failed-precondition', 'cannot unmount /99');
+        removed.push(...numbers);
+      },
       serve: async (fd) => void served.push(fd),
       record: () => ({ pid: 7 }),
       [Symbol.asyncDispose]: async () => ended.resolve('killed'),
     };
-    return { served, ended, servers: { start: async () => server, adopt: async () => server } };
+    return { served, removed, ended, servers: { start: async () => server, adopt: async () => server } };
   }
 
   it('get the channel of the guest once, also when the first try has failed', async () => {
@@ -106,6 +111,18 @@ describe('the volumes of a sandbox', () => {
     await using adopted = await SandboxVolumes.adopt(servers, volumes.record(), { directory: '/d', logger });
     await adopted?.connect(vm, signal);
     expect(served).toEqual([12]);
+  });
+
+  it('of a container that has left go, and what cannot go is told and keeps nothing from ending', async () => {
+    log.length = 0;
+    const { removed, servers } = scripted();
+    await using volumes = await SandboxVolumes.start(servers, { directory: '/d', logger });
+    await volumes.remove([1, 2]);
+    await volumes.remove([99]);
+    expect(removed).toEqual([1, 2]);
+    expect(log).toMatchObject([
+      { level: 'warn', msg: 'volumes that nobody uses stay until the VM ends', numbers: [99] },
+    ]);
   });
 
   it('tell when their server ends, but not of an end that is wanted', async () => {

@@ -15,6 +15,7 @@ import { sethostname } from '../src/sys/process.ts';
 import { kilnVersion } from '../src/version.ts';
 import { AgentError } from './errors.ts';
 import { takeIdentity } from './identity.ts';
+import { prepareVolumes } from './volumes.ts';
 
 /** proc_pid_stat(5): `starttime` counts in these, whatever the kernel's own tick is (USER_HZ is 100 everywhere). */
 const NANOSECONDS_PER_TICK = 10_000_000n;
@@ -45,6 +46,7 @@ export function hello(request: HelloRequest, owner: boolean, connectedAt: number
     }
     if (request.hostname !== '') sethostname(request.hostname);
     if (request.identity !== undefined) takeIdentity(request.identity);
+    if (request.becomesTemplate) prepareVolumes();
   }
   const told = session;
   if (session === '') session = request.session;

@@ -2,7 +2,7 @@
  * The host's files in the guest: one 9P session for all containers, mounted when the first one needs it. What a container
  * gets of it are bind mounts of directories and files below it, which crun makes.
  */
-import { spawn } from 'node:child_process';
+import { spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
 import { mkdirSync, readFileSync } from 'node:fs';
 import { text } from 'node:stream/consumers';
@@ -81,6 +81,12 @@ export class Volumes {
       clearTimeout(timer);
     }
   }
+}
+
+/** Has clones of a template find in memory what mounting takes: a kernel's modules, and the program. */
+export function prepareVolumes(): void {
+  spawnSync('modprobe', ['-a', '9p', '9pnet_fd']);
+  spawnSync(program, []);
 }
 
 /** The channel that the kernel's command line names. */

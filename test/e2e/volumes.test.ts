@@ -330,10 +330,23 @@ describe.runIf(underKiln)('volumes of a virtual machine from the pool', () => {
   });
 });
 
-describe.runIf(underKiln)('a database on a volume', () => {
+describe.runIf(underKiln)('a volume', () => {
   const scene = useScene({ version: '2.1' });
 
-  it('SQLite in WAL mode, by a Node that is run from volumes', async () => {
+  it('is read by a container that can be ended although the file server hangs', async () => {
+    const dir = folder(scene);
+    const id = scene.id();
+    await scene.start(id, ['sh', '-c', 'while :; do ls /data > /dev/null; done'], { flags: bind(dir, '/data') });
+    const servers = await helpersOf(scene, id, 'kiln-volumes');
+    expect(servers.length).toBe(1);
+    for (const pid of servers) signal(pid, 'SIGSTOP');
+    const since = performance.now();
+    await scene.remove(id);
+    expect(performance.now() - since).toBeLessThan(60_000);
+    for (const pid of servers) await waitForEnd(pid, 20_000);
+  });
+
+  it('holds a database of SQLite in WAL mode, by a Node that is run from volumes', async () => {
     const dir = folder(scene);
     writeFileSync(
       join(dir, 'db.mjs'),

@@ -39,6 +39,10 @@ async function statuses(scene: Scene): Promise<Record<string, string>> {
   return Object.fromEntries((await scene.tasks()).map(({ id, status }) => [id, status]));
 }
 
+async function sortedTasks(scene: Scene) {
+  return (await scene.tasks()).sort((one, other) => one.pid - other.pid);
+}
+
 /** Resolves when the task is seen as stopped. */
 async function stopped(scene: Scene, id: string): Promise<void> {
   await expect.poll(async () => (await statuses(scene))[id], { timeout: 60_000 }).toBe('STOPPED');
@@ -110,12 +114,12 @@ describe.runIf(underKiln).each(containerdVersions)('a pod under containerd %s', 
   it('outlives a kilnd that is killed, and goes on taking containers', async () => {
     const pod = await startPod(scene);
     const [one, two] = [await startMember(scene, pod), await startMember(scene, pod)];
-    const before = await scene.tasks();
+    const before = await sortedTasks(scene);
     const boot = await bootId(scene, one);
     await inside(scene, one, 'sh', '-c', 'echo kept > /note');
     await killKilnd(scene);
     expect(await bootId(scene, two)).toBe(boot);
-    expect(await scene.tasks()).toEqual(before);
+    expect(await sortedTasks(scene)).toEqual(before);
     expect(await inside(scene, one, 'cat', '/note')).toBe('kept');
     const three = await startMember(scene, pod);
     expect(await bootId(scene, three)).toBe(boot);

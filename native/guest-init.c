@@ -16,7 +16,8 @@
  * Whatever fails is named on the console ("kiln-init: what: why"), where the host reads it, and ends the machine by a
  * reboot, which every VMM turns into its own exit. `kiln.trace` on the kernel's command line prints the time since
  * boot at each step; `kiln.emulated` says that the machine is emulated in software; `kiln.modules=one,two` names drivers that
- * are wanted beside those that every guest needs, which are loaded while the agent starts.
+ * are wanted beside those that every guest needs, which are loaded while the agent starts; `kiln.boot_timer=A` is the
+ * physical address of a boot timer.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -32,6 +33,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/resource.h>
@@ -49,6 +51,9 @@
 #define MAX_SERIAL 20
 #define MODULES_WORD "kiln.modules="
 #define MAX_MODULES 16
+#define BOOT_TIMER_WORD "kiln.boot_timer="
+/* What Firecracker's boot timer waits for: src/vmm/src/devices/pseudo/boot_timer.rs of its v1.16. */
+#define BOOT_TIMER_MAGIC 123
 /* How long the disk may take to appear. It is there at once on every VMM we know; this only bounds a wrong set-up. */
 #define ROOT_WAIT_MS 10000
 
@@ -57,6 +62,10 @@ static bool tracing;
 static bool emulated;
 /* Names with commas between them. */
 static char wanted_modules[256];
+/* Physical address of the VMM's boot timer; 0 for none. */
+static unsigned long boot_timer;
+/* The kernel was told to start the second stage itself. */
+static bool has_one_stage;
 static char root_serial[MAX_SERIAL + 1] = DEFAULT_ROOT_SERIAL;
 
 static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -99,12 +108,28 @@ static void read_command_line(void) {
   text[length] = '\0';
   tracing = strstr(text, "kiln.trace") != NULL;
   emulated = strstr(text, "kiln.emulated") != NULL;
+  has_one_stage = strstr(text, "init=/sbin/kiln-init") != NULL;
   for (char *rest = text, *word; (word = strsep(&rest, " \n")) != NULL;) {
     if (strncmp(word, ROOT_SERIAL_WORD, strlen(ROOT_SERIAL_WORD)) == 0)
       snprintf(root_serial, sizeof(root_serial), "%s", word + strlen(ROOT_SERIAL_WORD));
+    if (strncmp(word, BOOT_TIMER_WORD, strlen(BOOT_TIMER_WORD)) == 0)
+      boot_timer = strtoul(word + strlen(BOOT_TIMER_WORD), NULL, 0);
     if (strncmp(word, MODULES_WORD, strlen(MODULES_WORD)) == 0)
       snprintf(wanted_modules, sizeof(wanted_modules), "%s", word + strlen(MODULES_WORD));
   }
+}
+
+/* Tells the VMM that the first program runs, where it asks for that. */
+static void tell_boot_timer(void) {
+  if (boot_timer == 0) return;
+  int fd = open("/dev/mem", O_RDWR | O_SYNC | O_CLOEXEC);
+  void *page = fd < 0 ? MAP_FAILED : mmap(NULL, 1, PROT_WRITE, MAP_SHARED, fd, (off_t)boot_timer);
+  if (page == MAP_FAILED)
+    say("warning: write to the boot timer by /dev/mem: %s", strerror(errno));
+  else
+    *(volatile unsigned char *)page = BOOT_TIMER_MAGIC;
+  if (page != MAP_FAILED) munmap(page, 1);
+  if (fd >= 0) close(fd);
 }
 
 /* The kernel may already have mounted devtmpfs (CONFIG_DEVTMPFS_MOUNT): the same again is EBUSY and fine. */
@@ -233,6 +258,7 @@ static void first_stage(void) {
   mount_or_fail("proc", "/proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
   mount_or_fail("sysfs", "/sys", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
   read_command_line();
+  tell_boot_timer();
   trace("first stage");
   int events = open_events();
   load_modules();
@@ -359,6 +385,7 @@ static void set_limits(void) {
 static void second_stage(void) {
   mount_filesystems();
   read_command_line();
+  if (has_one_stage) tell_boot_timer();
   trace("second stage");
   read_ahead();
   open_cgroups();

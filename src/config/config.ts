@@ -43,6 +43,8 @@ export interface KilnConfig {
     readonly jailUids: number;
     /** Guest memory in pages of 2 MiB, from the host's pool. */
     readonly hugePages: boolean;
+    /** Have guests tell when their first program starts. */
+    readonly bootTimer: boolean;
     readonly channel: 'auto' | 'hybrid-vsock' | 'kernel-vsock' | 'virtio-serial';
   };
   readonly template: {
@@ -191,6 +193,7 @@ function toConfig({ vm, template, pool, storage, daemon }: ConfigFile): KilnConf
       jailUidFirst: vm.jail_uid_first,
       jailUids: vm.jail_uids,
       hugePages: vm.huge_pages,
+      bootTimer: vm.boot_timer,
       channel: vm.channel,
     },
     template: { enabled: template.enabled, keepDays: template.keep_days, maxTotalMib: template.max_total_mib },

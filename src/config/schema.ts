@@ -64,6 +64,7 @@ const vm = z.strictObject({
   jail_uid_first: z.int().min(1).max(maxUid).default(1_900_000_000).describe(`an integer from 1 to ${maxUid}`),
   jail_uids: z.int().min(1).max(1_000_000).default(65_536).describe('an integer from 1 to 1000000'),
   huge_pages: z.boolean().default(false).describe('true or false'),
+  boot_timer: z.boolean().default(false).describe('true or false'),
   channel: z
     .enum(['auto', 'hybrid-vsock', 'kernel-vsock', 'virtio-serial'])
     .default('auto')

@@ -24,6 +24,7 @@ import { poolName } from './earlier.ts';
 import { fileServers } from './file-servers.ts';
 import { defaultGuestDir, standInProgram } from './installation.ts';
 import { endRemains } from './remains.ts';
+import { firecrackerCounters } from './vmm.ts';
 
 /**
  * How long a new kilnd waits for one that is just ending: containers that are told to end at once, and a client that does
@@ -73,6 +74,7 @@ async function main(): Promise<void> {
           containers: () => daemon.containers,
           templates: () => ({ ...templates.counts }),
           pool: () => pool.status(),
+          firecracker: () => firecrackerCounters.sums,
         });
   const daemon: Daemon = new Daemon({
     paths,

@@ -1,6 +1,7 @@
 import type { KilnConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
 import { findProgram } from '../host/program.ts';
+import { CounterSums } from '../observe/counter-sums.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Parking } from '../vmm/cards.ts';
 import { chooseVmm } from '../vmm/choice.ts';
@@ -10,6 +11,9 @@ import { chooseAccelerator } from '../vmm/qemu/accelerator.ts';
 import { createQemu } from '../vmm/qemu/driver.ts';
 import type { Vmm } from '../vmm/vmm.ts';
 import { vsockBackendProgram } from './installation.ts';
+
+/** What all Firecrackers count since kilnd's start; the real one has some 300 counters. */
+export const firecrackerCounters = new CounterSums(1000);
 
 /** What has been told, each thing once. */
 const told = new Set<string>();
@@ -22,10 +26,11 @@ export interface VmmServices {
 
 const drivers: Readonly<Record<string, (config: KilnConfig, services: VmmServices) => Vmm>> = {
   firecracker({ vm, storage }, { logger, parking }) {
-    const { firecracker, hugePages, memoryMaxMib } = vm;
+    const { firecracker, hugePages, memoryMaxMib, bootTimer } = vm;
     const diskLimits = { bytesPerS: storage.diskMibPerS * 2 ** 20, opsPerS: storage.diskOpsPerS };
     const jail = () => jailSettings(vm, logger);
-    return createFirecracker({ firecracker, hugePages, memoryMaxMib, diskLimits, jail, parking, logger });
+    const settings = { firecracker, hugePages, memoryMaxMib, bootTimer, diskLimits };
+    return createFirecracker({ ...settings, jail, parking, logger, count: firecrackerCounters.add });
   },
   qemu({ vm, template }, { logger, parking }) {
     warnOfEmulation(vm.accelerator, logger);
@@ -58,6 +63,7 @@ export async function selectVmm(
 function refuseForQemu({ vm, storage }: KilnConfig, reason: string): void {
   const asked = {
     'vm.huge_pages': vm.hugePages,
+    'vm.boot_timer': vm.bootTimer,
     'memory that grows (memory_max_mib)': vm.memoryMaxMib > vm.memoryMib,
     'a limit of disk bandwidth (disk_mib_per_s)': storage.diskMibPerS > 0,
     'a limit of disk requests (disk_ops_per_s)': storage.diskOpsPerS > 0,

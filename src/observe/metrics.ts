@@ -20,6 +20,8 @@ export interface Sources {
   /** Counters of templates, by their names. */
   readonly templates: () => Readonly<Record<string, number>>;
   readonly pool: () => readonly PoolFigures[];
+  /** Counters of all Firecrackers, by "group.name". */
+  readonly firecracker: () => Readonly<Record<string, number>>;
 }
 
 export interface PoolFigures {
@@ -48,6 +50,9 @@ export class Metrics {
     gauge(registers, 'kiln_containers', 'Containers that kilnd has.', (set) => set({}, sources.containers()));
     gauge(registers, 'kiln_template_events_total', 'What became of templates and of restores from them.', (set) => {
       for (const [event, count] of Object.entries(sources.templates())) set({ event: snakeCase(event) }, count);
+    });
+    gauge(registers, 'kiln_firecracker_events_total', 'What all Firecrackers have counted.', (set) => {
+      for (const [event, count] of Object.entries(sources.firecracker())) set({ event }, count);
     });
     for (const [name, help, figure] of poolGauges) {
       gauge(registers, name, help, (set) => {

@@ -13,10 +13,13 @@ const reportingSince = 14;
 /** A version that has everything. */
 const newest = '1.999.0';
 
+/** Where x86 guests write to, since 1.13: src/vmm/src/arch/x86_64/layout.rs, BOOT_DEVICE_MEM_START. */
+const bootTimerAddress = '0xc0000000';
+
 /** The guest's own CID. Each VM has a vsock of its own, so the number need not differ between VMs. */
 const guestCid = 3;
 
-type Settings = Pick<FirecrackerOptions, 'hugePages' | 'diskLimits' | 'memoryMaxMib'>;
+type Settings = Pick<FirecrackerOptions, 'hugePages' | 'diskLimits' | 'memoryMaxMib' | 'bootTimer'>;
 
 /** What the requests name, by Firecracker's paths. */
 interface Files {
@@ -61,14 +64,14 @@ export function configurationText(shape: VmShape, settings: Settings): string[] 
 }
 
 function requestsFor(shape: VmShape, files: Files, settings: Settings, version: string): FirecrackerRequest[] {
-  const { hugePages, diskLimits } = settings;
+  const { hugePages, diskLimits, bootTimer } = settings;
   const memory = guestMemory(shape, settings, version);
   const devices = memoryDevices(memory, settings, version);
   const machine = { vcpu_count: shape.vcpus, mem_size_mib: memory.bootMib };
   const boot = {
     kernel_image_path: files.kernel,
     ...(files.initrd === undefined ? {} : { initrd_path: files.initrd }),
-    boot_args: kernelCommandLine(shape, devices, files.imageSerial),
+    boot_args: kernelCommandLine(shape, devices, { imageSerial: files.imageSerial, bootTimer }),
   };
   return [
     ['PUT /machine-config', { ...machine, ...(hugePages ? { huge_pages: '2M' } : {}) }],
@@ -110,9 +113,14 @@ function memoryDevices(
  * i8042: the kernel reboots by it, which ends Firecracker (FAQ.md), and looks for no keyboard and mouse there. Firecracker
  * itself adds `pci=off` and what describes its devices.
  */
-function kernelCommandLine(shape: VmShape, devices: readonly MemoryDevice[], imageSerial: string): string {
+function kernelCommandLine(
+  shape: VmShape,
+  devices: readonly MemoryDevice[],
+  { imageSerial, bootTimer }: { readonly imageSerial: string; readonly bootTimer: boolean },
+): string {
   const words = [...commonKernelWords(shape, 'k'), 'i8042.noaux', 'i8042.nomux', 'i8042.dumbkbd', 'swiotlb=noforce'];
   words.push(...devices.flatMap(({ kernelWords }) => kernelWords));
+  if (bootTimer) words.push(`kiln.boot_timer=${bootTimerAddress}`);
   // A kernel that needs no initrd has them built in.
   if (shape.initrd !== undefined && devices.length > 0) {
     words.push(`kiln.modules=${devices.map(({ module }) => module).join(',')}`);

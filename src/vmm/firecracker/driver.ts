@@ -44,7 +44,7 @@ async function bootFirecracker(
 
 /** Takes over a VM whose kilnd is gone: its API is there, and the agent dials again. */
 async function adoptFirecracker(
-  { jails, devices, logger, hugePages }: FirecrackerHost & FirecrackerOptions,
+  { jails, devices, logger, count, hugePages }: FirecrackerHost & FirecrackerOptions,
   given: VmRecord,
   directory: string,
   signal: AbortSignal,
@@ -59,7 +59,7 @@ async function adoptFirecracker(
   }
   const firecracker = stack.use(withExitStatus(found));
   const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
-  const telemetry = stack.use(Telemetry.resume(place, logger));
+  const telemetry = stack.use(Telemetry.resume(place, { logger, ...(count === undefined ? {} : { count }) }));
   const { state } = await api.describe(signal);
   if (state !== 'Running') throw new KilnError('internal', `the VM does not run; Firecracker says "${state}"`);
   const files = stack.use(filesOf(place));

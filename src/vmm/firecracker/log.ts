@@ -12,6 +12,9 @@ const levels: Readonly<Record<string, 'warn' | 'info' | 'debug'>> = { ERROR: 'wa
 /** As the last line of v1.16 src/firecracker/src/main.rs tells it, and of every version since 1.2. */
 const exitForm = /^Firecracker exiting (?:successfully|with error)\. exit_code=(\d+)$/;
 
+/** From the start to the guest's write: v1.16 src/vmm/src/devices/pseudo/boot_timer.rs, with --boot-timer. */
+const bootForm = /^Guest-boot-time =\s*(\d+) us\s.*?(\d+) CPU us/;
+
 const linesPerMinute = 100;
 
 /** How many errors are kept for an error message of ours. */
@@ -37,11 +40,18 @@ export class FirecrackerLog {
     return this.#errors.join('; ');
   }
 
+  #tellBoot(vm: string | undefined, [us = 0, cpuUs = 0]: readonly number[]): void {
+    const times = { guestBootMs: us / 1000, guestBootCpuMs: cpuUs / 1000 };
+    this.#logger.info({ vm, ...times }, "the guest's first program runs");
+  }
+
   add(line: string): void {
     const { vm, thread, level = '', words = line } = form.exec(line)?.groups ?? {};
     const text = printable(words).trim();
     const [, code] = exitForm.exec(text) ?? [];
+    const [, ...boot] = bootForm.exec(text) ?? [];
     if (code !== undefined) this.#exitCode = Number(code);
+    else if (boot.length > 0) this.#tellBoot(vm, boot.map(Number));
     else if (level === 'ERROR') this.#errors.push(text);
     if (this.#errors.length > keptErrors) this.#errors.shift();
     const allowed = this.#limit.take(performance.now());

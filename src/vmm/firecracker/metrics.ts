@@ -2,6 +2,8 @@
  * Firecracker's metrics: one line of JSON at the start, each minute and at the end, as groups of numbers that begin at zero
  * with each line (v1.16 src/vmm/src/logger/metrics.rs). Here they are added up.
  */
+
+import { CounterSums } from '../../observe/counter-sums.ts';
 import type { Logger } from '../../observe/logger.ts';
 import { LineLimit } from './line-limit.ts';
 
@@ -20,15 +22,18 @@ const maxCounters = 1000;
 export class FirecrackerMetrics {
   readonly #logger: Logger;
   readonly #limit = new LineLimit(linesPerMinute);
-  readonly #totals = new Map<string, number>();
+  readonly #totals = new CounterSums(maxCounters);
+  readonly #count: (counter: string, by: number) => void;
 
-  constructor(logger: Logger) {
+  /** @param count gets all that is counted, too */
+  constructor(logger: Logger, count: (counter: string, by: number) => void = () => {}) {
     this.#logger = logger;
+    this.#count = count;
   }
 
   /** Everything that was counted, by "group.name". */
   get totals(): Readonly<Record<string, number>> {
-    return Object.fromEntries(this.#totals);
+    return this.#totals.sums;
   }
 
   /** Adds a line; one that is torn, since the FIFO was full, is lost. New failures are told at warning level. */
@@ -36,9 +41,8 @@ export class FirecrackerMetrics {
     if (this.#limit.take(performance.now()) === 'no') return;
     const failed: Record<string, number> = {};
     for (const [name, value] of countersIn(line)) {
-      const total = this.#totals.get(name);
-      if (total === undefined && this.#totals.size >= maxCounters) continue;
-      this.#totals.set(name, (total ?? 0) + value);
+      this.#totals.add(name, value);
+      this.#count(name, value);
       if (failures.test(name.slice(name.indexOf('.') + 1))) failed[name] = value;
     }
     if (Object.keys(failed).length > 0) this.#logger.warn({ failed }, 'Firecracker counts failures');

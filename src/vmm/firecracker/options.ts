@@ -13,6 +13,8 @@ export interface FirecrackerOptions {
    */
   readonly jail: () => JailSettings | undefined;
   readonly diskLimits: DiskLimits;
+  /** Has each guest tell when its first program starts, which goes into the log. */
+  readonly bootTimer: boolean;
   /** Guest memory in pages of 2 MiB from the host's pool. */
   readonly hugePages: boolean;
   /** Up to what a VM's memory can grow while it runs, in MiB; no more than it has from its start is not at all. */
@@ -21,6 +23,8 @@ export interface FirecrackerOptions {
   readonly parking: Parking;
   /** Gets Firecracker's own log, and its failures. */
   readonly logger: Logger;
+  /** Gets what each of its VMs counts, as it counts it. */
+  readonly count?: (counter: string, by: number) => void;
 }
 
 export interface JailSettings {

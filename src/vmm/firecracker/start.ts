@@ -68,13 +68,13 @@ export async function startFirecracker(
   const { vsock } = place;
   const guestSockets = [agentPort, filesPort].map((port) => hostSocketFor(vsock.host, port));
   for (const socket of [place.apiSocket.host, vsock.host, ...guestSockets]) requireSocketPath(socket);
-  const { telemetry, args } = Telemetry.begin(place, options.logger);
+  const { telemetry, args } = Telemetry.begin(place, options);
   stack.use(telemetry);
   const agent = stack.use(await listenForAgent(place));
   using awaited = new AwaitedSocket(place.apiSocket.host);
   const limit = AbortSignal.timeout(startLimitMs);
   const either = AbortSignal.any([signal, limit]);
-  const firecracker = stack.use(await place.start(args, either));
+  const firecracker = stack.use(await place.start([...args, ...(options.bootTimer ? ['--boot-timer'] : [])], either));
   const { api, memory } = await whileItStarts({ firecracker, telemetry, when }, { signal, limit }, async (ended) => {
     await awaited.answering(either, ended);
     const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));

@@ -26,7 +26,7 @@ import { type HostDevices, hostDevices } from '../../../src/vmm/host-devices.ts'
 import type { SavableVm, TemplateDriver, Vm, VmConfig, Vmm } from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
 import { Workspace } from '../../unit/vmm/workspace.ts';
-import { tinyGuest, waitingGuest } from './tiny-guest.ts';
+import { timedGuest, tinyGuest, waitingGuest } from './tiny-guest.ts';
 
 /**
  * The real Firecracker, where KILN_FIRECRACKER names it and /dev/kvm opens, whatever is behind that, and the real jailer,
@@ -70,6 +70,7 @@ const defaults = {
   jail: () => undefined,
   logger,
   hugePages: false,
+  bootTimer: false,
   memoryMaxMib: 0,
   diskLimits: { bytesPerS: 2 ** 20, opsPerS: 100 },
   parking: NetworkNamespace.create(),
@@ -89,8 +90,8 @@ const disk = (name: string, mode = 0o600): string => {
 };
 
 /** Boots a guest that says a word and reboots. */
-async function expectGuestsEnd(vmm: Vmm): Promise<void> {
-  const kernel = workspace.file('tiny', tinyGuest('Ki'));
+async function expectGuestsEnd(vmm: Vmm, guestOf = tinyGuest): Promise<void> {
+  const kernel = workspace.file('tiny', guestOf('Ki'));
   const config = { ...workspace.vm(), kernel, initrd: undefined, memoryMib: 128 };
   vm = await vmm.boot({ ...config, guestImage: disk('image', 0o644) }, never);
   const stopped = 'the guest stopped before the agent called; last output:\nKi';
@@ -267,6 +268,13 @@ describe.runIf(program !== undefined)('the real Firecracker without a jail', () 
     expect(workspace.files()).toEqual([]);
   });
 
+  test("measures how long its guest's first program takes to run", async () => {
+    await expectGuestsEnd(driver({ bootTimer: true }), timedGuest);
+    const told = log.find(({ msg }) => msg === "the guest's first program runs");
+    expect(told).toMatchObject({ level: 'info', vm: 'one' });
+    expect(Number(told?.guestBootMs)).toBeGreaterThan(0);
+  });
+
   test('takes the configuration, starts the VM, swaps drives, and leaves nothing', async () => {
     const running = await boot(driver());
     expect(await running.attachDisk('ro0', disk('disk'))).toMatch(/^\d{1,20}$/);
@@ -274,7 +282,7 @@ describe.runIf(program !== undefined)('the real Firecracker without a jail', () 
     await running.kill();
     expect(await running.wait()).toMatchObject({ signal: 'SIGKILL', guestStopped: false });
     expect(log).toContainEqual(expect.objectContaining({ vm: 'my-c-1', msg: 'Firecracker: API server started.' }));
-    const counters = expect.objectContaining({ 'put_api_requests.drive_count': 11 });
+    const counters = expect.objectContaining({ 'put_api_requests.drive_count': 13 });
     expect(log).toContainEqual(expect.objectContaining({ msg: "Firecracker's counters", counters }));
     expect(workspace.processes()).toEqual([]);
     expect(workspace.files()).toEqual([]);

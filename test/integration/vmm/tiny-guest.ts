@@ -9,12 +9,7 @@ const headerBytes = 0x1000;
 
 /** Says a word, waits a moment, and reboots. @returns an ELF file as a kernel of x86-64 has to be for the 64-bit boot protocol */
 export function tinyGuest(word: string): Buffer {
-  return kernel([
-    ...say(word),
-    // In this time the start is answered: each write to a port nobody has is a round trip to Firecracker.
-    ...[0xb9, 0x00, 0x40, 0x00, 0x00], // mov $0x4000, %ecx
-    ...[0xe6, 0x80, 0xff, 0xc9, 0x75, 0xfa], // 1: out %al, $0x80; dec %ecx; jnz 1b
-  ]);
+  return kernel([...say(word), ...whileTheStartIsAnswered]);
 }
 
 /** Says a word, waits until a key is pressed (SendCtrlAltDel of Firecracker's API), says another word, and reboots. */
@@ -22,6 +17,27 @@ export function waitingGuest(word: string, afterwards: string): Buffer {
   const untilKey = [0xe4, 0x64, 0xa8, 0x01, 0x74, 0xfa]; // 1: in $0x64, %al; test $1, %al; jz 1b
   return kernel([...say(word), ...untilKey, ...say(afterwards)]);
 }
+
+/**
+ * Writes to the boot timer, 123 to 0xC0000000, which it has to map first: Firecracker maps the first GiB, by tables at 0x9000,
+ * 0xA000 and 0xB000 (src/vmm/src/arch/x86_64/regs.rs, setup_page_tables). Then as `tinyGuest`.
+ */
+export function timedGuest(word: string): Buffer {
+  return kernel([
+    ...[0xc7, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0x83, 0x00, 0x00, 0xc0], // movl $0xc0000083, 0x200000: 2 MiB, writable
+    ...[0xc7, 0x04, 0x25, 0x18, 0xa0, 0x00, 0x00, 0x03, 0x00, 0x20, 0x00], // movl $0x200003, 0xa018: the table above
+    ...[0xbf, 0x00, 0x00, 0x00, 0xc0], // mov $0xc0000000, %edi
+    ...[0xc6, 0x07, 0x7b], // movb $123, (%rdi)
+    ...say(word),
+    ...whileTheStartIsAnswered,
+  ]);
+}
+
+/** Each write to a port nobody has is a round trip to Firecracker. */
+const whileTheStartIsAnswered = [
+  ...[0xb9, 0x00, 0x40, 0x00, 0x00], // mov $0x4000, %ecx
+  ...[0xe6, 0x80, 0xff, 0xc9, 0x75, 0xfa], // 1: out %al, $0x80; dec %ecx; jnz 1b
+];
 
 function say(word: string): number[] {
   return [

@@ -53,6 +53,7 @@ describe('the configuration file', () => {
         jailUidFirst: 1_900_000_000,
         jailUids: 65_536,
         hugePages: false,
+        bootTimer: false,
         channel: 'auto',
       },
       template: { enabled: true, keepDays: 7, maxTotalMib: 4096 },
@@ -81,6 +82,7 @@ describe('the configuration file', () => {
       jail_uid_first = 7000
       jail_uids = 8
       huge_pages = true
+      boot_timer = true
       channel = "kernel-vsock"
       [template]
       enabled = false
@@ -115,6 +117,7 @@ describe('the configuration file', () => {
         jailUidFirst: 7000,
         jailUids: 8,
         hugePages: true,
+        bootTimer: true,
         channel: 'kernel-vsock',
       },
       template: { enabled: false, keepDays: 30, maxTotalMib: 1000 },
@@ -141,7 +144,7 @@ describe('the configuration file', () => {
     expect(messageFor('[vm]\nmemory_mb = 64')).toBe(
       '/etc/kiln/config.toml: unknown key vm.memory_mb = 64, did you mean memory_mib?; keys of [vm] are ' +
         'vmm, memory_mib, memory_max_mib, vcpus, kernel, initrd, network_cards, boot_timeout_s, accelerator, qemu, firecracker, ' +
-        'jail, jailer, jail_uid_first, jail_uids, huge_pages, channel',
+        'jail, jailer, jail_uid_first, jail_uids, huge_pages, boot_timer, channel',
     );
     expect(messageFor('[storage]\ncolour = "red"')).toBe(
       '/etc/kiln/config.toml: unknown key storage.colour = "red"; keys of [storage] are writable_size_gib, ' +

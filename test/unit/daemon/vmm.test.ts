@@ -38,6 +38,7 @@ test('the choice and its reason are told once at info level', async () => {
 });
 
 test.each([
+  ['vm.boot_timer', config({ vmm: 'qemu', bootTimer: true })],
   ['vm.huge_pages', config({ vmm: 'qemu', hugePages: true })],
   ['memory that grows (memory_max_mib)', config({ vmm: 'qemu', memoryMaxMib: 1024 })],
   ['a limit of disk bandwidth (disk_mib_per_s)', config({ vmm: 'qemu' }, { diskMibPerS: 1 })],

@@ -15,6 +15,7 @@ function metricsOf({ containers = 3, pool = [shelf] } = {}): Metrics {
     containers: () => containers,
     templates: () => ({ restored: 7, restoresFailed: 1 }),
     pool: () => pool,
+    firecracker: () => ({ 'vsock.conn_event_fails': 4 }),
   });
 }
 
@@ -56,6 +57,9 @@ describe('the metrics', () => {
     expect(await samples(metrics, 'kiln_template_events_total{')).toEqual([
       'kiln_template_events_total{event="restored"} 7',
       'kiln_template_events_total{event="restores_failed"} 1',
+    ]);
+    expect(await samples(metrics, 'kiln_firecracker_events_total{')).toEqual([
+      'kiln_firecracker_events_total{event="vsock.conn_event_fails"} 4',
     ]);
     expect(await samples(metrics, 'kiln_pool_hits_total{')).toEqual(['kiln_pool_hits_total{template="k1"} 5']);
     pool.pop();

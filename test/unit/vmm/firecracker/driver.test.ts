@@ -3,6 +3,7 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, symlinkSync
 import net from 'node:net';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { CounterSums } from '../../../../src/observe/counter-sums.ts';
 import { loggerTo } from '../../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../../src/vmm/firecracker/driver.ts';
 import { clearJail } from '../../../../src/vmm/firecracker/jail.ts';
@@ -56,6 +57,7 @@ function vmm(mode: string, { options, kvm = true, jailer }: Host = {}) {
     logger,
     parking,
     hugePages: false,
+    bootTimer: false,
     memoryMaxMib: 0,
     diskLimits: { bytesPerS: 0, opsPerS: 0 },
   };
@@ -148,6 +150,24 @@ describe('a start, where it is asked for,', () => {
     await boot('running', { options: { diskLimits: { bytesPerS: 0, opsPerS: 100 } } });
     expect(bodyOf('PUT /drives/rw0')).toMatchObject({ rate_limiter: { ops: { size: 100, refill_time: 1000 } } });
     expect(bodyOf('PUT /drives/rw0')).not.toHaveProperty('rate_limiter.bandwidth');
+  });
+
+  test('has the guest tell when its first program starts, and the log how long that took', async () => {
+    const vm = await boot('running', { options: { bootTimer: true } });
+    await vm.kill();
+    expect(log).toContainEqual(
+      expect.objectContaining({
+        ...{ level: 'info', vm: 'one', guestBootMs: 12.345, guestBootCpuMs: 6.789 },
+        msg: "the guest's first program runs",
+      }),
+    );
+  });
+
+  test('counts what Firecracker counts, for all VMs together', async () => {
+    const sums = new CounterSums(10);
+    await (await boot('running', { options: { count: sums.add } })).kill();
+    await (await boot('running', { options: { count: sums.add } })).kill();
+    expect(sums.sums).toEqual({ 'put_api_requests.drive_count': 22, 'vsock.conn_event_fails': 4 });
   });
 
   test('takes memory in huge pages, of which there have to be enough', async () => {

@@ -28,6 +28,7 @@ function driver(mode: string, options: Partial<FirecrackerOptions> = {}) {
     jail: () => undefined,
     parking,
     hugePages: false,
+    bootTimer: false,
     memoryMaxMib: 1000,
     diskLimits: { bytesPerS: 0, opsPerS: 0 },
   };

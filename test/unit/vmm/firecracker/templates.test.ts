@@ -61,6 +61,7 @@ function vmm(mode: string, { options, jailed = false }: Host = {}): Vmm {
     logger,
     parking,
     hugePages: false,
+    bootTimer: false,
     memoryMaxMib: 0,
     diskLimits: { bytesPerS: 0, opsPerS: 0 },
   };

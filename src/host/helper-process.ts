@@ -85,14 +85,14 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
   const { O_WRONLY, O_CREAT, O_TRUNC, O_APPEND } = constants;
   const log = stack.adopt(openSync(logFile, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND, 0o600), closeSync);
   let status = Promise.resolve('');
-  const fds: (number | null)[] = [null, log, log, ...inherit];
+  const fds: (number | null)[] = [null, log, log];
   if (statusPipe) {
     const { read, write } = pipe2();
     stack.defer(() => closeSync(write));
     status = readAll(socketFromFd(read, 'read'));
     fds.push(write);
   }
-  const pid = run(options, fds);
+  const pid = run(options, [...fds, ...inherit]);
   resetOomScore(pid);
   // There as long as nobody has waited for it, and that is only us.
   const handle = ProcessHandle.open(pid);
@@ -109,11 +109,13 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
 }
 
 /** @returns the process id of the program, which is our child and none of Node's: see spawn.ts */
-function run({ program, args, directory, workingDirectory = '/', ...named }: HelperOptions, fds: (number | null)[]) {
+function run(options: HelperOptions, fds: (number | null)[]) {
+  const { program, args, directory, workingDirectory = '/', network, ...named } = options;
   const searchPath = process.env.PATH ?? '/usr/sbin:/usr/bin:/sbin:/bin';
   const env = { PATH: searchPath, [sandboxVariable]: directory };
   try {
-    return posixSpawn({ path: findProgram(program, searchPath) ?? program, args, env, workingDirectory, fds });
+    const how = { path: findProgram(program, searchPath) ?? program, args, env, workingDirectory, fds };
+    return network === undefined ? posixSpawn(how) : network.run(() => posixSpawn(how));
   } catch (cause) {
     throw cannotRun({ program, ...named }, cause);
   }

@@ -17,6 +17,7 @@ import { AgentService } from '../gen/kiln/agent/v1/agent.ts';
 import { prepareServer, type ServedSocket } from '../src/rpc/grpc/server-transport.ts';
 import { becomeChildSubreaper } from '../src/sys/process.ts';
 import { connectVsock, listenVsock, VMADDR_CID_ANY, VMADDR_CID_HOST } from '../src/sys/vsock.ts';
+import { hideCards } from './cards.ts';
 import { Containers } from './containers.ts';
 import { Crun } from './crun.ts';
 import { describe } from './errors.ts';
@@ -75,6 +76,8 @@ async function main(): Promise<never> {
     KILN_CRUN: command = 'crun',
   } = process.env;
   becomeChildSubreaper();
+  // Before the host may save the guest: its clones find it done.
+  if (socketPath === undefined) hideCards();
   const reaper = new Reaper();
   const crun = new Crun({ command, root: join(directory, 'crun'), reaper });
   const volumes = new Volumes({ directory: join(directory, 'volumes'), reaper, channel: volumesChannel });

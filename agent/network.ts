@@ -3,13 +3,13 @@
  * addresses, routes and neighbours. What is so already stays as it is, so that the host may say it all again when an interface
  * has come.
  */
-import { spawnSync } from 'node:child_process';
 import type { Network, NetworkInterface } from '../gen/kiln/agent/v1/agent.ts';
 import { addAddress } from '../src/sys/rtnetlink/addresses.ts';
 import { type Link, listLinks, setLink } from '../src/sys/rtnetlink/links.ts';
 import { setNeighbour } from '../src/sys/rtnetlink/neighbours.ts';
 import { RTN_UNICAST, setRoute } from '../src/sys/rtnetlink/routes.ts';
 import { RtnetlinkSocket } from '../src/sys/rtnetlink/socket.ts';
+import { showCard } from './cards.ts';
 import { AgentError } from './errors.ts';
 
 /** @throws AgentError internal, naming what cannot be set */
@@ -44,17 +44,12 @@ function applyInterface(socket: RtnetlinkSocket, { cardMac, name, mac, mtu, addr
 }
 
 function findCard(socket: RtnetlinkSocket, cardMac: string, mac: string): Link {
-  const find = () => {
-    const links = listLinks(socket);
-    return links.find((link) => link.mac === cardMac) ?? links.find((link) => link.mac === mac && !link.loopback);
-  };
-  const found = find() ?? loadDriver(find);
-  if (found === undefined) throw new AgentError('internal', `the guest has no network card with the MAC ${cardMac}`);
-  return found;
-}
-
-/** A module of the generic kernel, built into the minimal one. */
-function loadDriver<Found>(find: () => Found): Found {
-  spawnSync('modprobe', ['virtio_net']);
-  return find();
+  // One that has become the interface already has its MAC.
+  const find = () => listLinks(socket).find((link) => !link.loopback && (link.mac === mac || link.mac === cardMac));
+  const found = find();
+  if (found !== undefined) return found;
+  showCard(cardMac);
+  const shown = find();
+  if (shown === undefined) throw new AgentError('internal', `the network card ${cardMac} does not appear in the guest`);
+  return shown;
 }

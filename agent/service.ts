@@ -11,6 +11,7 @@ import {
   type WriteStdinRequest,
 } from '../gen/kiln/agent/v1/agent.ts';
 import { FramedMessage, framePrefix } from '../src/rpc/grpc/framed-message.ts';
+import { hideCards } from './cards.ts';
 import { allContainers } from './cgroup.ts';
 import type { Containers } from './containers.ts';
 import { AgentError, grpcStatusOf } from './errors.ts';
@@ -97,6 +98,8 @@ export function createService({ containers, pod, ownsGuest, connectedAt, onHello
     listContainers: unary(() => ({ ids: containers.list() })),
     createContainer: unary(async (request) => {
       if (request.network !== undefined) applyNetwork(request.network);
+      // Its driver may have come meanwhile.
+      if (ownsGuest) hideCards();
       return { pid: await containers.create(request) };
     }),
     startContainer: unary(async ({ id, network }) => {

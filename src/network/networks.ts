@@ -26,23 +26,32 @@ export interface Card {
 /** The largest MTU of a tap: drivers/net/tun.c, MAX_MTU. */
 const largestTapMtu = 65535 - 14;
 
-export class Networks {
-  readonly #parking: NetworkNamespace;
+/** A sandbox's network, as the sandbox sees it. */
+export type ConnectedNetwork = Pick<SandboxNetwork, 'connect' | 'told' | typeof Symbol.dispose>;
+
+/** What makes the networks of sandboxes. */
+export interface NetworkSource {
+  attach(id: string, cards: readonly Card[], path: string): ConnectedNetwork;
+  adopt(id: string, cards: readonly Card[], path: string): ConnectedNetwork;
+}
+
+export class Networks implements NetworkSource {
+  readonly #parking: Pick<NetworkNamespace, 'run'>;
 
   /** @param parking where taps wait until their VM has a namespace */
-  constructor(parking: NetworkNamespace) {
+  constructor(parking: Pick<NetworkNamespace, 'run'>) {
     this.#parking = parking;
   }
 
   /**
    * Brings the taps of a VM's cards into a namespace.
    *
-   * @param path of the namespace, for as long as the sandbox lives: `/proc/<pid>/ns/net`
+   * @param path of the namespace
    * @throws KilnError failed-precondition when another VM is there already; not-found when there is no such namespace
    */
   attach(id: string, cards: readonly Card[], path: string): SandboxNetwork {
-    const network = new SandboxNetwork(id, cards, path);
-    using namespace = network.open();
+    using stack = new DisposableStack();
+    const namespace = stack.use(openNamespace(id, path));
     namespace.run(() => {
       using socket = new RtnetlinkSocket();
       if (!listLinks(socket).some(({ name }) => cards.some((_, index) => name === tapName(index)))) return;
@@ -50,6 +59,7 @@ export class Networks {
         hint: 'a network namespace belongs to one sandbox; containers of one pod share a VM',
       });
     });
+    const network = stack.use(new SandboxNetwork(id, cards, namespace));
     this.#parking.run(() => {
       using socket = new RtnetlinkSocket();
       const links = listLinks(socket);
@@ -59,36 +69,44 @@ export class Networks {
         setLink(socket, link.index, { name: tapName(index), namespaceFd: namespace.fd });
       }
     });
+    stack.move();
     return network;
   }
 
-  /** The network of a VM that an earlier kilnd has attached. */
+  /** The network of a VM that an earlier kilnd has attached. @throws KilnError not-found */
   adopt(id: string, cards: readonly Card[], path: string): SandboxNetwork {
-    return new SandboxNetwork(id, cards, path);
+    const network = new SandboxNetwork(id, cards, openNamespace(id, path));
+    network.recall();
+    return network;
   }
 }
 
+/** @throws KilnError not-found */
+function openNamespace(id: string, path: string): NetworkNamespace {
+  try {
+    return NetworkNamespace.open(path);
+  } catch (cause) {
+    throw new KilnError('not-found', `container ${id}: its network namespace ${path} is gone`, { cause });
+  }
+}
+
+/** A sandbox's namespace, with the taps of its VM in it. */
 export class SandboxNetwork implements Disposable {
   readonly #id: string;
   readonly #cards: readonly Card[];
-  readonly #path: string;
+  /** Held open, since whoever it is named after may end before its VM. */
+  readonly #namespace: NetworkNamespace;
   /** What the guest has, as text. */
   #told = '';
+  /** The interfaces that are connected, by index: a tap that says so may be gone with its VM. */
+  readonly #connected = new Set<number>();
+  #disposed = false;
 
-  constructor(id: string, cards: readonly Card[], path: string) {
+  /** @param namespace is this object's from now on */
+  constructor(id: string, cards: readonly Card[], namespace: NetworkNamespace) {
     this.#id = id;
     this.#cards = cards;
-    this.#path = path;
-  }
-
-  /** @throws KilnError not-found */
-  open(): NetworkNamespace {
-    try {
-      return NetworkNamespace.open(this.#path);
-    } catch (cause) {
-      const message = `container ${this.#id}: its network namespace ${this.#path} is gone`;
-      throw new KilnError('not-found', message, { cause });
-    }
+    this.#namespace = namespace;
   }
 
   /**
@@ -98,8 +116,7 @@ export class SandboxNetwork implements Disposable {
    * @throws KilnError resource-exhausted when there are more interfaces than cards; internal with the kernel's words
    */
   connect(): NetworkConfig | undefined {
-    using namespace = this.open();
-    const config = namespace.run(() => {
+    const config = this.#namespace.run(() => {
       using socket = new RtnetlinkSocket();
       try {
         return readNetwork(socket, this.#connectLinks(socket));
@@ -117,11 +134,28 @@ export class SandboxNetwork implements Disposable {
     this.#told = textOf(config);
   }
 
+  /** Finds out what an earlier kilnd has connected. @throws SysError */
+  recall(): void {
+    this.#namespace.run(() => {
+      using socket = new RtnetlinkSocket();
+      const links = listLinks(socket);
+      for (const tap of this.#taps(links)) {
+        const link = standsForOf(tap, links);
+        if (link !== undefined) this.#connected.add(link.index);
+      }
+    });
+  }
+
+  /** The tap of each card, where it is there. */
+  #taps(links: readonly Link[]): (Link | undefined)[] {
+    return this.#cards.map((_, index) => links.find(({ name }) => name === tapName(index)));
+  }
+
   #connectLinks(socket: RtnetlinkSocket): ConnectedLink[] {
     const links = listLinks(socket);
     const interfaces = links.filter(isEthernetOfOthers);
-    const taps = this.#cards.map((_, index) => links.find(({ name }) => name === tapName(index)));
-    const standsFor = taps.map((tap) => interfaces.find(({ index }) => tap?.alias === aliasOf(index)));
+    const taps = this.#taps(links);
+    const standsFor = taps.map((tap) => standsForOf(tap, interfaces));
     const fresh = interfaces.filter((link) => !standsFor.includes(link));
     const free = taps.flatMap((tap, card) =>
       tap !== undefined && standsFor[card] === undefined ? [{ tap, card }] : [],
@@ -136,6 +170,7 @@ export class SandboxNetwork implements Disposable {
     }
     for (const [position, link] of fresh.entries()) {
       const { tap, card } = free[position] as { tap: Link; card: number };
+      this.#connected.add(link.index);
       connectLink(socket, link, tap);
       standsFor[card] = link;
     }
@@ -144,24 +179,19 @@ export class SandboxNetwork implements Disposable {
     );
   }
 
-  /** Leaves the interfaces as they were. Nothing of it throws: the namespace may be gone, and all in it. */
+  /** Leaves the interfaces as they were. Safe to call twice. @throws SysError */
   [Symbol.dispose](): void {
-    try {
-      using namespace = this.open();
-      namespace.run(() => {
-        using socket = new RtnetlinkSocket();
-        const links = listLinks(socket);
-        for (const [index] of this.#cards.entries()) {
-          const tap = links.find(({ name }) => name === tapName(index));
-          const link = tap && links.find((other) => tap.alias === aliasOf(other.index));
-          if (link !== undefined) ignoringAbsence(() => endRedirect(socket, link.index));
-          // One that is not persistent has gone with its VM.
-          if (tap !== undefined) ignoringAbsence(() => deleteLink(socket, tap.index));
-        }
-      });
-    } catch (error) {
-      if (!(error instanceof KilnError && error.code === 'not-found')) throw error;
-    }
+    if (this.#disposed) return;
+    this.#disposed = true;
+    using namespace = this.#namespace;
+    namespace.run(() => {
+      using socket = new RtnetlinkSocket();
+      for (const index of this.#connected) ignoringAbsence(() => endRedirect(socket, index));
+      // Those that are not persistent have gone with the VM.
+      for (const tap of this.#taps(listLinks(socket))) {
+        if (tap !== undefined) ignoringAbsence(() => deleteLink(socket, tap.index));
+      }
+    });
   }
 }
 
@@ -175,6 +205,11 @@ function connectLink(socket: RtnetlinkSocket, link: Link, tap: Link): void {
   redirect(socket, link.index, tap.index);
   // Last: what has the alias is complete.
   setLink(socket, tap.index, { alias: aliasOf(link.index) });
+}
+
+/** The interface whose place a tap takes. */
+function standsForOf(tap: Link | undefined, links: readonly Link[]): Link | undefined {
+  return links.find(({ index }) => tap?.alias === aliasOf(index));
 }
 
 function aliasOf(index: number): string {

@@ -30,7 +30,7 @@ beforeEach(() => {
     NetworkNamespace,
   ];
   taps = parking.run(() => cards.map(({ tap }) => openTap(tap)));
-  for (const tap of taps) disposal.defer(() => closeSync(tap));
+  disposal.defer(() => taps.forEach((tap) => void closeSync(tap)));
 });
 afterEach(() => disposal.dispose());
 

@@ -101,7 +101,7 @@ export async function createContainer(
       ...common,
       ...(pod === undefined ? vmSize(config, bundle.spec) : { memoryMib: 0, vcpus: 0 }),
       memoryBytes: memoryLimitOf(bundle.spec),
-      networkNamespace: pod && `/proc/${pod.pid}/ns/net`,
+      networkNamespace: pod === undefined ? networkNamespaceOf(bundle.spec) : `/proc/${pod.pid}/ns/net`,
       pod,
       spec: (volumeNumbers) => stringifyJson(toGuestSpec(bundle.spec, { ...guestOptions, volumeNumbers }).spec),
       volumes: guest.volumes,

@@ -37,7 +37,8 @@ export function translateNamespaces(
     if (!known.has(type)) throw new KilnError('invalid-argument', `${at}: unknown namespace "${type}"`);
     if (types.has(type)) throw new KilnError('invalid-argument', `${at}: namespace "${type}" is listed twice`);
     types.add(type);
-    if (joined === undefined || joined === '' || (type === 'network' && pod !== undefined)) continue;
+    // The host's namespace that a network is made in is joined there.
+    if (joined === undefined || joined === '' || type === 'network') continue;
     const guestPath = pod && podNamespace(type, joined, pod);
     if (guestPath !== undefined) ofPod.set(type, guestPath);
     else {

@@ -10,7 +10,6 @@ import { Exec, type ExecHost, type ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
 import type { ContainerHooks, HookPlan } from './hooks.ts';
 import { deleteDrainMs, destroyGraceMs, killLimitMs, outputGraceMs } from './limits.ts';
-import { assertNoInterfaces } from './network-check.ts';
 import { OomReport } from './oom.ts';
 import { Positions } from './positions.ts';
 import { ProcessIo } from './process-io.ts';
@@ -146,16 +145,14 @@ export class Container {
   /** Runs the user's program. When it fails, the program has not run, as far as the guest has told. */
   async start(): Promise<void> {
     requireStartable(this.#name, this.#state);
-    const { sandbox, tenancy, stdio } = this.#resources;
+    const { sandbox, stdio } = this.#resources;
     const started = Promise.withResolvers<void>();
     this.#starting = started.promise;
     this.#state = { kind: 'starting' };
     try {
-      // A pod's interfaces are the pod's business.
-      if (!tenancy.shared) assertNoInterfaces(this.id, this.pid);
       // First, because it can fail; until the program reads it, stdin waits in the guest's pipe.
       stdio.startStdin();
-      await sandbox.guest.startContainer(this.id);
+      await sandbox.startContainer(this.id);
       faultPoint('container-start');
       this.timeline.mark('started');
       this.#state = { kind: 'running' };

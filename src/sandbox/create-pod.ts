@@ -6,7 +6,15 @@ import { ContainerHooks } from './hooks.ts';
 import { Pod } from './pod.ts';
 import { PodContainer } from './pod-container.ts';
 import type { PodRecord } from './record.ts';
-import { adoptStandIn, type ContainerRequest, fulfilled, type HostServices, sideBySide } from './resources.ts';
+import {
+  adoptStandIn,
+  type ContainerRequest,
+  fulfilled,
+  type HostServices,
+  joinNetwork,
+  rejoinNetwork,
+  sideBySide,
+} from './resources.ts';
 import { Sandbox } from './sandbox.ts';
 import { startSandbox, type VmRequest } from './start.ts';
 
@@ -46,9 +54,10 @@ export async function bootPod(
   if (sandbox.status === 'fulfilled') stack.use(sandbox.value);
   // The first failure is the cause; the other steps were aborted by it.
   either.throwIfAborted();
+  joinNetwork(host, id, { sandbox: fulfilled(sandbox), standIn: fulfilled(standIn) });
   await hooks.create(fulfilled(standIn).pid, signal);
   faultPoint('hooks');
-  await fulfilled(sandbox).guest.preparePod(request.guestPod);
+  await fulfilled(sandbox).preparePod(request.guestPod);
   timeline.mark('created');
   faultPoint('container-create');
   const parts = { standIn: fulfilled(standIn), sandbox: fulfilled(sandbox), hooks, disposal: stack.move() };
@@ -57,7 +66,7 @@ export async function bootPod(
 
 /** A pod of an earlier kilnd. When that fails, its VM is ended, and what is left of it on the host stays. */
 export async function reattachPod(
-  { fileServers }: HostServices,
+  host: HostServices,
   request: Pick<ContainerRequest, 'directory' | 'vmm' | 'openStdio' | 'timeline' | 'logger'> & {
     readonly record: PodRecord;
   },
@@ -67,9 +76,12 @@ export async function reattachPod(
   const { id, terminal, hooks: hookPlan, started } = record;
   await using stack = new AsyncDisposableStack();
   const hooks = new ContainerHooks({ id, hooks: hookPlan, logger, begun: true });
-  const sandbox = stack.use(await Sandbox.adopt({ vmm, fileServers, record, directory, logger }, signal));
+  const sandbox = stack.use(
+    await Sandbox.adopt({ vmm, fileServers: host.fileServers, record, directory, logger }, signal),
+  );
   const stdio = stack.adopt(await openStdio(), (opened) => opened.dispose());
   const standIn = stack.use(adoptStandIn(record, directory));
+  rejoinNetwork(host, id, { sandbox, standIn });
   stack.move();
   const disposal = new AsyncDisposableStack();
   disposal.defer(() => hooks.poststop());

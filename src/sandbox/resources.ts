@@ -3,6 +3,7 @@ import { KilnError } from '../errors.ts';
 import type { TerminalSize } from '../guest/guest.ts';
 import { adoptHelper, type HelperProcess } from '../host/helper-process.ts';
 import { standInLogName, startStandIn } from '../host/stand-in.ts';
+import type { NetworkSource } from '../network/networks.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import type { VolumeMount } from '../oci/binds.ts';
@@ -34,6 +35,7 @@ export interface HostServices {
   readonly fileServers: FileServers;
   /** Where the taps of a VM's network cards wait, to be moved to where its containers' network is. */
   readonly parking: Parking;
+  readonly networks: NetworkSource;
 }
 
 export interface ContainerRequest {
@@ -131,6 +133,7 @@ export async function acquire(
     volumeNumbers,
   };
   if (served !== undefined) resources.sandbox.useVolumes(served);
+  if (pod === undefined) joinNetwork(host, id, resources);
   for (const point of ['stdio', 'stand-in', 'rootfs', 'volumes'] as const) faultPoint(point);
   return resources;
 }
@@ -196,6 +199,22 @@ async function prepareVolumes(host: HostServices, { volumes: mounts, directory, 
   return { volumes, numbers };
 }
 
+/** Connects a VM with the network namespace of the process that stands for it on the host. */
+export function joinNetwork({ networks }: HostServices, id: string, { sandbox, standIn }: SandboxOnHost): void {
+  sandbox.useNetwork(networks.attach(id, sandbox.vm.nics, networkOf(standIn)));
+}
+
+/** As `joinNetwork`, of a VM that an earlier kilnd has connected. */
+export function rejoinNetwork({ networks }: HostServices, id: string, { sandbox, standIn }: SandboxOnHost): void {
+  sandbox.useNetwork(networks.adopt(id, sandbox.vm.nics, networkOf(standIn)));
+}
+
+type SandboxOnHost = Pick<Resources, 'sandbox' | 'standIn'>;
+
+function networkOf({ pid }: HelperProcess): string {
+  return `/proc/${pid}/ns/net`;
+}
+
 /** The resources of a container whose VM was taken over, on the stack as `acquire` puts them. */
 export async function adoptResources(
   host: HostServices,
@@ -211,6 +230,7 @@ export async function adoptResources(
     'pod' in request
       ? ['', request.pod, request.record.slots, request.record.volumeNumbers]
       : [request.record.vmm, undefined, [], []];
+  if (pod === undefined) rejoinNetwork(host, record.id, { sandbox, standIn });
   for (const disk of disks) sandbox.claimDisk(disk);
   const tenancy = settle(stack, { id: record.id, vmm, pod, sandbox, rootfs, disks, volumeNumbers });
   return { sandbox, tenancy, standIn, rootfs, stdio };

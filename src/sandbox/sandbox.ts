@@ -2,7 +2,9 @@ import { randomUUID } from 'node:crypto';
 import { rm } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
-import { Guest, type GuestContainer } from '../guest/guest.ts';
+import { Guest, type GuestContainer, type GuestPod } from '../guest/guest.ts';
+import type { NetworkConfig } from '../network/config.ts';
+import type { ConnectedNetwork } from '../network/networks.ts';
 import type { Logger } from '../observe/logger.ts';
 import { tooMuchMemory } from '../oci/limits-check.ts';
 import { guestOverheadMib } from '../oci/vm-size.ts';
@@ -65,6 +67,7 @@ export class Sandbox implements AsyncDisposable {
   readonly #vmDirectory: string | undefined;
   #volumes: SandboxVolumes | undefined;
   #startingVolumes: Promise<SandboxVolumes> | undefined;
+  #network: ConnectedNetwork | undefined;
   /** What containers may be promised. */
   #memoryBytes: number;
 
@@ -254,14 +257,38 @@ export class Sandbox implements AsyncDisposable {
     if (numbers.length > 0) await this.#volumes?.remove(numbers);
   }
 
-  /** As `Guest.createContainer`, which gets its volumes; when the VM ends meanwhile or the agent is silent, the error shows the console. */
+  /** Gives the sandbox its network, which ends with it. */
+  useNetwork(network: ConnectedNetwork): void {
+    this.#network = network;
+  }
+
+  /** Has the guest take over, with what it is asked for, the interfaces that have come since it was asked last. */
+  async #withNetwork<T>(ask: (network: NetworkConfig | undefined) => Promise<T>): Promise<T> {
+    const config = this.#network?.connect();
+    const answer = await ask(config);
+    if (config !== undefined) this.#network?.told(config);
+    return answer;
+  }
+
+  /** As `Guest.preparePod`, which gets its network. */
+  async preparePod(pod: GuestPod): Promise<void> {
+    await this.#withNetwork((network) => this.guest.preparePod(pod, network));
+  }
+
+  /** As `Guest.startContainer`, which gets the interfaces that have come since its creation. */
+  async startContainer(id: string): Promise<void> {
+    await this.#withNetwork((network) => this.guest.startContainer(id, network));
+  }
+
+  /** As `Guest.createContainer`, which gets its network and its volumes; when the VM ends meanwhile or the agent is silent, the error shows the console. */
   async createContainer(container: GuestContainer, signal: AbortSignal): Promise<void> {
     const failed = new AbortController();
     const either = AbortSignal.any([signal, failed.signal]);
     try {
       // The guest asks for its files meanwhile.
       const connected = container.volumeOptions === undefined ? undefined : this.#volumes?.connect(this.vm, either);
-      await Promise.all([this.guest.createContainer(container, either), connected]);
+      const created = this.#withNetwork((network) => this.guest.createContainer({ ...container, network }, either));
+      await Promise.all([created, connected]);
     } catch (error) {
       failed.abort(error);
       if (!(error instanceof KilnError)) throw error;
@@ -328,6 +355,7 @@ export class Sandbox implements AsyncDisposable {
   async [Symbol.asyncDispose](): Promise<void> {
     this.guest[Symbol.dispose]();
     await this.vm.kill();
+    this.#network?.[Symbol.dispose]();
     await this.#volumes?.[Symbol.asyncDispose]();
     if (this.#vmDirectory !== undefined) await rm(this.#vmDirectory, { recursive: true, force: true });
   }

@@ -289,8 +289,8 @@ describe('refused', () => {
   });
 
   test('is to join a namespace, to list one twice, or to name an unknown one', () => {
-    expect(refusal(namespaces({ type: 'network', path: '/proc/7/ns/net' }))).toBe(
-      'unimplemented: linux.namespaces[0].path: joining a network namespace is not supported yet: /proc/7/ns/net',
+    expect(refusal(namespaces({ type: 'ipc', path: '/proc/7/ns/ipc' }))).toBe(
+      'unimplemented: linux.namespaces[0].path: joining a ipc namespace is not supported yet: /proc/7/ns/ipc',
     );
     expect(refusal(namespaces({ type: 'pid' }, { type: 'pid' }))).toBe(
       'invalid-argument: linux.namespaces[1]: namespace "pid" is listed twice',

@@ -339,7 +339,9 @@ export class Workbench implements AsyncDisposable {
     };
     const pool: HostServices['pool'] = { take: async () => this.waiting };
     const parking: HostServices['parking'] = { run: (action) => action() };
-    return { rootfs: this.#rootfs(), templates, pool, fileServers: this.fileServers, parking };
+    const none = { connect: () => undefined, told: () => {}, [Symbol.dispose]: () => {} };
+    const networks = { attach: () => none, adopt: () => none };
+    return { rootfs: this.#rootfs(), templates, pool, fileServers: this.fileServers, parking, networks };
   }
 
   #rootfs(): RootfsStore {
@@ -396,6 +398,7 @@ export class Workbench implements AsyncDisposable {
       config: { ...defaultConfig, vm: { ...defaultConfig.vm, bootTimeoutS: this.bootTimeoutS } },
       spec: (numbers) => JSON.stringify({ numbers }),
       volumes: this.volumes,
+      networkNamespace: undefined,
       rootfs: {} as RootfsPlan,
       hooks: {
         ...noHooks,

@@ -21,6 +21,8 @@ export interface ContainerdOptions {
   readonly kilnEnv: Readonly<Record<string, string>>;
   /** Folders in front of dist/bin on PATH: a test's own shim or broken tools. */
   readonly pathBefore?: readonly string[];
+  /** Commands in front of containerd's and of `ctr`'s: for a network namespace of their own. */
+  readonly within?: { readonly containerd: readonly string[]; readonly ctr: readonly string[] };
 }
 
 export interface CtrOptions extends RunOptions {
@@ -108,7 +110,7 @@ function configuration(version: ContainerdVersion, dir: string): string {
 
 /** Starts a containerd of the given version; returns when it serves. */
 export async function startContainerd(options: ContainerdOptions): Promise<Containerd> {
-  const { version, dir } = options;
+  const { version, dir, within = { containerd: [], ctr: [] } } = options;
   const address = join(dir, 'c.sock');
   if (Buffer.byteLength(`${address}.ttrpc`) > 107) throw new Error(`${dir} is too long for containerd's sockets`);
   const bin = containerdBin(version);
@@ -125,8 +127,9 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
 
   const launch = async (): Promise<ReturnType<typeof spawn>> => {
     // pdeathsig: a killed test run takes its containerd along.
-    const args = ['--pdeathsig', 'KILL', join(bin, 'containerd'), '--config', configFile];
-    const child = spawn('setpriv', args, { env, cwd: dir, stdio: ['ignore', 'ignore', 'pipe'] });
+    const containerd = ['setpriv', '--pdeathsig', 'KILL', join(bin, 'containerd'), '--config', configFile];
+    const [program = '', ...args] = [...within.containerd, ...containerd];
+    const child = spawn(program, args, { env, cwd: dir, stdio: ['ignore', 'ignore', 'pipe'] });
     child.stderr.pipe(log, { end: false });
     const failed = once(child, 'exit').then(async () => {
       throw new Error(`containerd ${version} ended at its start:\n${await readFile(logFile, 'utf8')}`);
@@ -156,6 +159,8 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
     },
   });
 
+  const [ctr = '', ...ctrArgs] = [...within.ctr, join(bin, 'ctr')];
+
   return {
     version,
     dir,
@@ -165,9 +170,9 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
     get pid() {
       return child.pid ?? 0;
     },
-    ctr: (args, given) => run(join(bin, 'ctr'), args, ctrOptions(given)),
+    ctr: (args, given) => run(ctr, [...ctrArgs, ...args], ctrOptions(given)),
     ctrStream: (args, given) =>
-      stream(join(bin, 'ctr'), args, { ...ctrOptions(given), interactive: given?.interactive ?? false }),
+      stream(ctr, [...ctrArgs, ...args], { ...ctrOptions(given), interactive: given?.interactive ?? false }),
     stop: () => end('SIGTERM'),
     kill: () => end('SIGKILL'),
     async restart(kilnEnv) {

@@ -37,4 +37,5 @@ function inTree(...parts: string[]): string {
 
 export const containerdBin = (version: ContainerdVersion): string => inTree(`containerd-${version}`, 'usr', 'bin');
 export const runcBin = (): string => inTree('runc', 'usr', 'sbin');
+export const cniPlugins = (): string => inTree('cni', 'usr', 'lib', 'cni');
 export const busyboxBinary = (): string => inTree('busybox', 'bin', 'busybox');

@@ -6,6 +6,7 @@ import { type Containerd, startContainerd } from './containerd.ts';
 import { EventLog } from './event-log.ts';
 import { busyboxImage, type Image, importImage } from './images.ts';
 import { assertNothingLeft, findLeft, type HostSnapshot, kilndPids, snapshotHost } from './leftovers.ts';
+import type { TestNetwork } from './network.ts';
 import { type ContainerdVersion, runtime, shimBinary } from './paths.ts';
 import { sharedTemplatesVariable } from './shared-templates.ts';
 import { mustRun, type RunningProgram, type RunOptions, type RunResult, run } from './spawn.ts';
@@ -23,6 +24,8 @@ export interface SceneOptions {
   readonly runInMemory?: boolean;
   /** More environment for containerd, and so for the launcher and kilnd. */
   readonly env?: Readonly<Record<string, string>>;
+  /** containerd, and all that it starts, lives in this network; it must have been set up. */
+  readonly network?: TestNetwork;
 }
 
 export interface RunContainerOptions extends RunOptions {
@@ -153,6 +156,7 @@ export class Scene {
       dir: join(this.dir, 'd'),
       kilnEnv: { ...this.kilnEnv, ...this.#options.env },
       pathBefore: [join(this.dir, 'shims')],
+      ...(this.#options.network && { within: this.#options.network.commands }),
     });
     for (const image of [busyboxImage, ...(this.#options.images ?? [])]) await importImage(this.#containerd, image);
   }

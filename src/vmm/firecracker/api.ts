@@ -34,6 +34,8 @@ export interface FirecrackerRequests {
   };
   /** Swaps the backing file of a running VM's drive. */
   'PATCH /drives': { readonly drive_id: string; readonly path_on_host: string };
+  /** `host_dev_name` is a tap device of the network namespace that Firecracker runs in. */
+  'PUT /network-interfaces': { readonly iface_id: string; readonly host_dev_name: string; readonly guest_mac: string };
   'PUT /vsock': { readonly guest_cid: number; readonly uds_path: string };
   /** `free_page_reporting` since 1.14. */
   'PUT /balloon': {
@@ -60,6 +62,8 @@ export interface FirecrackerRequests {
     /** "File": mapped privately. */
     readonly mem_backend: { readonly backend_type: 'File'; readonly backend_path: string };
     readonly resume_vm: true;
+    /** The tap of each interface, in place of the saved VM's. Since 1.12. */
+    readonly network_overrides?: readonly { readonly iface_id: string; readonly host_dev_name: string }[];
     readonly vsock_override?: { readonly uds_path: string };
   };
 }
@@ -90,6 +94,12 @@ export interface InstanceInfo {
 export interface HotplugMemory {
   readonly requested_size_mib: number;
   readonly plugged_size_mib: number;
+}
+
+/** Of a drive or an interface, which the path names, too. */
+function idIn(body: object): string {
+  if ('drive_id' in body) return `/${body.drive_id}`;
+  return 'iface_id' in body ? `/${body.iface_id}` : '';
 }
 
 export class FirecrackerApi implements Disposable {
@@ -129,8 +139,7 @@ export class FirecrackerApi implements Disposable {
     signal?: AbortSignal,
   ): Promise<void> {
     const [method = '', path = ''] = name.split(' ');
-    const id = 'drive_id' in body ? `/${body.drive_id}` : '';
-    await this.#request(method, `${path}${id}`, body, signal);
+    await this.#request(method, `${path}${idIn(body)}`, body, signal);
   }
 
   #request(method: string, path: string, body?: object, signal?: AbortSignal): Promise<unknown> {

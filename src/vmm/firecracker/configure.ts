@@ -1,5 +1,5 @@
 import { commonKernelWords } from '../kernel-words.ts';
-import type { VmConfig, VmShape } from '../vmm.ts';
+import { cardMac, type NetworkCard, type VmConfig, type VmShape } from '../vmm.ts';
 import type { FirecrackerRequest } from './api.ts';
 import { type DrivePaths, driveNames, drivesAt, makeDriveFiles, serialOf } from './drives.ts';
 import { type GuestMemory, growthKernelWords, guestMemory } from './memory.ts';
@@ -27,13 +27,14 @@ interface Files {
   readonly initrd: string | undefined;
   readonly drives: DrivePaths;
   readonly vsock: string;
+  readonly nics: readonly NetworkCard[];
   /** The serial of the guest image's disk. */
   readonly imageSerial: string;
 }
 
 /** Everything up to the start, each with an answer of its own, so that an error names what was refused. */
 export async function configureAndStart(
-  { api, place, version, signal }: Started,
+  { api, place, nics, version, signal }: Started,
   config: VmConfig,
   settings: Settings,
 ): Promise<void> {
@@ -43,6 +44,7 @@ export async function configureAndStart(
     initrd: initrd === undefined ? undefined : await place.show('initrd', initrd),
     drives: await makeDriveFiles(config, place),
     vsock: place.vsock.inside,
+    nics,
     imageSerial: await serialOf(guestImage),
   };
   for (const [name, body] of requestsFor(config, files, settings, version)) {
@@ -59,7 +61,8 @@ export async function configureAndStart(
  */
 export function configurationText(shape: VmShape, settings: Settings): string[] {
   const drives = new Map(driveNames(shape.networkCards).map((name) => [name, name]));
-  const files = { kernel: 'kernel', initrd: shape.initrd && 'initrd', drives, vsock: 'vsock', imageSerial: '' };
+  const nics = Array.from({ length: shape.networkCards }, (_, index) => ({ mac: cardMac(index), tap: 'tap' }));
+  const files = { kernel: 'kernel', initrd: shape.initrd && 'initrd', drives, vsock: 'vsock', nics, imageSerial: '' };
   return requestsFor(shape, files, settings, newest).map((request) => JSON.stringify(request));
 }
 
@@ -77,10 +80,20 @@ function requestsFor(shape: VmShape, files: Files, settings: Settings, version: 
     ['PUT /machine-config', { ...machine, ...(hugePages ? { huge_pages: '2M' } : {}) }],
     ['PUT /boot-source', boot],
     ...drivesAt(files.drives, diskLimits).map((drive): FirecrackerRequest => ['PUT /drives', drive]),
+    ...files.nics.map((nic, index): FirecrackerRequest => ['PUT /network-interfaces', interfaceAt(nic, index)]),
     ['PUT /vsock', { guest_cid: guestCid, uds_path: files.vsock }],
     ['PUT /entropy', {}],
     ...devices.map(({ request }) => request),
   ];
+}
+
+function interfaceAt({ mac, tap }: NetworkCard, index: number) {
+  return { iface_id: interfaceId(index), host_dev_name: tap, guest_mac: mac };
+}
+
+/** By which Firecracker knows the nth network card. */
+export function interfaceId(index: number): string {
+  return `net${index}`;
 }
 
 /** A device that changes how much memory the guest has, and what its kernel needs for it. */

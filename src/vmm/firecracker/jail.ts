@@ -32,6 +32,7 @@ import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../../errors.ts';
 import type { HelperProcess } from '../../host/helper-process.ts';
+import type { Parking } from '../cards.ts';
 import type { SlotName } from '../vmm.ts';
 import { type CgroupLimits, hostMounts, removeCgroups } from './jail-cgroup.ts';
 import { type JailKernel, realKernel } from './jail-kernel.ts';
@@ -59,6 +60,8 @@ export interface JailOptions {
   readonly limits: CgroupLimits;
   /** The VM's name for the process list. */
   readonly id: string;
+  /** The network namespace that Firecracker runs in. */
+  readonly network: Parking;
   readonly directory: string;
 }
 
@@ -97,8 +100,8 @@ export async function makeJail(options: JailOptions, host: JailHost): Promise<Pl
   symlinkSync(path.relative(directory, root), rootLink(directory));
   host.kernel.mountTmpfs(files, { sizeBytes: filesBytes, inodes: filesInodes, shared: true });
   undo.move();
-  const { jailer, limits } = options;
-  const entry = { jailer, program, limits, id, directory, base, uid, root, mounts: host.mounts };
+  const { jailer, limits, network } = options;
+  const entry = { jailer, program, limits, network, id, directory, base, uid, root, mounts: host.mounts };
   return new Jail({ directory, uid, host, enter: (args, signal) => startJailer({ ...entry, args }, signal) });
 }
 
@@ -235,10 +238,11 @@ export class Jail implements Place {
     return seen;
   }
 
-  clear(slot: SlotName): void {
+  clear(slot: SlotName): string {
     const own = this.#own(slot);
     if (existsSync(emptied(own))) renameSync(emptied(own), own);
     else this.#parts.host.kernel.unmount(own);
+    return inside(slot);
   }
 
   makeFifo(name: FifoName): Seen {

@@ -6,6 +6,7 @@ import { adoptHelper, describeExit, type HelperProcess, startHelper } from '../.
 import { resetOomScore } from '../../host/oom-score.ts';
 import { identityOf } from '../../host/process-identity.ts';
 import { abortable } from '../abortable.ts';
+import type { Parking } from '../cards.ts';
 import { withExitStatus } from './exit-status.ts';
 import { type CgroupLimits, cgroupArguments } from './jail-cgroup.ts';
 import { logName } from './place.ts';
@@ -26,6 +27,8 @@ export interface JailerOptions {
   /** The host's table of mounts, for its cgroups. */
   readonly mounts: string;
   readonly directory: string;
+  /** The network namespace that both run in; it is entered before, so --netns is not needed. */
+  readonly network: Parking;
   /** Firecracker's own arguments, with paths in the jail. */
   readonly args: readonly string[];
 }
@@ -44,7 +47,7 @@ export const longestFileBytes = 2 ** 40;
  *   reason when that aborts; a process may be left in the jail
  */
 export async function startJailer(options: JailerOptions, signal: AbortSignal): Promise<HelperProcess> {
-  const { jailer, program, id, uid, base, limits, mounts, directory, args } = options;
+  const { jailer, program, id, uid, base, limits, mounts, directory, network, args } = options;
   await using child = await startHelper({
     program: jailer,
     args: [
@@ -55,6 +58,7 @@ export async function startJailer(options: JailerOptions, signal: AbortSignal): 
       ...['--', ...args],
     ],
     directory,
+    network,
     logName,
     title: 'the jailer (vm.jailer in the config file)',
     hint: 'install the jailer of your Firecracker, or set vm.jail = "off"',

@@ -1,5 +1,5 @@
 import type { Logger } from '../../observe/logger.ts';
-import type { Parking } from '../cards.ts';
+import { makePersistentTaps, type Parking } from '../cards.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
 import type { DiskLimits } from './drives.ts';
 import { type JailHost, jailHost } from './jail.ts';
@@ -38,6 +38,7 @@ export interface JailSettings {
 export interface FirecrackerHost {
   readonly devices: HostDevices;
   readonly jails: JailHost;
+  readonly makeTaps: typeof makePersistentTaps;
 }
 
-export const thisHost: FirecrackerHost = { devices: hostDevices, jails: jailHost };
+export const thisHost: FirecrackerHost = { devices: hostDevices, jails: jailHost, makeTaps: makePersistentTaps };

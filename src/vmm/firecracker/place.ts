@@ -3,6 +3,7 @@ import { rm } from 'node:fs/promises';
 import path from 'node:path';
 import { type HelperProcess, startHelper } from '../../host/helper-process.ts';
 import { mkfifo } from '../../sys/fifo.ts';
+import type { Parking } from '../cards.ts';
 import type { SlotName } from '../vmm.ts';
 
 /** One file under its two paths. */
@@ -30,8 +31,8 @@ export interface Place extends AsyncDisposable {
   makeEmpty(slot: SlotName, size: { readonly bytes: number; readonly readOnly: boolean }): string;
   /** Makes a file or a block device usable behind a slot; what is returned is what Firecracker opens. */
   fill(slot: SlotName, file: string, readOnly: boolean): Promise<Seen>;
-  /** Takes back what `fill` has made: the empty file is there again. */
-  clear(slot: SlotName): void;
+  /** Takes back what `fill` has made: the empty file is there again. Returns its path for Firecracker. */
+  clear(slot: SlotName): string;
   /** Makes a FIFO that Firecracker writes to. */
   makeFifo(name: FifoName): Seen;
   /** The FIFO that was made earlier. */
@@ -62,11 +63,13 @@ export interface OpenPlaceOptions {
    * saves can then be restored in the directory of another VM.
    */
   readonly portable: boolean;
+  /** The network namespace that Firecracker runs in. */
+  readonly network: Parking;
 }
 
 /** The host as it is. */
 export function openPlace(directory: string, options?: Omit<OpenPlaceOptions, 'directory'>): Place {
-  const { program = '', id = '', portable = false } = options ?? {};
+  const { program = '', id = '', portable = false, network } = options ?? {};
   const own = (name: string) => path.join(directory, name);
   const seen = (file: string): Seen => ({ host: file, inside: file });
   const saved = (name: string): Seen => ({ host: own(name), inside: portable ? name : own(name) });
@@ -86,7 +89,7 @@ export function openPlace(directory: string, options?: Omit<OpenPlaceOptions, 'd
       return empty.inside;
     },
     fill: async (_slot, file) => seen(file),
-    clear: () => {},
+    clear: (slot) => saved(path.join('slots', slot)).inside,
     makeFifo(name) {
       mkfifo(fifo(name).host, 0o600);
       return fifo(name);
@@ -98,6 +101,7 @@ export function openPlace(directory: string, options?: Omit<OpenPlaceOptions, 'd
         args: ['--id', id, '--api-sock', apiSocket.inside, ...args],
         hint: 'install Firecracker, or set vm.vmm = "qemu"',
         ...(portable ? { workingDirectory: directory } : {}),
+        ...(network === undefined ? {} : { network }),
       });
     },
     async [Symbol.asyncDispose]() {

@@ -5,6 +5,8 @@
  * makes them of a paused VM. They are loaded by a Firecracker of the same version that was told nothing of a VM yet; it maps
  * the memory privately, so that any number of VMs have one file. An error at the load ends Firecracker.
  *
+ * A snapshot knows the taps of the saved VM's network cards, and is told others at its load.
+ *
  * What a snapshot holds and nobody can change at the load: CPUs, memory, rate limiters, the guest's CID, and the paths of the
  * drives' files, which have to be there. So these paths are the same for every VM: see `portable` in place.ts. A drive's serial
  * is none of it: it is made of the file that is there at the load, and anew when another file is put behind.
@@ -17,8 +19,9 @@
 import { closeSync, openSync } from 'node:fs';
 import path from 'node:path';
 import { KilnError } from '../../errors.ts';
-import type { VmConfig } from '../vmm.ts';
+import type { NetworkCard, VmConfig } from '../vmm.ts';
 import type { FirecrackerApi } from './api.ts';
+import { interfaceId } from './configure.ts';
 import { makeDriveFiles } from './drives.ts';
 import type { Place, SnapshotFile } from './place.ts';
 import type { Started } from './start.ts';
@@ -64,7 +67,7 @@ export async function saveSnapshot(
  * @throws KilnError internal with Firecracker's words when it refuses, unavailable when it ends; the signal's reason
  */
 export async function loadSnapshot(
-  { api, place, version, signal }: Started,
+  { api, place, nics, version, signal }: Started,
   config: VmConfig,
   directory: string,
 ): Promise<void> {
@@ -74,12 +77,18 @@ export async function loadSnapshot(
     snapshot_path: await place.show('state', path.join(directory, 'state')),
     mem_backend: { backend_type: 'File', backend_path: await place.show('memory', path.join(directory, 'memory')) },
     resume_vm: true,
+    // The saved VM's are gone.
+    ...(nics.length > 0 ? { network_overrides: nics.map(overrideAt) } : {}),
     // The path that is in there anyway, whatever else that may be one day.
     ...(isAtLeast(version, overrideSince) ? { vsock_override: { uds_path: place.vsock.inside } } : {}),
   } as const;
   await api.call('PUT /snapshot/load', snapshot, signal);
   // One is read, the other mapped.
   for (const name of snapshotFiles) place.hide(name);
+}
+
+function overrideAt({ tap }: NetworkCard, index: number) {
+  return { iface_id: interfaceId(index), host_dev_name: tap };
 }
 
 /** @throws KilnError not-found for a directory that is no snapshot's */

@@ -7,7 +7,7 @@ import type { HostDevices } from '../host-devices.ts';
 import { hostSocketFor } from '../hybrid-vsock.ts';
 import { kvmProblem } from '../kvm.ts';
 import { AwaitedSocket } from '../socket-file.ts';
-import { agentPort, filesPort, type VmConfig } from '../vmm.ts';
+import { agentPort, filesPort, type NetworkCard, type VmConfig } from '../vmm.ts';
 import { filesOf, listenForAgent } from './agent-call.ts';
 import { FirecrackerApi } from './api.ts';
 import { requireHugePages, roomFor } from './huge-pages.ts';
@@ -41,6 +41,8 @@ export interface Start {
 export interface Started {
   readonly api: FirecrackerApi;
   readonly place: Place;
+  /** The VM's network cards, whose taps wait where Firecracker is. */
+  readonly nics: readonly NetworkCard[];
   /** Firecracker's. */
   readonly version: string;
   /** Aborts what takes too long, and what nobody wants any more. */
@@ -68,6 +70,8 @@ export async function startFirecracker(
   const { vsock } = place;
   const guestSockets = [agentPort, filesPort].map((port) => hostSocketFor(vsock.host, port));
   for (const socket of [place.apiSocket.host, vsock.host, ...guestSockets]) requireSocketPath(socket);
+  // Disposed of when Firecracker has ended: those that were moved are whose they are now.
+  const { nics } = stack.use(host.makeTaps(options.parking, config.networkCards, place.uid));
   const { telemetry, args } = Telemetry.begin(place, options);
   stack.use(telemetry);
   const agent = stack.use(await listenForAgent(place));
@@ -80,12 +84,12 @@ export async function startFirecracker(
     const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
     const version = await api.version(either);
     requireSupportedVersion(version);
-    await steps({ api, place, version, signal: either });
+    await steps({ api, place, nics, version, signal: either });
     return { api, memory: guestMemory(config, options, version) };
   });
   const growth = memoryGrowth(api, memory, roomFor(options, host.devices));
   const files = stack.use(filesOf(place));
-  return { firecracker, api, place, telemetry, agent, files, nics: [], memory, growth, resources: stack.move() };
+  return { firecracker, api, place, telemetry, agent, files, nics, memory, growth, resources: stack.move() };
 }
 
 function requireHost({ vcpus }: VmConfig, devices: HostDevices): void {
@@ -101,7 +105,7 @@ function requireHost({ vcpus }: VmConfig, devices: HostDevices): void {
 }
 
 async function placeFor(
-  { firecracker, jail: jailFor, memoryMaxMib }: FirecrackerOptions,
+  { firecracker, jail: jailFor, memoryMaxMib, parking }: FirecrackerOptions,
   { jails }: FirecrackerHost,
   config: VmConfig,
   portable: boolean,
@@ -110,7 +114,7 @@ async function placeFor(
   const { directory } = config;
   const jail = jailFor();
   // A jail is portable anyway.
-  if (jail === undefined) return openPlace(directory, { program: firecracker, id, portable });
+  if (jail === undefined) return openPlace(directory, { program: firecracker, id, portable, network: parking });
   const program = findProgram(firecracker);
   if (program === undefined) {
     throw new KilnError('failed-precondition', `cannot run ${firecrackerTitle} "${firecracker}": no such program`, {
@@ -118,7 +122,7 @@ async function placeFor(
     });
   }
   await requireSameVersion(program, jail.jailer);
-  return makeJail({ ...jail, program, id, directory, limits: limitsOf(config, memoryMaxMib) }, jails);
+  return makeJail({ ...jail, program, id, directory, network: parking, limits: limitsOf(config, memoryMaxMib) }, jails);
 }
 
 /**

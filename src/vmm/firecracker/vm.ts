@@ -133,7 +133,10 @@ export class FirecrackerVm implements Vm {
   }
 
   detachDisk(slot: SlotName): Promise<void> {
-    return Promise.reject(new KilnError('unimplemented', `drive slot ${slot} of this VM cannot be emptied`));
+    return this.#slots.empty(slot, async () => {
+      const { api, place } = this.#parts;
+      await api.call('PATCH /drives', { drive_id: slot, path_on_host: place.clear(slot) });
+    });
   }
 
   wait(): Promise<VmExit> {

@@ -18,12 +18,20 @@ import { takeStock } from '../../../src/daemon/earlier.ts';
 import { killProcessesOf } from '../../../src/host/stale.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { NetworkNamespace } from '../../../src/sys/netns.ts';
+import { makePersistentTaps } from '../../../src/vmm/cards.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../src/vmm/firecracker/driver.ts';
 import { clearJail, jailHost } from '../../../src/vmm/firecracker/jail.ts';
 import { uidsOf } from '../../../src/vmm/firecracker/jail-uids.ts';
 import { isAtLeast, versionOf } from '../../../src/vmm/firecracker/version.ts';
 import { type HostDevices, hostDevices } from '../../../src/vmm/host-devices.ts';
-import type { SavableVm, TemplateDriver, Vm, VmConfig, Vmm } from '../../../src/vmm/vmm.ts';
+import {
+  maxNetworkCards,
+  type SavableVm,
+  type TemplateDriver,
+  type Vm,
+  type VmConfig,
+  type Vmm,
+} from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
 import { Workspace } from '../../unit/vmm/workspace.ts';
 import { timedGuest, tinyGuest, waitingGuest } from './tiny-guest.ts';
@@ -63,8 +71,13 @@ const jails = () => ({ ...jailHost, claims: workspace.path('claims') });
 
 function driver(options: Partial<FirecrackerOptions> = {}, host: Partial<HostDevices> = {}, on = jails()): Vmm {
   const devices = { ...hostDevices, modules: workspace.path('modules'), ...host };
-  return createFirecracker({ firecracker: program ?? '', ...defaults, ...options }, { devices, jails: on });
+  return createFirecracker(
+    { firecracker: program ?? '', ...defaults, ...options },
+    { devices, jails: on, makeTaps: makePersistentTaps },
+  );
 }
+
+const parking = NetworkNamespace.create();
 
 const defaults = {
   jail: () => undefined,
@@ -73,13 +86,26 @@ const defaults = {
   bootTimer: false,
   memoryMaxMib: 0,
   diskLimits: { bytesPerS: 2 ** 20, opsPerS: 100 },
-  parking: NetworkNamespace.create(),
+  parking,
 };
+
+/** The tap devices that wait in there. */
+function parkedTaps(): string[] {
+  const lines = parking.run(() => readFileSync('/proc/thread-self/net/dev', 'utf8')).split('\n');
+  return lines.flatMap((line) => /^ *(kt[0-9a-f]+):/.exec(line)?.[1] ?? []).sort();
+}
+
+/** Those that a process has open: tun_chr_show_fdinfo of drivers/net/tun.c. */
+function tapsOf(pid: number): string[] {
+  const directory = `/proc/${pid}/fdinfo`;
+  const infos = readdirSync(directory).map((fd) => readFileSync(path.join(directory, fd), 'utf8'));
+  return infos.flatMap((info) => /^iff:\s*(\S+)/m.exec(info)?.[1] ?? []).sort();
+}
 
 const files = { kernel: guest('vmlinux'), initrd: guest('initrd'), guestImage: guest('guest.erofs') };
 
 async function boot(vmm: Vmm): Promise<Vm> {
-  vm = await vmm.boot({ ...workspace.vm(), ...files, id: 'my_c.1', memoryMib: 256 }, never);
+  vm = await vmm.boot({ ...workspace.vm(), ...files, id: 'my_c.1', memoryMib: 256, networkCards: 2 }, never);
   return vm;
 }
 
@@ -113,7 +139,14 @@ class TemplateBench {
     this.#driver = vmm.templates;
     mkdirSync(this.#vmDirectory, { recursive: true, mode: 0o700 });
     const kernel = workspace.file('waiting', waitingGuest('before', 'after'));
-    this.#config = { ...workspace.vm(), kernel, initrd: undefined, guestImage: disk('image'), memoryMib: 128 };
+    this.#config = {
+      ...workspace.vm(),
+      kernel,
+      initrd: undefined,
+      guestImage: disk('image'),
+      memoryMib: 128,
+      networkCards: 2,
+    };
   }
 
   async boot(): Promise<SavableVm> {
@@ -207,6 +240,7 @@ function describeTemplates({ vmm, sockets, expectNothingLeft }: Clones): void {
         expect(statSync(path.join(directory, socket)).isSocket()).toBe(true);
       }
       expect(new Set(mappingsOf(clone.pid, bench.file('memory')))).toEqual(new Set(['rw-p']));
+      expect(tapsOf(clone.pid)).toEqual(clone.nics.map(({ tap }) => tap).sort());
       expect(await clone.attachDisk('ro0', disk(`layer-of-${clone.pid}`))).toMatch(/^\d{1,20}$/);
       expect(await clone.attachDisk('rw1', disk(`disk-of-${clone.pid}`))).toMatch(/^\d{1,20}$/);
       const called = expect(clone.acceptAgent(never)).rejects.toThrow(
@@ -411,6 +445,41 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
     );
     expect(before.map(([file]) => owner(file))).toEqual(owners);
     expectNothingLeft();
+  });
+
+  test('has its network cards’ taps, in the namespace where they wait, which are gone with it', async () => {
+    const running = await boot(jailed());
+    const taps = running.nics.map(({ tap }) => tap).sort();
+    expect(taps).toHaveLength(2);
+    expect(tapsOf(running.pid)).toEqual(taps);
+    expect(parkedTaps()).toEqual(taps);
+    expect(readlinkSync(`/proc/${running.pid}/ns/net`)).toBe(parking.identity);
+    await running.kill();
+    expect(parkedTaps()).toEqual([]);
+    expectNothingLeft();
+  });
+
+  test('has room for its drive slots beside as many network cards as there can be, and memory that grows', async () => {
+    const grows = driver({ jail, memoryMaxMib: 512 });
+    for (const networkCards of [0, maxNetworkCards]) {
+      const running = await grows.boot(
+        { ...workspace.vm(), ...files, id: 'full', memoryMib: 256, networkCards },
+        never,
+      );
+      expect(running.freeSlots).toHaveLength(12 - networkCards);
+      await running.kill();
+    }
+  });
+
+  test('has a drive slot empty again, for another file', async () => {
+    const running = await boot(jailed());
+    const sizeOf = () => statSync(`/proc/${running.pid}/root/files/rw0`).size;
+    await running.attachDisk('rw0', workspace.file('one', Buffer.alloc(4096)));
+    expect(sizeOf()).toBe(4096);
+    await running.detachDisk('rw0');
+    expect(sizeOf()).toBe(2 ** 40);
+    await running.attachDisk('rw0', workspace.file('two', Buffer.alloc(8192)));
+    expect(sizeOf()).toBe(8192);
   });
 
   test('has a block device by a node of its own, which it can use as its slot allows', async () => {

@@ -15,9 +15,9 @@ import {
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import type { Parking } from '../../../src/vmm/cards.ts';
+import type { Parking, PersistentTaps } from '../../../src/vmm/cards.ts';
 import type { HostDevices } from '../../../src/vmm/host-devices.ts';
-import type { VmConfig } from '../../../src/vmm/vmm.ts';
+import { cardMac, type VmConfig } from '../../../src/vmm/vmm.ts';
 
 const fakeQemu = fileURLToPath(new URL('./fake-qemu.ts', import.meta.url));
 const fakeJailer = fileURLToPath(new URL('./firecracker/fake-jailer.ts', import.meta.url));
@@ -25,6 +25,14 @@ const fakeFirecracker = fileURLToPath(new URL('./firecracker/fake-firecracker.ts
 
 /** The namespace we are in, for VMs without network cards: another one takes root. */
 export const parking: Parking = { run: (action) => action() };
+
+let tapsMade = 0;
+
+/** Names only. */
+export function playedTaps(_parking: Parking, count: number): PersistentTaps {
+  const nics = Array.from({ length: count }, (_, index) => ({ mac: cardMac(index), tap: `kt${tapsMade++}` }));
+  return { nics, [Symbol.dispose]: () => {} };
+}
 
 export class Workspace implements Disposable {
   readonly folder = mkdtempSync(path.join(tmpdir(), 'kiln-v'));

@@ -1,5 +1,5 @@
 import { once } from 'node:events';
-import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, symlinkSync } from 'node:fs';
+import { closeSync, existsSync, mkdirSync, readdirSync, readFileSync, statSync, symlinkSync } from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
@@ -9,7 +9,7 @@ import { createFirecracker, type FirecrackerOptions } from '../../../../src/vmm/
 import { clearJail } from '../../../../src/vmm/firecracker/jail.ts';
 import { claimUid } from '../../../../src/vmm/firecracker/jail-uids.ts';
 import { readOnlySlots, type Vm, type VmConfig, type VmRecord, writableSlots } from '../../../../src/vmm/vmm.ts';
-import { parking, Workspace } from '../workspace.ts';
+import { parking, playedTaps, Workspace } from '../workspace.ts';
 import { FakeKernel } from './fake-kernel.ts';
 
 /** The driver, with Firecracker played by a program of ours; for the real one see test/integration/vmm. */
@@ -70,7 +70,11 @@ function host() {
   mkdirSync(cgroups, { recursive: true });
   workspace.file('cgroup/cgroup.controllers', 'cpu memory pids\n');
   const mounts = workspace.file('mounts', `cgroup2 ${cgroups} cgroup2 rw 0 0\n`);
-  return { devices: workspace.devices(), jails: { kernel, claims: workspace.path('claims'), mounts } };
+  return {
+    devices: workspace.devices(),
+    jails: { kernel, claims: workspace.path('claims'), mounts },
+    makeTaps: playedTaps,
+  };
 }
 
 function claims(): string[] {
@@ -126,6 +130,49 @@ describe('a start', () => {
     expect(bodyOf('PUT /drives/rw1')).toMatchObject({ is_read_only: false, cache_type: 'Writeback' });
     const { path_on_host: empty } = bodyOf('PUT /drives/rw1') as { path_on_host: string };
     expect(statSync(empty)).toMatchObject({ size: 2 ** 40, blocks: 0 });
+  });
+
+  test('gives the VM network cards, and fewer drive slots for them', async () => {
+    const vm = await boot('running', { config: { networkCards: 3 } });
+    const cards = workspace.firecrackerRequests().filter(({ name }) => name.startsWith('PUT /network-interfaces/'));
+    expect(cards.map(({ name, body }) => [name, body])).toEqual(
+      vm.nics.map(({ mac, tap }, index) => [
+        `PUT /network-interfaces/net${index}`,
+        { iface_id: `net${index}`, host_dev_name: tap, guest_mac: mac },
+      ]),
+    );
+    expect(vm.freeSlots).toEqual([...readOnlySlots.slice(0, 5), ...writableSlots.slice(0, 4)]);
+    const adopted = JSON.parse(JSON.stringify(vm.record()));
+    expect(adopted.nics).toEqual(vm.nics);
+  });
+
+  test('has a drive slot empty again, for another file', async () => {
+    const vm = await boot('running');
+    const lastBody = () => workspace.firecrackerRequests().at(-1)?.body;
+    const empty = (workspace.firecrackerRequests().find(({ name }) => name === 'PUT /drives/rw1')?.body ??
+      {}) as object;
+    await vm.attachDisk('rw1', workspace.file('one'));
+    await vm.detachDisk('rw1');
+    expect(lastBody()).toEqual({ drive_id: 'rw1', path_on_host: Object(empty).path_on_host });
+    expect(vm.freeSlots).toContain('rw1');
+    await vm.attachDisk('rw1', workspace.file('two'));
+    expect(lastBody()).toEqual({ drive_id: 'rw1', path_on_host: workspace.path('two') });
+    const before = workspace.firecrackerRequests().length;
+    await vm.detachDisk('ro0');
+    expect(workspace.firecrackerRequests()).toHaveLength(before);
+  });
+
+  test('has the files of its guest by the connection that the guest dials', async () => {
+    const vm = await boot('running');
+    const accepting = vm.acceptFiles(never);
+    const guest = net.connect(path.join(workspace.sandbox, 'vsock_9000')).on('error', () => {});
+    closeSync(await accepting);
+    guest.destroy();
+    const ended = expect(vm.acceptFiles(never)).rejects.toThrow(
+      'Firecracker ended (SIGKILL) before its files were served',
+    );
+    process.kill(vm.pid, 'SIGKILL');
+    await ended;
   });
 
   test('of a kernel with everything built in lets it mount the first disk', async () => {

@@ -65,6 +65,14 @@ const bodies: Readonly<Record<string, z.ZodType>> = {
     partuuid: z.string().optional(),
   }),
   'PATCH /drives': z.strictObject({ drive_id: driveId, path_on_host: file.optional() }),
+  'PUT /network-interfaces': z.strictObject({
+    iface_id: driveId,
+    host_dev_name: z.string().min(1).max(15),
+    guest_mac: z
+      .string()
+      .regex(/^([0-9a-f]{2}:){5}[0-9a-f]{2}$/)
+      .optional(),
+  }),
   'PUT /vsock': z.strictObject({
     guest_cid: z.int().min(3),
     uds_path: z.string(),
@@ -97,6 +105,7 @@ const bodies: Readonly<Record<string, z.ZodType>> = {
     mem_backend: z.strictObject({ backend_type: z.enum(['File', 'Uffd']), backend_path: z.string() }),
     resume_vm: z.boolean().optional(),
     track_dirty_pages: z.boolean().optional(),
+    network_overrides: z.array(z.strictObject({ iface_id: z.string(), host_dev_name: z.string() })).optional(),
     vsock_override: z.strictObject({ uds_path: z.string() }).optional(),
     clock_realtime: z.boolean().optional(),
   }),
@@ -113,7 +122,8 @@ const fieldsSince: Readonly<Record<string, Readonly<Record<string, number>>>> = 
 const requestsSince: Readonly<Record<string, number>> = { 'PUT /hotplug/memory': 14, 'PATCH /hotplug/memory': 14 };
 
 /** src/vmm/src/rpc_interface.rs: after one of these no snapshot is loaded (boot_path). */
-const configuresVm = /^PUT \/(machine-config|boot-source|drives|vsock|balloon|entropy|hotplug\/memory)$/;
+const configuresVm =
+  /^PUT \/(machine-config|boot-source|drives|network-interfaces|vsock|balloon|entropy|hotplug\/memory)$/;
 
 /** v1.16 src/firecracker/src/main.rs; each is there since 1.13. */
 const flags = new Set(
@@ -181,6 +191,8 @@ class Firecracker {
   /** By id, the path of each one's file. */
   #drives: Record<string, string> = {};
   #bootSource = { boot_args: '' };
+  /** By id, the tap of each network interface. */
+  #interfaces: Record<string, string> = {};
   #memoryMib = 0;
   /** What the VM can get, was asked to take, and has taken, in MiB; undefined without such memory. */
   #hotplug: { total: number; requested: number; plugged: number } | undefined;
@@ -249,6 +261,7 @@ class Firecracker {
     else if (name === 'PATCH /hotplug/memory') this.#askToTake(Number(fields.requested_size_mib));
     else if (name === 'PUT /drives') this.#drives[id ?? ''] = fields.path_on_host ?? '';
     else if (name === 'PATCH /drives') this.#swap(id ?? '', fields.path_on_host ?? '');
+    else if (name === 'PUT /network-interfaces') this.#interfaces[id ?? ''] = fields.host_dev_name ?? '';
     else if (name === 'PUT /vsock') this.#bindVsock(fields.uds_path ?? '');
     else if (name === 'PUT /actions') this.#start();
     else if (name === 'PATCH /vm') this.#state = fields.state === 'Paused' ? 'Paused' : 'Running';
@@ -293,6 +306,7 @@ class Firecracker {
       memoryMib: this.#memoryMib,
       hotplug: this.#hotplug,
       drives: this.#drives,
+      interfaces: this.#interfaces,
       vsock: this.#vsock?.told,
     };
     writeSnapshot({ state: real(state), memory: real(memory) }, saved);
@@ -309,12 +323,18 @@ class Firecracker {
       for (const path of Object.values(saved.drives)) {
         if (!existsSync(real(path))) throw new Error(`No such file or directory (os error 2) ${path}`);
       }
+      for (const { iface_id: id, host_dev_name: tap } of request.network_overrides ?? []) {
+        // src/vmm/src/persist.rs, UnknownNetworkDevice.
+        if (saved.interfaces[id] === undefined) throw new Error('Unknown Network Device.');
+        saved.interfaces[id] = tap;
+      }
       const told = override?.uds_path ?? saved.vsock;
       if (told !== undefined) this.#bindVsock(told);
     } catch (error) {
       throw new Refusal(`Load snapshot error: Failed to restore from snapshot: ${(error as Error).message}`, true);
     }
     this.#drives = { ...saved.drives };
+    this.#interfaces = saved.interfaces;
     this.#memoryMib = saved.memoryMib;
     this.#hotplug = saved.hotplug;
     this.#state = resume ? 'Running' : 'Paused';
@@ -336,7 +356,7 @@ class Firecracker {
       throw new Refusal(`An error occurred when deserializing the json body of a request: ${result.error.message}`);
     }
     const fields = result.data as Record<string, string>;
-    if (id !== undefined && id !== fields.drive_id) {
+    if (id !== undefined && id !== (fields.drive_id ?? fields.iface_id)) {
       throw new Refusal('The id from the path does not match the id from the body!');
     }
     const isStarted = this.#state !== 'Not started';
@@ -405,6 +425,7 @@ interface SnapshotPaths {
 interface LoadRequest {
   readonly snapshot_path: string;
   readonly mem_backend: { readonly backend_path: string };
+  readonly network_overrides?: readonly { readonly iface_id: string; readonly host_dev_name: string }[];
   readonly vsock_override?: { readonly uds_path: string };
   readonly resume_vm?: boolean;
 }

@@ -13,6 +13,8 @@ export interface Saved {
   readonly hotplug: { total: number; requested: number; plugged: number } | undefined;
   /** By id, the path of each drive's file. */
   readonly drives: Readonly<Record<string, string>>;
+  /** By id, the tap of each network interface. */
+  readonly interfaces: Record<string, string>;
   readonly vsock: string | undefined;
 }
 

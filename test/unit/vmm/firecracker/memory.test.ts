@@ -4,7 +4,7 @@ import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { loggerTo } from '../../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../../src/vmm/firecracker/driver.ts';
 import type { Vm } from '../../../../src/vmm/vmm.ts';
-import { parking, Workspace } from '../workspace.ts';
+import { parking, playedTaps, Workspace } from '../workspace.ts';
 import { FakeKernel } from './fake-kernel.ts';
 
 /** Memory that a VM gets while it runs, with Firecracker played by a program of ours. */
@@ -34,7 +34,7 @@ function driver(mode: string, options: Partial<FirecrackerOptions> = {}) {
   };
   const logger = loggerTo({ write: () => {} }, 'trace');
   const jails = { kernel: new FakeKernel(), claims: workspace.path('claims'), mounts: workspace.file('mounts') };
-  const host = { devices: workspace.devices(), jails };
+  const host = { devices: workspace.devices(), jails, makeTaps: playedTaps };
   return createFirecracker({ firecracker: workspace.firecracker(mode), logger, ...defaults, ...options }, host);
 }
 

@@ -15,7 +15,7 @@ import { loggerTo } from '../../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../../src/vmm/firecracker/driver.ts';
 import { slotsBeside } from '../../../../src/vmm/firecracker/drives.ts';
 import type { SavableVm, TemplateDriver, Vm, VmConfig, Vmm } from '../../../../src/vmm/vmm.ts';
-import { parking, Workspace } from '../workspace.ts';
+import { parking, playedTaps, Workspace } from '../workspace.ts';
 import { FakeKernel } from './fake-kernel.ts';
 
 /** Saving and restoring, with Firecracker played by fake-firecracker.ts; for the real one see test/integration/vmm. */
@@ -65,7 +65,11 @@ function vmm(mode: string, { options, jailed = false }: Host = {}): Vmm {
     memoryMaxMib: 0,
     diskLimits: { bytesPerS: 0, opsPerS: 0 },
   };
-  const host = { devices: workspace.devices(), jails: { kernel, claims: workspace.path('claims'), mounts } };
+  const host = {
+    devices: workspace.devices(),
+    jails: { kernel, claims: workspace.path('claims'), mounts },
+    makeTaps: playedTaps,
+  };
   return createFirecracker({ firecracker: workspace.firecracker(mode), ...defaults, ...options }, host);
 }
 
@@ -265,6 +269,18 @@ describe.each([
     expect(String((await once(agent, 'data'))[0])).toBe('hello');
     await vm.kill();
     expectNothingLeft();
+  });
+
+  test('has taps of its own behind the network cards of its template', async () => {
+    rmSync(template, { recursive: true });
+    mkdirSync(path.join(template, 'vm'), { recursive: true });
+    const withCards = { ...host, config: { ...host.config, networkCards: 2 } };
+    await makeTemplate('running', withCards);
+    const vm = await restore('running', withCards);
+    expect(vm.nics.map(({ mac }) => mac)).toEqual(['02:6b:69:6c:6e:00', '02:6b:69:6c:6e:01']);
+    expect(bodyOf('PUT /snapshot/load')).toMatchObject({
+      network_overrides: vm.nics.map(({ tap }, index) => ({ iface_id: `net${index}`, host_dev_name: tap })),
+    });
   });
 
   test('has the drives of its template, and gets files behind them', async () => {

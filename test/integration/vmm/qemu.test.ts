@@ -1,5 +1,5 @@
 import { execFileSync } from 'node:child_process';
-import { closeSync, existsSync, mkdirSync, readFileSync } from 'node:fs';
+import { closeSync, existsSync, mkdirSync, readFileSync, readlinkSync } from 'node:fs';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { startHelper } from '../../../src/host/helper-process.ts';
@@ -11,7 +11,7 @@ import { chooseAccelerator, hostTscKhz } from '../../../src/vmm/qemu/accelerator
 import { qemuArguments } from '../../../src/vmm/qemu/command-line.ts';
 import { createQemu, type QemuOptions } from '../../../src/vmm/qemu/driver.ts';
 import { startVsockBackend } from '../../../src/vmm/qemu/vsock-backend.ts';
-import { filesPort, type Vm, type VmConfig } from '../../../src/vmm/vmm.ts';
+import { filesPort, maxNetworkCards, type Vm, type VmConfig } from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
 import { Workspace } from '../../unit/vmm/workspace.ts';
 
@@ -22,12 +22,13 @@ const guest = {
   initrd: path.join(distDir, 'guest/initrd'),
   guestImage: path.join(distDir, 'guest/guest.erofs'),
 };
+const parking = NetworkNamespace.create();
 const options: QemuOptions = {
   qemu: 'qemu-system-x86_64',
   vsockBackend: path.join(distDir, 'libexec/vhost-device-vsock'),
   accelerator: 'auto',
   channel: 'auto',
-  parking: NetworkNamespace.create(),
+  parking,
 };
 
 let workspace: Workspace;
@@ -127,6 +128,25 @@ describe('a guest in QEMU', () => {
 });
 
 describe('QEMU', () => {
+  test('runs where taps wait, has those of its network cards open, and they end with it', async () => {
+    const names = () => parking.run(() => readFileSync('/proc/thread-self/net/dev', 'utf8')).match(/kt[0-9a-f]{12}/g);
+    const vm = await boot({ networkCards: maxNetworkCards });
+    expect(readlinkSync(`/proc/${vm.pid}/ns/net`)).toBe(parking.identity);
+    const taps = vm.nics.map(({ tap }) => tap);
+    expect(taps).toHaveLength(maxNetworkCards);
+    expect(names()?.sort()).toEqual([...taps].sort());
+    await vm.kill();
+    expect(names()).toBeNull();
+    expectNothingLeft();
+  });
+
+  test('has one at the other end of the guest’s files where the channel is virtio-serial', async () => {
+    const vm = await boot({}, { channel: 'virtio-serial' });
+    closeSync(await vm.acceptFiles(never));
+    await vm.kill();
+    expectNothingLeft();
+  });
+
   test('works in a directory with a comma in its name, and is gone when it is killed at once', async () => {
     const directory = `${workspace.sandbox}/a,b`;
     mkdirSync(directory);

@@ -168,13 +168,19 @@ function sourceOf({ source, target }: Mount): string {
   }
 }
 
-/** mkdir -p; `undo` removes what this has made, and only that. */
+/** mkdir -p; `undo` removes what this has made and nobody else uses, and only that. */
 function makeDirectories(path: string, undo: AsyncDisposableStack): void {
   const first = mkdirSync(path, { recursive: true, mode: 0o755 });
   if (first === undefined) return;
   undo.defer(() => {
     for (let made = path; ; made = dirname(made)) {
-      rmdirSync(made);
+      try {
+        rmdirSync(made);
+      } catch (error) {
+        // Another container of the pod has its own below.
+        if ((error as NodeJS.ErrnoException).code === 'ENOTEMPTY') return;
+        throw error;
+      }
       if (made === first) return;
     }
   });

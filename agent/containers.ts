@@ -3,7 +3,12 @@
  */
 import { mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { CreateContainerRequest, ExecProcessRequest, Stdio } from '../gen/kiln/agent/v1/agent.ts';
+import type {
+  CreateContainerRequest,
+  ExecProcessRequest,
+  ReadStatsResponse,
+  Stdio,
+} from '../gen/kiln/agent/v1/agent.ts';
 import { BeyondCrun } from './beyond-crun.ts';
 import { cgroupOf, killAll, processesIn } from './cgroup.ts';
 import { Controls } from './controls.ts';
@@ -300,6 +305,11 @@ export class Containers {
     }
     this.#get(id).execs.delete(execId);
     process[Symbol.dispose]();
+  }
+
+  /** What a container has used; undefined of one without a control group of its own. */
+  finalStats(id: string): ReadStatsResponse | undefined {
+    return this.#containers.get(id)?.made?.controls?.stats();
   }
 
   /** The verbs on its control group, for an action that these states allow. */

@@ -119,6 +119,7 @@ export function createService({ containers, pod, ownsGuest, connectedAt, onHello
         exitedAtNs: exit.atNs,
         stdoutBytes: optionalBigInt(exit.stdoutBytes),
         stderrBytes: optionalBigInt(exit.stderrBytes),
+        stats: name.execId === '' ? containers.finalStats(name.id) : undefined,
       };
     }),
     describeContainer: unary(({ id }) => containers.describe(id)),

@@ -93,6 +93,8 @@ export interface GuestExit {
   readonly status: number;
   /** Bytes that the process itself had written when it ended; undefined where the guest cannot tell. */
   readonly written: Readonly<Record<OutputName, number | undefined>>;
+  /** Of a container's init: what the container has used. Undefined where the guest does not tell it here. */
+  readonly stats?: ContainerStats | undefined;
 }
 
 export interface GuestProcess {
@@ -276,6 +278,7 @@ export class Guest implements Disposable {
       // A guest that is not ours any more may say anything.
       status: exit.exitStatus & 0xff,
       written: { stdout: toNumber(exit.stdoutBytes), stderr: toNumber(exit.stderrBytes) },
+      stats: exit.stats && toContainerStats(exit.stats),
     };
   }
 

@@ -389,12 +389,12 @@ export class Container {
   /** Follows the init process to its end. Never rejects. */
   async #supervise(): Promise<void> {
     const { standIn } = this.#resources;
-    const { status, written } = await this.#awaitExit();
+    const { status, written, stats } = await this.#awaitExit();
     const vmLives = this.#lost === undefined;
     this.#exited = true;
     this.timeline.mark('exited');
     const exit: Exit = { status, at: new Date() };
-    const counted = vmLives ? this.#countAtExit() : undefined;
+    const counted = vmLives ? this.#countAtExit(stats) : undefined;
     const inTime = delay(outputGraceMs, undefined, { ref: false });
     await Promise.all([this.#io.settled(written), Promise.race([counted, inTime])]);
     this.oom.close();
@@ -422,10 +422,10 @@ export class Container {
     }
   }
 
-  /** The container's last numbers, while its control group is still there. Never rejects. */
-  async #countAtExit(): Promise<void> {
+  /** The container's last numbers, told with its exit or asked for while its control group is still there. Never rejects. */
+  async #countAtExit(told: ContainerStats | undefined): Promise<void> {
     try {
-      this.#finalStats = await this.#resources.sandbox.guest.stats(this.id);
+      this.#finalStats = told ?? (await this.#resources.sandbox.guest.stats(this.id));
       this.oom.count(Number(this.#finalStats.memory.events.oom_kill ?? 0n));
     } catch (error) {
       this.#report(error, 'the guest does not tell what the container has used');

@@ -14,7 +14,7 @@ import { printable } from '../../../src/host/printable.ts';
 import { toMetrics } from '../../../src/shim/metrics.ts';
 import { type AttackName, attacks } from './hostile-agent.ts';
 import { answerHeaders, literal, serveRaw, trailers } from './raw-peer.ts';
-import { failure, helloResponse, type Script, ScriptedAgent, socketPair } from './scripted-agent.ts';
+import { failure, helloResponse, type Script, ScriptedAgent, socketPair, waitResponse } from './scripted-agent.ts';
 
 const mib = 2 ** 20;
 const name = `hostile-${process.pid}`;
@@ -255,8 +255,7 @@ describe('a guest that answers', () => {
 
   it('with an exit status beyond a byte has its last eight bits, whatever it says to have written', async () => {
     using guest = await guestOf({
-      waitProcess: (_call, done) =>
-        done(null, { exitStatus: 0xffff_ff07, exitedAtNs: 0n, stdoutBytes: 2n ** 64n - 1n, stderrBytes: undefined }),
+      waitProcess: (_call, done) => done(null, waitResponse({ exitStatus: 0xffff_ff07, stdoutBytes: 2n ** 64n - 1n })),
     });
     expect(await guest.waitExit({ id: 'c1', execId: '' })).toMatchObject({ status: 7, written: { stderr: undefined } });
   });

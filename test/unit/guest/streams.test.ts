@@ -192,6 +192,15 @@ describe('an exit', () => {
     expect(await silent.waitExit(ref)).toEqual({ status: 1, written: { stdout: undefined, stderr: undefined } });
   });
 
+  it('of a container tells what the container has used, where the guest tells it', async () => {
+    const stats = { cpu: { usage_usec: 7n }, values: { 'pids.current': 2n } };
+    const guest = await connect({ waitProcess: (_call, done) => done(null, waitResponse({ stats })) });
+    expect((await guest.waitExit({ id: 'c1', execId: '' })).stats).toMatchObject({
+      cpu: { usage_usec: 7n },
+      pids: { current: 2n, limit: null },
+    });
+  });
+
   it('of a guest that tells an absurd status is a status nevertheless', async () => {
     for (const exitStatus of [256, 4_000_000_255, 0xffffffff]) {
       const guest = await connect({ waitProcess: (_call, done) => done(null, waitResponse({ exitStatus })) });

@@ -30,6 +30,8 @@ export interface KilnConfig {
     /** Seconds from spawning the VMM until the agent must have connected. */
     readonly bootTimeoutS: number;
     readonly accelerator: 'auto' | 'kvm' | 'tcg';
+    /** MiB for the code that QEMU translates an emulated guest's to; 0 leaves it to QEMU. */
+    readonly translationMib: number;
     /** QEMU's program: a name on PATH or an absolute path. */
     readonly qemu: string;
     /** Firecracker's program: a name on PATH or an absolute path. */
@@ -186,6 +188,7 @@ function toConfig({ vm, template, pool, storage, daemon }: ConfigFile): KilnConf
       networkCards: vm.network_cards,
       bootTimeoutS: vm.boot_timeout_s,
       accelerator: vm.accelerator,
+      translationMib: vm.translation_mib,
       qemu: vm.qemu,
       firecracker: vm.firecracker,
       jail: vm.jail,

@@ -57,6 +57,10 @@ const vm = z.strictObject({
   network_cards: z.int().min(0).max(4).default(2).describe('an integer from 0 to 4'),
   boot_timeout_s: z.int().min(1).max(3600).default(60).describe('an integer from 1 to 3600 (seconds)'),
   accelerator: z.enum(['auto', 'kvm', 'tcg']).default('auto').describe('"auto", "kvm" or "tcg"'),
+  translation_mib: z
+    .union([z.literal(0), z.int().min(4).max(1024)])
+    .default(0)
+    .describe('0 (as QEMU chooses) or an integer from 4 to 1024 (MiB)'),
   qemu: program('qemu-system-x86_64'),
   firecracker: program('firecracker'),
   jail: z.enum(['auto', 'on', 'off']).default('auto').describe('"auto", "on" or "off"'),

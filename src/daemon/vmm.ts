@@ -35,9 +35,10 @@ const drivers: Readonly<Record<string, (config: KilnConfig, services: VmmService
   qemu({ vm, template }, { logger, parking }) {
     warnOfEmulation(vm.accelerator, logger);
     const { qemu, accelerator } = vm;
+    const translationMib = vm.translationMib === 0 ? undefined : vm.translationMib;
     // The only one that can be saved.
     const channel = vm.channel === 'auto' && template.enabled ? 'virtio-serial' : vm.channel;
-    return createQemu({ qemu, vsockBackend: vsockBackendProgram, accelerator, channel, parking });
+    return createQemu({ qemu, vsockBackend: vsockBackendProgram, accelerator, translationMib, channel, parking });
   },
 };
 

@@ -51,6 +51,8 @@ export type GuestMemory =
 export interface CommandLineOptions {
   readonly config: VmConfig;
   readonly accelerator: Accelerator;
+  /** MiB for the code that an emulated guest's is translated to; QEMU's own choice when absent. */
+  readonly translationMib?: number | undefined;
   readonly tscKhz: number | undefined;
   readonly channel: ChannelDevice;
   readonly memory: GuestMemory;
@@ -148,10 +150,12 @@ function channelDevice(channel: ChannelDevice, bus: string): string[] {
   }
 }
 
-function machineOptions(accelerator: Accelerator): string[] {
+function machineOptions({ accelerator, translationMib }: CommandLineOptions): string[] {
   if (accelerator === 'kvm') return ['-M', 'microvm,accel=kvm,acpi=on,rtc=on,memory-backend=mem', '-cpu', 'host'];
   // Under TCG the guest needs the legacy timers to calibrate against.
-  return ['-M', 'microvm,accel=tcg,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem', '-cpu', 'max'];
+  const machine = 'acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem';
+  if (translationMib === undefined) return ['-M', `microvm,accel=tcg,${machine}`, '-cpu', 'max'];
+  return ['-accel', `tcg,tb-size=${translationMib}`, '-M', `microvm,${machine}`, '-cpu', 'max'];
 }
 
 function memoryBackend(memory: GuestMemory, sizeMib: number): string[] {
@@ -175,7 +179,7 @@ function memoryBackend(memory: GuestMemory, sizeMib: number): string[] {
  * `qmpFd`.
  */
 export function qemuArguments(options: CommandLineOptions): string[] {
-  const { config, accelerator } = options;
+  const { config } = options;
   let transport = lastTransport;
   const guestImage = { driver: 'file', filename: config.guestImage, 'read-only': true };
   const disks = [
@@ -197,7 +201,7 @@ export function qemuArguments(options: CommandLineOptions): string[] {
     // A stopped guest is kept until we have read its console; then we end QEMU ourselves.
     ...['-no-reboot', '-action', 'shutdown=pause,panic=pause'],
     ...['-sandbox', 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'],
-    ...machineOptions(accelerator),
+    ...machineOptions(options),
     ...['-smp', String(config.vcpus)],
     ...['-m', `${config.memoryMib}M`],
     ...memoryBackend(options.memory, config.memoryMib),

@@ -32,6 +32,8 @@ export interface QemuOptions {
   /** The vhost-device-vsock program; used by hybrid vsock only. */
   readonly vsockBackend: string;
   readonly accelerator: 'auto' | Accelerator;
+  /** See CommandLineOptions. */
+  readonly translationMib?: number | undefined;
   readonly channel: 'auto' | Channel;
   /** Where QEMU runs, and the taps of network cards wait. */
   readonly parking: Parking;
@@ -73,6 +75,7 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
       const args = qemuArguments({
         config: { ...shape, id: '', directory: '' },
         accelerator,
+        translationMib: options.translationMib,
         tscKhz: undefined,
         channel: { kind: 'serial', socket: '', filesSocket: '' },
         memory: { kind: 'anonymous' },
@@ -149,7 +152,9 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
   const qmpSocket = qmpSocketIn(config.directory);
   stack.defer(() => rm(qmpSocket, { force: true }));
   const { agent, device, backend, files } = await openChannel(request, stack, signal);
-  const args = { config, accelerator, tscKhz, channel: device, memory, agentPort: agent.port, filesPort: files.port };
+  const { translationMib } = options;
+  const ports = { agentPort: agent.port, filesPort: files.port };
+  const args = { config, accelerator, translationMib, tscKhz, channel: device, memory, ...ports };
   requireSocketPath(qmpSocket);
   // QEMU has the descriptors, then.
   using taps = makeTaps(options.parking, config.networkCards);

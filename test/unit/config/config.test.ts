@@ -46,6 +46,7 @@ describe('the configuration file', () => {
         networkCards: 2,
         bootTimeoutS: 60,
         accelerator: 'auto',
+        translationMib: 0,
         qemu: 'qemu-system-x86_64',
         firecracker: 'firecracker',
         jail: 'auto',
@@ -75,6 +76,7 @@ describe('the configuration file', () => {
       network_cards = 4
       boot_timeout_s = 5
       accelerator = "tcg"
+      translation_mib = 16
       qemu = "/opt/qemu"
       firecracker = "/opt/firecracker"
       jail = "on"
@@ -110,6 +112,7 @@ describe('the configuration file', () => {
         networkCards: 4,
         bootTimeoutS: 5,
         accelerator: 'tcg',
+        translationMib: 16,
         qemu: '/opt/qemu',
         firecracker: '/opt/firecracker',
         jail: 'on',
@@ -143,8 +146,8 @@ describe('the configuration file', () => {
   test('with a misspelt key is refused, with the key that was probably meant', () => {
     expect(messageFor('[vm]\nmemory_mb = 64')).toBe(
       '/etc/kiln/config.toml: unknown key vm.memory_mb = 64, did you mean memory_mib?; keys of [vm] are ' +
-        'vmm, memory_mib, memory_max_mib, vcpus, kernel, initrd, network_cards, boot_timeout_s, accelerator, qemu, firecracker, ' +
-        'jail, jailer, jail_uid_first, jail_uids, huge_pages, boot_timer, channel',
+        'vmm, memory_mib, memory_max_mib, vcpus, kernel, initrd, network_cards, boot_timeout_s, accelerator, ' +
+        'translation_mib, qemu, firecracker, jail, jailer, jail_uid_first, jail_uids, huge_pages, boot_timer, channel',
     );
     expect(messageFor('[storage]\ncolour = "red"')).toBe(
       '/etc/kiln/config.toml: unknown key storage.colour = "red"; keys of [storage] are writable_size_gib, ' +

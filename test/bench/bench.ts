@@ -22,7 +22,7 @@ const { values } = parseArgs({
     way: { type: 'string', multiple: true },
     kernel: { type: 'string' },
     parallel: { type: 'string', multiple: true, default: ['1', '10', '50'] },
-    clones: { type: 'string', default: '50' },
+    clones: { type: 'string', default: '100' },
     idle: { type: 'string', default: '10' },
     mib: { type: 'string', default: '1024' },
     execs: { type: 'string', default: '50' },
@@ -72,7 +72,7 @@ const parts: Readonly<Record<string, Run>> = {
   }),
   parallel: part({
     measure: (scene) => {
-      return measureParallel(scene, { ways: chosen ?? ['template'], kernel, sizes: values.parallel.map(Number) });
+      return measureParallel(scene, { ways: chosen ?? ways, kernel, sizes: values.parallel.map(Number) });
     },
     describe: describeParallel,
     plot: plotParallel,

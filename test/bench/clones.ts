@@ -82,7 +82,7 @@ async function addClone(scene: Scene, running: number): Promise<Clone> {
 }
 
 /** Numbers of running containers whose memory the table shows, beside the last. */
-const shown = [1, 10, 50];
+const shown = [1, 10, 50, 100];
 /** Starts are put together by so many. */
 const tens = 10;
 

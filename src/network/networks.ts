@@ -7,6 +7,7 @@
  * A tap in a sandbox's namespace says by its name which card it belongs to, and by its alias which interface it stands for.
  * So a later kilnd finds out from there.
  */
+import { readlinkSync } from 'node:fs';
 import { KilnError } from '../errors.ts';
 import { NetworkNamespace } from '../sys/netns.ts';
 import { deleteLink, type Link, listLinks, setLink } from '../sys/rtnetlink/links.ts';
@@ -47,11 +48,13 @@ export class Networks implements NetworkSource {
    * Brings the taps of a VM's cards into a namespace.
    *
    * @param path of the namespace
-   * @throws KilnError failed-precondition when another VM is there already; not-found when there is no such namespace
+   * @throws KilnError failed-precondition when another VM is there already; not-found when there is no such namespace;
+   *   invalid-argument for the host's own
    */
   attach(id: string, cards: readonly Card[], path: string): SandboxNetwork {
     using stack = new DisposableStack();
     const namespace = stack.use(openNamespace(id, path));
+    refuseTheHosts(id, namespace);
     namespace.run(() => {
       using socket = new RtnetlinkSocket();
       if (!listLinks(socket).some(({ name }) => cards.some((_, index) => name === tapName(index)))) return;
@@ -78,6 +81,22 @@ export class Networks implements NetworkSource {
     const network = new SandboxNetwork(id, cards, openNamespace(id, path));
     network.recall();
     return network;
+  }
+}
+
+/** Whose interfaces are the host's own: all that arrives at them would go to the guest. @throws KilnError invalid-argument */
+function refuseTheHosts(id: string, { identity }: NetworkNamespace): void {
+  if (!['self', '1'].some((process) => identity === identityOf(process))) return;
+  const message = `container ${id}: its network namespace is the host's own, which a virtual machine cannot share`;
+  throw new KilnError('invalid-argument', message, { hint: 'the spec names it by a path' });
+}
+
+/** The namespace of a process; undefined where kilnd may not look, as in a container that is not privileged. */
+function identityOf(process: string): string | undefined {
+  try {
+    return readlinkSync(`/proc/${process}/ns/net`);
+  } catch {
+    return undefined;
   }
 }
 

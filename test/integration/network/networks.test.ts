@@ -209,6 +209,13 @@ describe('a sandbox without interfaces', () => {
     expect(network.connect()).toBeUndefined();
   });
 
+  test('is not connected to the host’s own namespace, whose interfaces would be its guest’s', () => {
+    expect(() => new Networks(parking).attach('c', cards, `/proc/${process.pid}/ns/net`)).toThrow(
+      "container c: its network namespace is the host's own, which a virtual machine cannot share",
+    );
+    expect(ip(parking, '-o', 'link')).toContain('kt0');
+  });
+
   test('whose namespace is gone says so', () => {
     expect(() => new Networks(parking).attach('c', cards, '/proc/self/fd/9999')).toThrow(
       'container c: its network namespace /proc/self/fd/9999 is gone',

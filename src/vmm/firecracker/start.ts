@@ -18,11 +18,20 @@ import type { FirecrackerHost, FirecrackerOptions } from './options.ts';
 import { firecrackerTitle, openPlace, type Place } from './place.ts';
 import { holdSocket } from './socket-path.ts';
 import { Telemetry } from './telemetry.ts';
-import { requireSameVersion, requireSupportedVersion } from './version.ts';
+import { isAtLeast, requireSameVersion, requireSupportedVersion } from './version.ts';
 import { describeFirecrackerExit, type FirecrackerParts, withExitCode } from './vm.ts';
 
 /** How long Firecracker may take until the guest runs: tens of milliseconds in fact, so this only bounds a wrong program. */
 const startLimitMs = 30_000;
+
+/** The minor version of Firecracker 1 that limits the console: CHANGELOG.md, 1.16.0. It is not in snapshots. */
+const consoleLimitSince = 16;
+
+/**
+ * All that a start says, and a panic, at once; then some KiB in a second. The guest's root writes there as it likes, also while no
+ * kilnd runs that would cut the file.
+ */
+const consoleLimit = { size: 64 * 1024, refill_time: 10_000 };
 
 /** firecracker.yaml, MachineConfiguration. */
 const maxVcpus = 32;
@@ -84,6 +93,7 @@ export async function startFirecracker(
     const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
     const version = await api.version(either);
     requireSupportedVersion(version);
+    if (isAtLeast(version, consoleLimitSince)) await api.call('PUT /serial', { rate_limiter: consoleLimit }, either);
     await steps({ api, place, nics, version, signal: either });
     return { api, memory: guestMemory(config, options, version) };
   });

@@ -34,7 +34,7 @@ import {
 } from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
 import { Workspace } from '../../unit/vmm/workspace.ts';
-import { timedGuest, tinyGuest, waitingGuest } from './tiny-guest.ts';
+import { noisyGuest, timedGuest, tinyGuest, waitingGuest } from './tiny-guest.ts';
 
 /**
  * The real Firecracker, where KILN_FIRECRACKER names it and /dev/kvm opens, whatever is behind that, and the real jailer,
@@ -46,6 +46,7 @@ const jailer = process.env.KILN_JAILER;
 const guest = (name: string): string => path.join(projectRoot, 'dist/guest', name);
 /** Since Firecracker 1.14. */
 const growsAtAll = program !== undefined && isAtLeast(await versionOf(program), 14);
+const limitsItsConsole = program !== undefined && isAtLeast(await versionOf(program), 16);
 const never = new AbortController().signal;
 const uids = { first: 1_900_100_000, count: 4 };
 
@@ -307,6 +308,16 @@ describe.runIf(program !== undefined)('the real Firecracker without a jail', () 
     const told = log.find(({ msg }) => msg === "the guest's first program runs");
     expect(told).toMatchObject({ level: 'info', vm: 'one' });
     expect(Number(told?.guestBootMs)).toBeGreaterThan(0);
+  });
+
+  test.runIf(limitsItsConsole)('writes down no more of what its guest says than its limit', async () => {
+    const kernel = workspace.file('tiny', noisyGuest('k'));
+    const config = { ...workspace.vm(), kernel, initrd: undefined, memoryMib: 128 };
+    vm = await driver().boot({ ...config, guestImage: disk('image', 0o644) }, never);
+    await vm.wait();
+    const { length } = readFileSync(path.join(workspace.sandbox, 'vmm.log')).toString().replace(/[^k]/g, '');
+    expect(length).toBeGreaterThan(60 << 10);
+    expect(length).toBeLessThan(90_000);
   });
 
   test('takes the configuration, starts the VM, swaps drives, and leaves nothing', async () => {

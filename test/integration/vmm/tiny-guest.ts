@@ -33,6 +33,15 @@ export function timedGuest(word: string): Buffer {
   ]);
 }
 
+/** Says a byte a hundred thousand times, and reboots. */
+export function noisyGuest(word: string): Buffer {
+  return kernel([
+    ...[0xb9, 0xa0, 0x86, 0x01, 0x00], // mov $100000, %ecx
+    ...[0x66, 0xba, 0xf8, 0x03, 0xb0, word.charCodeAt(0)], // mov $0x3f8, %dx; mov $byte, %al
+    ...[0xee, 0xff, 0xc9, 0x75, 0xfb], // 1: out %al, %dx; dec %ecx; jnz 1b
+  ]);
+}
+
 /** Each write to a port nobody has is a round trip to Firecracker. */
 const whileTheStartIsAnswered = [
   ...[0xb9, 0x00, 0x40, 0x00, 0x00], // mov $0x4000, %ecx

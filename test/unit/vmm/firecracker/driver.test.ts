@@ -110,11 +110,12 @@ describe('a start', () => {
     const slots = [...readOnlySlots, ...writableSlots.slice(0, 4)];
     expect(vm.freeSlots).toEqual(slots);
     expect(requests.map(({ name }) => name)).toEqual([
-      ...['GET /version', 'PUT /machine-config', 'PUT /boot-source', 'PUT /drives/guest'],
+      ...['GET /version', 'PUT /serial', 'PUT /machine-config', 'PUT /boot-source', 'PUT /drives/guest'],
       ...slots.map((slot) => `PUT /drives/${slot}`),
       ...['PUT /vsock', 'PUT /entropy', 'PUT /balloon', 'PUT /actions'],
     ]);
     const bodyOf = (name: string) => requests.find((request) => request.name === name)?.body;
+    expect(bodyOf('PUT /serial')).toEqual({ rate_limiter: { size: 65536, refill_time: 10_000 } });
     expect(bodyOf('PUT /machine-config')).toEqual({ vcpu_count: 2, mem_size_mib: 256 });
     expect(bodyOf('PUT /boot-source')).toMatchObject({
       kernel_image_path: workspace.path('vmlinux'),

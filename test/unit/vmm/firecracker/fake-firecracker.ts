@@ -73,6 +73,7 @@ const bodies: Readonly<Record<string, z.ZodType>> = {
       .regex(/^([0-9a-f]{2}:){5}[0-9a-f]{2}$/)
       .optional(),
   }),
+  'PUT /serial': z.strictObject({ serial_out_path: z.string().optional(), rate_limiter: bucket.optional() }),
   'PUT /vsock': z.strictObject({
     guest_cid: z.int().min(3),
     uds_path: z.string(),
@@ -115,11 +116,16 @@ const bodies: Readonly<Record<string, z.ZodType>> = {
 /** What a request may not have, of the versions before the one that brought it: CHANGELOG.md. */
 const fieldsSince: Readonly<Record<string, Readonly<Record<string, number>>>> = {
   'PUT /balloon': { free_page_reporting: 14 },
+  'PUT /serial': { rate_limiter: 16 },
   'PUT /snapshot/load': { vsock_override: 16, clock_realtime: 16 },
 };
 
 /** Requests that only later versions know: CHANGELOG.md. */
-const requestsSince: Readonly<Record<string, number>> = { 'PUT /hotplug/memory': 14, 'PATCH /hotplug/memory': 14 };
+const requestsSince: Readonly<Record<string, number>> = {
+  'PUT /serial': 14,
+  'PUT /hotplug/memory': 14,
+  'PATCH /hotplug/memory': 14,
+};
 
 /** src/vmm/src/rpc_interface.rs: after one of these no snapshot is loaded (boot_path). */
 const configuresVm =

@@ -256,7 +256,7 @@ describe.each([
 
   test('is loaded before Firecracker is told anything else, and its agent calls', async () => {
     const vm = await restore('running', host);
-    expect(names()).toEqual(['GET /version', 'PUT /snapshot/load']);
+    expect(names()).toEqual(['GET /version', 'PUT /serial', 'PUT /snapshot/load']);
     const inside = (name: string) => (host.jailed ? `/files/${name}` : path.join(template, name));
     expect(bodyOf('PUT /snapshot/load')).toEqual({
       snapshot_path: inside('state'),

@@ -203,6 +203,22 @@ describe('a sandbox whose namespace has an interface', () => {
   });
 });
 
+test('a sandbox’s macvlan has what is sent to it at the tap', async () => {
+  ip(host, 'link', 'add', 'h0', 'type', 'veth', 'peer', 'name', 'h1');
+  for (const name of ['h0', 'h1']) ip(host, 'link', 'set', name, 'up');
+  ip(host, 'link', 'add', 'eth0', 'link', 'h1', 'netns', pathOf(sandbox), 'type', 'macvlan', 'mode', 'bridge');
+  ip(sandbox, 'link', 'set', 'eth0', 'address', '02:00:00:00:00:42', 'up');
+  using network = attach();
+  expect(network.connect()!.interfaces.map(({ name, mac }) => `${name} ${mac}`)).toEqual(['eth0 02:00:00:00:00:42']);
+  ip(host, 'address', 'add', '10.9.0.1/24', 'dev', 'h0');
+  ip(host, 'neighbour', 'add', '10.9.0.2', 'lladdr', '02:00:00:00:00:42', 'dev', 'h0');
+  host.run(() => spawnSync('bash', ['-c', 'echo here >/dev/udp/10.9.0.2/9']));
+  await vi.waitFor(() => {
+    const bytes = Buffer.alloc(2048);
+    expect(bytes.subarray(0, readSync(taps[0]!, bytes)).toString('latin1')).toContain('here');
+  });
+});
+
 describe('a sandbox without interfaces', () => {
   test('has nothing for its guest', () => {
     using network = attach();

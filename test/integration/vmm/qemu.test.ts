@@ -1,7 +1,8 @@
 import { execFileSync } from 'node:child_process';
 import { closeSync, existsSync, mkdirSync, readFileSync, readlinkSync } from 'node:fs';
 import path from 'node:path';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
+import { cpio } from '../../../scripts/lib/cpio.ts';
 import { startHelper } from '../../../src/host/helper-process.ts';
 import { NetworkNamespace } from '../../../src/sys/netns.ts';
 import { listenForPeers } from '../../../src/sys/unix-fd.ts';
@@ -12,7 +13,7 @@ import { qemuArguments } from '../../../src/vmm/qemu/command-line.ts';
 import { createQemu, type QemuOptions } from '../../../src/vmm/qemu/driver.ts';
 import { startVsockBackend } from '../../../src/vmm/qemu/vsock-backend.ts';
 import { filesPort, maxNetworkCards, type Vm, type VmConfig } from '../../../src/vmm/vmm.ts';
-import { projectRoot } from '../../support/paths.ts';
+import { busyboxBinary, projectRoot } from '../../support/paths.ts';
 import { Workspace } from '../../unit/vmm/workspace.ts';
 
 /** Real QEMU, the real backend and, where a test says so, the real guest. */
@@ -53,6 +54,30 @@ async function boot(config: Partial<VmConfig> = {}, changed: Partial<QemuOptions
   return vm;
 }
 
+const waitForGuest = { timeout: 50_000, interval: 50 };
+
+/** The guest's own initrd with another first program, which says on the console what a disk begins with. */
+function lookingInitrd(serial: string): string {
+  const script = `#!/bin/busybox sh
+alias b=/bin/busybox
+b mkdir -p /proc /sys /dev; b mount -t sysfs none /sys; b mount -t devtmpfs none /dev; exec >/dev/ttyS0 2>&1
+while read module; do b insmod /modules/$module; done </modules/order
+for disk in /sys/block/vd*; do [ $(b cat $disk/serial) != ${serial} ] || disk_name=\${disk##*/}; done
+last=start
+while b sleep 0.1; do
+  word=$(b dd if=/dev/$disk_name bs=8 count=1 2>/dev/null | b tr -d '\\0')
+  [ "$word" = "$last" ] || echo "sees \${word:-nothing after $last}"
+  last=$word
+done`;
+  const archive = cpio([
+    { name: 'init', mode: 0o100755, data: Buffer.from(script) },
+    { name: 'bin', mode: 0o040755 },
+    { name: 'bin/busybox', mode: 0o100755, data: readFileSync(busyboxBinary()) },
+  ]);
+  // Of two files with one name, the later counts: Documentation/driver-api/early-userspace/buffer-format.rst.
+  return workspace.file('initrd', Buffer.concat([readFileSync(guest.initrd), archive]));
+}
+
 function expectNothingLeft(): void {
   expect(workspace.processes()).toEqual([]);
   expect(workspace.files()).toEqual([]);
@@ -87,6 +112,20 @@ describe('a guest in QEMU', () => {
     await closed;
     await vm.kill();
     expectNothingLeft();
+  });
+
+  test('sees another file behind a drive slot that was emptied, and in between none', async () => {
+    const vm = await boot({ initrd: lookingInitrd('rw7') });
+    const says = async (word: string) => {
+      await vi.waitFor(async () => expect(await vm.consoleTail(4096)).toContain(`sees ${word}`), waitForGuest);
+    };
+    await says('nothing');
+    for (const word of ['first', 'second']) {
+      await vm.attachDisk('rw7', workspace.file(word, Buffer.concat([Buffer.from(word), Buffer.alloc(1 << 20)])));
+      await says(word);
+      await vm.detachDisk('rw7');
+      await says(`nothing after ${word}`);
+    }
   });
 
   test('that cannot mount its image stops, and says why on its console', async () => {

@@ -327,7 +327,7 @@ describe.runIf(program !== undefined)('the real Firecracker without a jail', () 
     await running.kill();
     expect(await running.wait()).toMatchObject({ signal: 'SIGKILL', guestStopped: false });
     expect(log).toContainEqual(expect.objectContaining({ vm: 'my-c-1', msg: 'Firecracker: API server started.' }));
-    const counters = expect.objectContaining({ 'put_api_requests.drive_count': 13 });
+    const counters = expect.objectContaining({ 'put_api_requests.drive_count': 11 });
     expect(log).toContainEqual(expect.objectContaining({ msg: "Firecracker's counters", counters }));
     expect(workspace.processes()).toEqual([]);
     expect(workspace.files()).toEqual([]);

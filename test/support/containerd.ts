@@ -21,8 +21,22 @@ export interface ContainerdOptions {
   readonly kilnEnv: Readonly<Record<string, string>>;
   /** Folders in front of dist/bin on PATH: a test's own shim or broken tools. */
   readonly pathBefore?: readonly string[];
+  /** With CRI, which is off by default. Tried with 2.1 alone, and with `within`. */
+  readonly cri?: CriOptions;
   /** Commands in front of containerd's and of `ctr`'s: for a network namespace of their own. */
   readonly within?: { readonly containerd: readonly string[]; readonly ctr: readonly string[] };
+}
+
+/** What containerd's CRI plugin is told. */
+export interface CriOptions {
+  /** Where CNI's plugins are, and the configuration of the network. */
+  readonly cniBin: string;
+  readonly cniConfig: string;
+  /** What CRI takes for its pause image; it must be imported into the namespace k8s.io. */
+  readonly sandboxImage: string;
+  /** Name and type of the runtime. */
+  readonly handler: string;
+  readonly runtimeType: string;
 }
 
 export interface CtrOptions extends RunOptions {
@@ -88,7 +102,35 @@ const disabledPlugins: Record<ContainerdVersion, readonly string[]> = {
   ],
 };
 
-function configuration(version: ContainerdVersion, dir: string): string {
+const criPlugins = [
+  'io.containerd.grpc.v1.cri',
+  'io.containerd.cri.v1.images',
+  'io.containerd.cri.v1.runtime',
+  'io.containerd.podsandbox.controller.v1.podsandbox',
+];
+
+function criConfiguration(version: ContainerdVersion, cri: CriOptions): string[] {
+  const s = JSON.stringify;
+  const isOld = version.startsWith('1.');
+  const runtime = isOld ? 'io.containerd.grpc.v1.cri' : 'io.containerd.cri.v1.runtime';
+  return [
+    `[plugins.${s(runtime)}]`,
+    ...(isOld ? [`  sandbox_image = ${s(cri.sandboxImage)}`] : []),
+    // Of the machine, which may have none of it.
+    '  disable_apparmor = true',
+    '  restrict_oom_score_adj = true',
+    // Not in the machine's own /run/netns.
+    '  netns_mounts_under_state_dir = true',
+    `[plugins.${s(runtime)}.cni]`,
+    isOld ? `  bin_dir = ${s(cri.cniBin)}` : `  bin_dirs = [${s(cri.cniBin)}]`,
+    `  conf_dir = ${s(cri.cniConfig)}`,
+    `[plugins.${s(runtime)}.containerd.runtimes.${cri.handler}]`,
+    `  runtime_type = ${s(cri.runtimeType)}`,
+    ...(isOld ? [] : ['[plugins."io.containerd.cri.v1.images".pinned_images]', `  sandbox = ${s(cri.sandboxImage)}`]),
+  ];
+}
+
+function configuration(version: ContainerdVersion, dir: string, cri: CriOptions | undefined): string {
   // JSON strings are TOML basic strings.
   const s = JSON.stringify;
   return [
@@ -96,7 +138,7 @@ function configuration(version: ContainerdVersion, dir: string): string {
     `root = ${s(join(dir, 'root'))}`,
     `state = ${s(join(dir, 'state'))}`,
     `temp = ${s(join(dir, 'tmp'))}`,
-    `disabled_plugins = ${s(disabledPlugins[version])}`,
+    `disabled_plugins = ${s(disabledPlugins[version].filter((id) => cri === undefined || !criPlugins.includes(id)))}`,
     '[grpc]',
     `  address = ${s(join(dir, 'c.sock'))}`,
     '[plugins."io.containerd.internal.v1.opt"]',
@@ -104,6 +146,7 @@ function configuration(version: ContainerdVersion, dir: string): string {
     // The transfer service (`ctr image import`) does not load without it.
     '[plugins."io.containerd.image-verifier.v1.bindir"]',
     `  bin_dir = ${s(join(dir, 'verifiers'))}`,
+    ...(cri === undefined ? [] : criConfiguration(version, cri)),
     '',
   ].join('\n');
 }
@@ -117,7 +160,7 @@ export async function startContainerd(options: ContainerdOptions): Promise<Conta
   const configFile = join(dir, 'containerd.toml');
   const logFile = join(dir, 'containerd.log');
   await mkdir(join(dir, 'tmp'), { recursive: true });
-  await writeFile(configFile, configuration(version, dir));
+  await writeFile(configFile, configuration(version, dir, options.cri));
 
   const path = [...(options.pathBefore ?? []), distBin, bin, runcBin(), process.env.PATH ?? ''].join(':');
   // Not the test runner's whole environment: containerd hands its own to the shim.

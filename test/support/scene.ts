@@ -2,7 +2,7 @@
 import { randomBytes } from 'node:crypto';
 import { mkdir, readdir, readFile, rm, symlink, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import { type Containerd, startContainerd } from './containerd.ts';
+import { type Containerd, type CriOptions, startContainerd } from './containerd.ts';
 import { EventLog } from './event-log.ts';
 import { busyboxImage, type Image, importImage } from './images.ts';
 import { assertNothingLeft, findLeft, type HostSnapshot, kilndPids, snapshotHost } from './leftovers.ts';
@@ -24,6 +24,8 @@ export interface SceneOptions {
   readonly runInMemory?: boolean;
   /** More environment for containerd, and so for the launcher and kilnd. */
   readonly env?: Readonly<Record<string, string>>;
+  /** With containerd's CRI plugin. */
+  readonly cri?: CriOptions;
   /** containerd, and all that it starts, lives in this network; it must have been set up. */
   readonly network?: TestNetwork;
 }
@@ -156,6 +158,7 @@ export class Scene {
       dir: join(this.dir, 'd'),
       kilnEnv: { ...this.kilnEnv, ...this.#options.env },
       pathBefore: [join(this.dir, 'shims')],
+      ...(this.#options.cri && { cri: this.#options.cri }),
       ...(this.#options.network && { within: this.#options.network.commands }),
     });
     for (const image of [busyboxImage, ...(this.#options.images ?? [])]) await importImage(this.#containerd, image);

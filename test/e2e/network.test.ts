@@ -213,6 +213,27 @@ describe('a container with a network of CNI', () => {
     return { ...hook, args: hook.args.map((argument) => argument.replace('x0', 'x2').replace('x1', 'x3')) };
   }
 
+  it('has a network of ptp, whose gateway is reached by a route of its own', async () => {
+    const ptp = { type: 'ptp', ipam: hostLocal('10.89.0.0/24', 'fd00:89::/64') };
+    network.configure({ name: 'kt', plugins: [ptp] });
+    const { stdout, stderr } = await inNetwork('ip route; ping -c 1 10.89.0.1 && ping6 -c 1 fd00:89::1');
+    expect(stderr).toBe('');
+    expect(stdout.toString()).toMatch(/^default via 10\.89\.0\.1 dev eth0/m);
+    expect(stdout.toString()).toMatch(/^10\.89\.0\.1 dev eth0/m);
+    expect(stdout.toString().match(/1 packets received/g)).toHaveLength(2);
+  });
+
+  it('has a network of macvlan', async () => {
+    network.sh('ip link add kt-m0 type veth peer name kt-m1; ip link set kt-m0 up; ip link set kt-m1 up');
+    network.ip('address', 'add', '10.91.0.1/24', 'dev', 'kt-m1');
+    const ipam = { ...hostLocal('10.91.0.0/24'), ranges: [[{ subnet: '10.91.0.0/24', rangeStart: '10.91.0.2' }]] };
+    network.configure({ name: 'kt', plugins: [{ type: 'macvlan', master: 'kt-m0', mode: 'bridge', ipam }] });
+    const { stdout, stderr } = await inNetwork('ping -c 2 -s 1400 10.91.0.1');
+    network.ip('link', 'del', 'kt-m0');
+    expect(stderr).toBe('');
+    expect(stdout.toString()).toContain('2 packets received');
+  });
+
   it('has nothing but loopback when there is no network', async () => {
     const { stdout } = await scene.run(scene.id('none'), ['sh', '-c', 'ls /sys/class/net; ip -o link']);
     expect(stdout.toString()).toMatch(/^lo\n1: lo: .*\n$/);

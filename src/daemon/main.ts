@@ -4,7 +4,7 @@ import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { loadConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
-import { Networks } from '../network/networks.ts';
+import { networks } from '../network/networks.ts';
 import { createLogger, type DaemonLog, type Logger } from '../observe/logger.ts';
 import { Metrics } from '../observe/metrics.ts';
 import { parseAddress, serveMetrics } from '../observe/metrics-server.ts';
@@ -63,7 +63,6 @@ async function main(): Promise<void> {
   const poolDirectory = path.join(paths.stateDir, poolName);
   const pool = new SandboxPool({ directory: poolDirectory, templates, bootSlots, logger });
   const parking = NetworkNamespace.create();
-  const networks = new Networks(parking);
   const host = { rootfs, standInProgram, bootSlots, templates, pool, fileServers, parking, networks };
   const pods = new Pods();
   const installation = { host, pods, load };

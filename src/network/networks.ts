@@ -4,8 +4,9 @@
  * device is brought into the namespace, everything that arrives at the interface leaves by the tap, and the other way round;
  * the guest takes over MAC, addresses and routes. The interface itself keeps them, for whoever looks.
  *
- * A tap in a sandbox's namespace says by its name which card it belongs to, and by its alias which interface it stands for.
- * So a later kilnd finds out from there.
+ * A tap comes only when there is an interface for it, since moving one takes the kernel some 15 ms, in which kilnd does nothing
+ * else. Until then it waits in the namespace of the VMM. In the sandbox's namespace it says by its name which card it belongs
+ * to, and by its alias which interface it stands for. So a later kilnd finds out from there.
  */
 import { readlinkSync } from 'node:fs';
 import { KilnError } from '../errors.ts';
@@ -24,6 +25,13 @@ export interface Card {
   readonly tap: string;
 }
 
+/** What of a VM is connected: src/vmm's `Vm` is one. */
+export interface NetworkedVm {
+  /** The VMM's, in whose network namespace taps wait. */
+  readonly pid: number;
+  readonly nics: readonly Card[];
+}
+
 /** The largest MTU of a tap: drivers/net/tun.c, MAX_MTU. */
 const largestTapMtu = 65535 - 14;
 
@@ -32,57 +40,26 @@ export type ConnectedNetwork = Pick<SandboxNetwork, 'connect' | 'told' | typeof 
 
 /** What makes the networks of sandboxes. */
 export interface NetworkSource {
-  attach(id: string, cards: readonly Card[], path: string): ConnectedNetwork;
-  adopt(id: string, cards: readonly Card[], path: string): ConnectedNetwork;
+  /** @throws KilnError not-found when there is no such namespace; invalid-argument for the host's own */
+  attach(id: string, vm: NetworkedVm, path: string): ConnectedNetwork;
+  /** The network of a VM that an earlier kilnd has attached. @throws KilnError not-found */
+  adopt(id: string, vm: NetworkedVm, path: string): ConnectedNetwork;
 }
 
-export class Networks implements NetworkSource {
-  readonly #parking: Pick<NetworkNamespace, 'run'>;
-
-  /** @param parking where taps wait until their VM has a namespace */
-  constructor(parking: Pick<NetworkNamespace, 'run'>) {
-    this.#parking = parking;
-  }
-
-  /**
-   * Brings the taps of a VM's cards into a namespace.
-   *
-   * @param path of the namespace
-   * @throws KilnError failed-precondition when another VM is there already; not-found when there is no such namespace;
-   *   invalid-argument for the host's own
-   */
-  attach(id: string, cards: readonly Card[], path: string): SandboxNetwork {
+export const networks: NetworkSource = {
+  attach(id, vm, path) {
     using stack = new DisposableStack();
     const namespace = stack.use(openNamespace(id, path));
     refuseTheHosts(id, namespace);
-    namespace.run(() => {
-      using socket = new RtnetlinkSocket();
-      if (!listLinks(socket).some(({ name }) => cards.some((_, index) => name === tapName(index)))) return;
-      throw new KilnError('failed-precondition', `container ${id}: another container's VM is connected to ${path}`, {
-        hint: 'a network namespace belongs to one sandbox; containers of one pod share a VM',
-      });
-    });
-    const network = stack.use(new SandboxNetwork(id, cards, namespace));
-    this.#parking.run(() => {
-      using socket = new RtnetlinkSocket();
-      const links = listLinks(socket);
-      for (const [index, { tap }] of cards.entries()) {
-        const link = links.find(({ name }) => name === tap);
-        if (link === undefined) throw new KilnError('internal', `container ${id}: the VM's tap device ${tap} is gone`);
-        setLink(socket, link.index, { name: tapName(index), namespaceFd: namespace.fd });
-      }
-    });
     stack.move();
-    return network;
-  }
-
-  /** The network of a VM that an earlier kilnd has attached. @throws KilnError not-found */
-  adopt(id: string, cards: readonly Card[], path: string): SandboxNetwork {
-    const network = new SandboxNetwork(id, cards, openNamespace(id, path));
+    return new SandboxNetwork(id, vm, namespace);
+  },
+  adopt(id, vm, path) {
+    const network = new SandboxNetwork(id, vm, openNamespace(id, path));
     network.recall();
     return network;
-  }
-}
+  },
+};
 
 /** Whose interfaces are the host's own: all that arrives at them would go to the guest. @throws KilnError invalid-argument */
 function refuseTheHosts(id: string, { identity }: NetworkNamespace): void {
@@ -112,19 +89,21 @@ function openNamespace(id: string, path: string): NetworkNamespace {
 /** A sandbox's namespace, with the taps of its VM in it. */
 export class SandboxNetwork implements Disposable {
   readonly #id: string;
-  readonly #cards: readonly Card[];
+  readonly #vm: NetworkedVm;
   /** Held open, since whoever it is named after may end before its VM. */
   readonly #namespace: NetworkNamespace;
   /** What the guest has, as text. */
   #told = '';
   /** The interfaces that are connected, by index: a tap that says so may be gone with its VM. */
   readonly #connected = new Set<number>();
+  /** The cards whose taps are in the namespace, by their places. */
+  readonly #moved = new Set<number>();
   #disposed = false;
 
   /** @param namespace is this object's from now on */
-  constructor(id: string, cards: readonly Card[], namespace: NetworkNamespace) {
+  constructor(id: string, vm: NetworkedVm, namespace: NetworkNamespace) {
     this.#id = id;
-    this.#cards = cards;
+    this.#vm = vm;
     this.#namespace = namespace;
   }
 
@@ -158,7 +137,9 @@ export class SandboxNetwork implements Disposable {
     this.#namespace.run(() => {
       using socket = new RtnetlinkSocket();
       const links = listLinks(socket);
-      for (const tap of this.#taps(links)) {
+      for (const [card, tap] of this.#taps(links).entries()) {
+        if (tap === undefined) continue;
+        this.#moved.add(card);
         const link = standsForOf(tap, links);
         if (link !== undefined) this.#connected.add(link.index);
       }
@@ -167,35 +148,61 @@ export class SandboxNetwork implements Disposable {
 
   /** The tap of each card, where it is there. */
   #taps(links: readonly Link[]): (Link | undefined)[] {
-    return this.#cards.map((_, index) => links.find(({ name }) => name === tapName(index)));
+    return this.#vm.nics.map((_, card) => links.find(({ name }) => name === tapName(card)));
   }
 
   #connectLinks(socket: RtnetlinkSocket): ConnectedLink[] {
+    const { nics } = this.#vm;
     const links = listLinks(socket);
-    const interfaces = links.filter(isEthernetOfOthers);
     const taps = this.#taps(links);
+    this.#refuseSecondVm(taps);
+    const interfaces = links.filter(isEthernetOfOthers);
     const standsFor = taps.map((tap) => standsForOf(tap, interfaces));
     const fresh = interfaces.filter((link) => !standsFor.includes(link));
-    const free = taps.flatMap((tap, card) =>
-      tap !== undefined && standsFor[card] === undefined ? [{ tap, card }] : [],
-    );
+    const free = [...nics.keys()].filter((card) => standsFor[card] === undefined);
     if (fresh.length > free.length) {
       const names = interfaces.map(({ name }) => name).join(', ');
       throw new KilnError(
         'resource-exhausted',
-        `container ${this.#id}: its VM has network cards for ${this.#cards.length} interfaces, but there are ${interfaces.length}: ${names}`,
+        `container ${this.#id}: its VM has network cards for ${nics.length} interfaces, but there are ${interfaces.length}: ${names}`,
         { hint: 'vm.network_cards in the config file sets how many a VM has' },
       );
     }
     for (const [position, link] of fresh.entries()) {
-      const { tap, card } = free[position] as { tap: Link; card: number };
+      const card = free[position] as number;
+      const tap = this.#bring(card, socket);
       this.#connected.add(link.index);
       connectLink(socket, link, tap);
       standsFor[card] = link;
     }
-    return standsFor.flatMap((link, card) =>
-      link === undefined ? [] : [{ link, cardMac: this.#cards[card]?.mac ?? '' }],
-    );
+    return standsFor.flatMap((link, card) => (link === undefined ? [] : [{ link, cardMac: nics[card]?.mac ?? '' }]));
+  }
+
+  #refuseSecondVm(taps: readonly (Link | undefined)[]): void {
+    if (!taps.some((tap, card) => tap !== undefined && !this.#moved.has(card))) return;
+    const message = `container ${this.#id}: another container's VM is connected to its network namespace`;
+    throw new KilnError('failed-precondition', message, {
+      hint: 'a network namespace belongs to one sandbox; containers of one pod share a VM',
+    });
+  }
+
+  /** A card's tap, in the sandbox's namespace. @param socket of that namespace */
+  #bring(card: number, socket: RtnetlinkSocket): Link {
+    if (!this.#moved.has(card)) {
+      const { pid, nics } = this.#vm;
+      using waiting = openNamespace(this.#id, `/proc/${pid}/ns/net`);
+      waiting.run(() => {
+        using there = new RtnetlinkSocket();
+        const link = listLinks(there).find(({ name }) => name === nics[card]?.tap);
+        if (link === undefined)
+          throw new KilnError('internal', `container ${this.#id}: a tap device of its VM is gone`);
+        setLink(there, link.index, { name: tapName(card), namespaceFd: this.#namespace.fd });
+      });
+      this.#moved.add(card);
+    }
+    const tap = this.#taps(listLinks(socket))[card];
+    if (tap === undefined) throw new KilnError('internal', `container ${this.#id}: ${tapName(card)} is gone`);
+    return tap;
   }
 
   /** Leaves the interfaces as they were. Safe to call twice. @throws SysError */

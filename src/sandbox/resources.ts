@@ -201,12 +201,12 @@ async function prepareVolumes(host: HostServices, { volumes: mounts, directory, 
 
 /** Connects a VM with the network namespace of the process that stands for it on the host. */
 export function joinNetwork({ networks }: HostServices, id: string, { sandbox, standIn }: SandboxOnHost): void {
-  sandbox.useNetwork(networks.attach(id, sandbox.vm.nics, networkOf(standIn)));
+  sandbox.useNetwork(networks.attach(id, sandbox.vm, networkOf(standIn)));
 }
 
 /** As `joinNetwork`, of a VM that an earlier kilnd has connected. */
 export function rejoinNetwork({ networks }: HostServices, id: string, { sandbox, standIn }: SandboxOnHost): void {
-  sandbox.useNetwork(networks.adopt(id, sandbox.vm.nics, networkOf(standIn)));
+  sandbox.useNetwork(networks.adopt(id, sandbox.vm, networkOf(standIn)));
 }
 
 type SandboxOnHost = Pick<Resources, 'sandbox' | 'standIn'>;

@@ -1,10 +1,10 @@
-import { spawnSync } from 'node:child_process';
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { closeSync, readSync } from 'node:fs';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { applyNetwork } from '../../../agent/network.ts';
 import { Network } from '../../../gen/kiln/agent/v1/agent.ts';
 import type { NetworkConfig } from '../../../src/network/config.ts';
-import { type Card, Networks, type SandboxNetwork } from '../../../src/network/networks.ts';
+import { type Card, type ConnectedNetwork, networks } from '../../../src/network/networks.ts';
 import { NetworkNamespace } from '../../../src/sys/netns.ts';
 import { openTap } from '../../../src/sys/tap.ts';
 
@@ -21,6 +21,8 @@ let parking: NetworkNamespace;
 let sandbox: NetworkNamespace;
 let host: NetworkNamespace;
 let taps: number[];
+/** Is in the namespace where taps wait, as a VMM is. */
+let vmm: ChildProcess;
 
 beforeEach(() => {
   disposal = new DisposableStack();
@@ -31,6 +33,8 @@ beforeEach(() => {
   ];
   taps = parking.run(() => cards.map(({ tap }) => openTap(tap)));
   disposal.defer(() => taps.forEach((tap) => void closeSync(tap)));
+  vmm = parking.run(() => spawn('sleep', ['600'], { stdio: 'ignore' }));
+  disposal.defer(() => void vmm.kill('SIGKILL'));
 });
 afterEach(() => disposal.dispose());
 
@@ -49,7 +53,8 @@ function veth(name: string, peer: string, mac: string): void {
 }
 
 const pathOf = (namespace: NetworkNamespace) => `/proc/${process.pid}/fd/${namespace.fd}`;
-const attach = (): SandboxNetwork => new Networks(parking).attach('c', cards, pathOf(sandbox));
+const vm = () => ({ pid: vmm.pid ?? 0, nics: cards });
+const attach = (id = 'c', path = pathOf(sandbox)): ConnectedNetwork => networks.attach(id, vm(), path);
 
 /** What becomes of a TCP connection from the host's side, to a port where nobody listens. */
 function knock(): string {
@@ -167,22 +172,23 @@ describe('a sandbox whose namespace has an interface', () => {
 
   test('is found again by a later kilnd', () => {
     const config = attach().connect()!;
-    using network = new Networks(parking).adopt('c', cards, pathOf(sandbox));
+    using network = networks.adopt('c', vm(), pathOf(sandbox));
     expect(network.connect()).toEqual(config);
   });
 
   test('belongs to one VM at a time', () => {
     const first = attach();
     first.connect();
-    expect(() => new Networks(parking).attach('d', cards, pathOf(sandbox))).toThrow(
-      /container d: another container's VM is connected to/,
+    expect(() => attach('d').connect()).toThrow(
+      /container d: another container's VM is connected to its network namespace/,
     );
     first[Symbol.dispose]();
     expect(ip(sandbox, '-o', 'link')).not.toContain('kiln-tap');
-    const again = parking.run(() => cards.map(({ tap }) => openTap(tap)));
+    // The other one has never left.
+    const again = parking.run(() => openTap('kt0'));
     using second = attach();
     expect(second.connect()!.interfaces).toHaveLength(1);
-    for (const tap of again) closeSync(tap);
+    closeSync(again);
   });
 
   test('works again after a VM that ended without a kilnd to clean up', () => {
@@ -220,20 +226,21 @@ test('a sandbox’s macvlan has what is sent to it at the tap', async () => {
 });
 
 describe('a sandbox without interfaces', () => {
-  test('has nothing for its guest', () => {
+  test('has nothing for its guest, and no tap of its VM', () => {
     using network = attach();
     expect(network.connect()).toBeUndefined();
+    expect(ip(sandbox, '-o', 'link')).not.toContain('kiln-tap');
   });
 
   test('is not connected to the host’s own namespace, whose interfaces would be its guest’s', () => {
-    expect(() => new Networks(parking).attach('c', cards, `/proc/${process.pid}/ns/net`)).toThrow(
+    expect(() => attach('c', `/proc/${process.pid}/ns/net`)).toThrow(
       "container c: its network namespace is the host's own, which a virtual machine cannot share",
     );
     expect(ip(parking, '-o', 'link')).toContain('kt0');
   });
 
   test('whose namespace is gone says so', () => {
-    expect(() => new Networks(parking).attach('c', cards, '/proc/self/fd/9999')).toThrow(
+    expect(() => attach('c', '/proc/self/fd/9999')).toThrow(
       'container c: its network namespace /proc/self/fd/9999 is gone',
     );
   });

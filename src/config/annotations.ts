@@ -6,7 +6,17 @@
  */
 import { KilnError } from '../errors.ts';
 import type { KilnConfig } from './config.ts';
-import { allowed, diskMibPerS, diskOpsPerS, memoryMaxMib, memoryMib, vcpus, vmm, writableSizeGib } from './schema.ts';
+import {
+  allowed,
+  diskMibPerS,
+  diskOpsPerS,
+  memoryMaxMib,
+  memoryMib,
+  networkMibPerS,
+  vcpus,
+  vmm,
+  writableSizeGib,
+} from './schema.ts';
 import { closestMatch } from './suggest.ts';
 
 export const annotationPrefix = 'io.kiln.';
@@ -24,6 +34,8 @@ export interface AnnotationOverrides {
   /** Of each disk; 0 for no limit. */
   readonly diskMibPerS?: number;
   readonly diskOpsPerS?: number;
+  /** Of each network card and direction; 0 for no limit. */
+  readonly networkMibPerS?: number;
 }
 
 type Reader = (value: string) => AnnotationOverrides | undefined;
@@ -85,6 +97,13 @@ const annotations: Readonly<Record<string, { readonly allowed: string; readonly 
       return data === undefined ? undefined : { diskOpsPerS: data };
     },
   },
+  'io.kiln.network_mib_per_s': {
+    allowed: allowed.networkMibPerS,
+    read: (value) => {
+      const { data } = networkMibPerS.safeParse(integer(value));
+      return data === undefined ? undefined : { networkMibPerS: data };
+    },
+  },
 };
 
 /**
@@ -120,6 +139,7 @@ export function applyAnnotations(config: KilnConfig, given: Readonly<Record<stri
       memoryMib: overrides.memoryMib ?? config.vm.memoryMib,
       memoryMaxMib: overrides.memoryMaxMib ?? config.vm.memoryMaxMib,
       vcpus: overrides.vcpus ?? config.vm.vcpus,
+      networkMibPerS: overrides.networkMibPerS ?? config.vm.networkMibPerS,
       vmm: overrides.vmm ?? config.vm.vmm,
       kernel: overrides.kernel ?? config.vm.kernel,
       // An initrd belongs to the kernel that the host's owner paired it with.

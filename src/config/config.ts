@@ -27,6 +27,8 @@ export interface KilnConfig {
     readonly initrd: string | undefined;
     /** Network cards that each virtual machine has: as many interfaces can a container have. */
     readonly networkCards: number;
+    /** What each may send, and what it may get, in MiB per second; 0 for no limit. */
+    readonly networkMibPerS: number;
     /** Seconds from spawning the VMM until the agent must have connected. */
     readonly bootTimeoutS: number;
     readonly accelerator: 'auto' | 'kvm' | 'tcg';
@@ -186,6 +188,7 @@ function toConfig({ vm, template, pool, storage, daemon }: ConfigFile): KilnConf
       kernel: vm.kernel,
       initrd: vm.initrd,
       networkCards: vm.network_cards,
+      networkMibPerS: vm.network_mib_per_s,
       bootTimeoutS: vm.boot_timeout_s,
       accelerator: vm.accelerator,
       translationMib: vm.translation_mib,

@@ -32,6 +32,8 @@ export const vcpus = z.int().min(1).max(255);
 /** Rates of each of a container's disks; 0 is none. The upper ends only tell a rate from a typing error. */
 export const diskMibPerS = z.int().min(0).max(1_000_000);
 export const diskOpsPerS = z.int().min(0).max(100_000_000);
+/** Rate of each network card and direction; 0 is none. */
+export const networkMibPerS = z.int().min(0).max(1_000_000);
 export const writableSizeGib = z.int().min(1).max(maxDiskGib);
 
 export const allowed = {
@@ -41,6 +43,7 @@ export const allowed = {
   vmm: '"auto", "qemu" or "firecracker"',
   diskMibPerS: 'an integer from 0 (no limit) to 1000000 (MiB per second)',
   diskOpsPerS: 'an integer from 0 (no limit) to 100000000 (requests per second)',
+  networkMibPerS: 'an integer from 0 (no limit) to 1000000 (MiB per second)',
   writableSizeGib: `an integer from 1 to ${maxDiskGib} (GiB)`,
 } as const;
 
@@ -55,6 +58,7 @@ const vm = z.strictObject({
     .describe('"default", "minimal" or the absolute path of a kernel'),
   initrd: absolutePath.optional().describe('an absolute path'),
   network_cards: z.int().min(0).max(4).default(2).describe('an integer from 0 to 4'),
+  network_mib_per_s: networkMibPerS.default(0).describe(allowed.networkMibPerS),
   boot_timeout_s: z.int().min(1).max(3600).default(60).describe('an integer from 1 to 3600 (seconds)'),
   accelerator: z.enum(['auto', 'kvm', 'tcg']).default('auto').describe('"auto", "kvm" or "tcg"'),
   translation_mib: z

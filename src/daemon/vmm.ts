@@ -27,9 +27,10 @@ export interface VmmServices {
 const drivers: Readonly<Record<string, (config: KilnConfig, services: VmmServices) => Vmm>> = {
   firecracker({ vm, storage }, { logger, parking }) {
     const { firecracker, hugePages, memoryMaxMib, bootTimer } = vm;
+    const networkLimits = { bytesPerS: vm.networkMibPerS * 2 ** 20, opsPerS: 0 };
     const diskLimits = { bytesPerS: storage.diskMibPerS * 2 ** 20, opsPerS: storage.diskOpsPerS };
     const jail = () => jailSettings(vm, logger);
-    const settings = { firecracker, hugePages, memoryMaxMib, bootTimer, diskLimits };
+    const settings = { firecracker, hugePages, memoryMaxMib, bootTimer, diskLimits, networkLimits };
     return createFirecracker({ ...settings, jail, parking, logger, count: firecrackerCounters.add });
   },
   qemu({ vm, template }, { logger, parking }) {
@@ -66,6 +67,7 @@ function refuseForQemu({ vm, storage }: KilnConfig, reason: string): void {
     'vm.huge_pages': vm.hugePages,
     'vm.boot_timer': vm.bootTimer,
     'memory that grows (memory_max_mib)': vm.memoryMaxMib > vm.memoryMib,
+    'a limit of network bandwidth (network_mib_per_s)': vm.networkMibPerS > 0,
     'a limit of disk bandwidth (disk_mib_per_s)': storage.diskMibPerS > 0,
     'a limit of disk requests (disk_ops_per_s)': storage.diskOpsPerS > 0,
   };

@@ -35,7 +35,13 @@ export interface FirecrackerRequests {
   /** Swaps the backing file of a running VM's drive. */
   'PATCH /drives': { readonly drive_id: string; readonly path_on_host: string };
   /** `host_dev_name` is a tap device of the network namespace that Firecracker runs in. */
-  'PUT /network-interfaces': { readonly iface_id: string; readonly host_dev_name: string; readonly guest_mac: string };
+  'PUT /network-interfaces': {
+    readonly iface_id: string;
+    readonly host_dev_name: string;
+    readonly guest_mac: string;
+    readonly rx_rate_limiter?: RateLimiter;
+    readonly tx_rate_limiter?: RateLimiter;
+  };
   /** Of the guest's console, whose output goes to Firecracker's own where no path is given. The limit since 1.16; of bytes. */
   'PUT /serial': { readonly rate_limiter: TokenBucket };
   'PUT /vsock': { readonly guest_cid: number; readonly uds_path: string };

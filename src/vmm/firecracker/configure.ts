@@ -1,9 +1,10 @@
 import { commonKernelWords } from '../kernel-words.ts';
 import { cardMac, type NetworkCard, type VmConfig, type VmShape } from '../vmm.ts';
-import type { FirecrackerRequest } from './api.ts';
+import type { FirecrackerRequest, RateLimiter } from './api.ts';
 import { type DrivePaths, driveNames, drivesAt, makeDriveFiles, serialOf } from './drives.ts';
 import { type GuestMemory, growthKernelWords, guestMemory } from './memory.ts';
 import type { FirecrackerOptions } from './options.ts';
+import { rateLimiter } from './rate-limiter.ts';
 import type { Started } from './start.ts';
 import { isAtLeast } from './version.ts';
 
@@ -19,7 +20,7 @@ const bootTimerAddress = '0xc0000000';
 /** The guest's own CID. Each VM has a vsock of its own, so the number need not differ between VMs. */
 const guestCid = 3;
 
-type Settings = Pick<FirecrackerOptions, 'hugePages' | 'diskLimits' | 'memoryMaxMib' | 'bootTimer'>;
+type Settings = Pick<FirecrackerOptions, 'hugePages' | 'diskLimits' | 'networkLimits' | 'memoryMaxMib' | 'bootTimer'>;
 
 /** What the requests name, by Firecracker's paths. */
 interface Files {
@@ -67,7 +68,8 @@ export function configurationText(shape: VmShape, settings: Settings): string[] 
 }
 
 function requestsFor(shape: VmShape, files: Files, settings: Settings, version: string): FirecrackerRequest[] {
-  const { hugePages, diskLimits, bootTimer } = settings;
+  const { hugePages, diskLimits, networkLimits, bootTimer } = settings;
+  const limiter = rateLimiter(networkLimits);
   const memory = guestMemory(shape, settings, version);
   const devices = memoryDevices(memory, settings, version);
   const machine = { vcpu_count: shape.vcpus, mem_size_mib: memory.bootMib };
@@ -80,15 +82,18 @@ function requestsFor(shape: VmShape, files: Files, settings: Settings, version: 
     ['PUT /machine-config', { ...machine, ...(hugePages ? { huge_pages: '2M' } : {}) }],
     ['PUT /boot-source', boot],
     ...drivesAt(files.drives, diskLimits).map((drive): FirecrackerRequest => ['PUT /drives', drive]),
-    ...files.nics.map((nic, index): FirecrackerRequest => ['PUT /network-interfaces', interfaceAt(nic, index)]),
+    ...files.nics.map(
+      (nic, index): FirecrackerRequest => ['PUT /network-interfaces', interfaceAt(nic, index, limiter)],
+    ),
     ['PUT /vsock', { guest_cid: guestCid, uds_path: files.vsock }],
     ['PUT /entropy', {}],
     ...devices.map(({ request }) => request),
   ];
 }
 
-function interfaceAt({ mac, tap }: NetworkCard, index: number) {
-  return { iface_id: interfaceId(index), host_dev_name: tap, guest_mac: mac };
+function interfaceAt({ mac, tap }: NetworkCard, index: number, limiter: RateLimiter | undefined) {
+  const limits = limiter === undefined ? {} : { rx_rate_limiter: limiter, tx_rate_limiter: limiter };
+  return { iface_id: interfaceId(index), host_dev_name: tap, guest_mac: mac, ...limits };
 }
 
 /** By which Firecracker knows the nth network card. */

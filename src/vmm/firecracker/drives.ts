@@ -5,8 +5,9 @@
 import { stat } from 'node:fs/promises';
 import { isReadOnly } from '../drive-slots.ts';
 import { readOnlySlots, type SlotName, type VmShape, writableSlots } from '../vmm.ts';
-import type { FirecrackerRequests, RateLimiter, TokenBucket } from './api.ts';
+import type { FirecrackerRequests, RateLimiter } from './api.ts';
 import type { Place } from './place.ts';
+import { type RateLimits, rateLimiter } from './rate-limiter.ts';
 
 type Drive = FirecrackerRequests['PUT /drives'];
 
@@ -24,12 +25,6 @@ const serialBytes = 20;
 export async function serialOf(file: string): Promise<string> {
   const { dev, rdev, ino } = await stat(file, { bigint: true });
   return `${dev}${rdev}${ino}`.slice(0, serialBytes);
-}
-
-/** What each of a container's disks may do in a second; 0 is no limit. */
-export interface DiskLimits {
-  readonly bytesPerS: number;
-  readonly opsPerS: number;
 }
 
 /**
@@ -68,20 +63,10 @@ export async function makeDriveFiles({ guestImage, networkCards }: VmShape, plac
 }
 
 /** @param limits of each slot's drive */
-export function drivesAt(paths: DrivePaths, limits: DiskLimits): Drive[] {
+export function drivesAt(paths: DrivePaths, limits: RateLimits): Drive[] {
   return [...paths].map(([name, file]) =>
-    name === 'guest' ? drive(name, file, true) : { ...drive(name, file, isReadOnly(name)), ...limiterOf(limits) },
+    name === 'guest' ? drive(name, file, true) : { ...drive(name, file, isReadOnly(name)), ...diskLimiter(limits) },
   );
-}
-
-/** Firecracker looks at a limiter each 100 ms, so a second's worth at once is as fine as need be. */
-function limiterOf({ bytesPerS, opsPerS }: DiskLimits): { readonly rate_limiter?: RateLimiter } {
-  const bucket = (size: number): TokenBucket => ({ size, refill_time: 1000 });
-  const limiter = {
-    ...(bytesPerS === 0 ? {} : { bandwidth: bucket(bytesPerS) }),
-    ...(opsPerS === 0 ? {} : { ops: bucket(opsPerS) }),
-  };
-  return Object.keys(limiter).length === 0 ? {} : { rate_limiter: limiter };
 }
 
 function drive(id: string, file: string, readOnly: boolean): Drive {
@@ -90,4 +75,9 @@ function drive(id: string, file: string, readOnly: boolean): Drive {
     // What the guest flushes is on the host's disk, as with a container of runc.
     cache_type: readOnly ? 'Unsafe' : 'Writeback',
   };
+}
+
+function diskLimiter(limits: RateLimits): { readonly rate_limiter?: RateLimiter } {
+  const limiter = rateLimiter(limits);
+  return limiter === undefined ? {} : { rate_limiter: limiter };
 }

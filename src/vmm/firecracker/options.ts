@@ -1,9 +1,9 @@
 import type { Logger } from '../../observe/logger.ts';
 import { makePersistentTaps, type Parking } from '../cards.ts';
 import { type HostDevices, hostDevices } from '../host-devices.ts';
-import type { DiskLimits } from './drives.ts';
 import { type JailHost, jailHost } from './jail.ts';
 import type { UidRange } from './jail-uids.ts';
+import type { RateLimits } from './rate-limiter.ts';
 
 export interface FirecrackerOptions {
   /** Program name or path. */
@@ -12,7 +12,10 @@ export interface FirecrackerOptions {
    * Asked at each start. Undefined starts it on the host as it is: as this user, confined by its own seccomp filter alone.
    */
   readonly jail: () => JailSettings | undefined;
-  readonly diskLimits: DiskLimits;
+  /** Of each of a container's disks. */
+  readonly diskLimits: RateLimits;
+  /** Of each network card, for what it sends and for what it gets. */
+  readonly networkLimits: RateLimits;
   /** Has each guest tell when its first program starts, which goes into the log. */
   readonly bootTimer: boolean;
   /** Guest memory in pages of 2 MiB from the host's pool. */

@@ -87,6 +87,7 @@ const defaults = {
   bootTimer: false,
   memoryMaxMib: 0,
   diskLimits: { bytesPerS: 2 ** 20, opsPerS: 100 },
+  networkLimits: { bytesPerS: 2 ** 20, opsPerS: 0 },
   parking,
 };
 

@@ -44,6 +44,7 @@ describe('the configuration file', () => {
         kernel: 'default',
         initrd: undefined,
         networkCards: 2,
+        networkMibPerS: 0,
         bootTimeoutS: 60,
         accelerator: 'auto',
         translationMib: 0,
@@ -74,6 +75,7 @@ describe('the configuration file', () => {
       kernel = "/boot/vmlinux"
       initrd = "/boot/initrd"
       network_cards = 4
+      network_mib_per_s = 10
       boot_timeout_s = 5
       accelerator = "tcg"
       translation_mib = 16
@@ -110,6 +112,7 @@ describe('the configuration file', () => {
         kernel: '/boot/vmlinux',
         initrd: '/boot/initrd',
         networkCards: 4,
+        networkMibPerS: 10,
         bootTimeoutS: 5,
         accelerator: 'tcg',
         translationMib: 16,
@@ -146,8 +149,8 @@ describe('the configuration file', () => {
   test('with a misspelt key is refused, with the key that was probably meant', () => {
     expect(messageFor('[vm]\nmemory_mb = 64')).toBe(
       '/etc/kiln/config.toml: unknown key vm.memory_mb = 64, did you mean memory_mib?; keys of [vm] are ' +
-        'vmm, memory_mib, memory_max_mib, vcpus, kernel, initrd, network_cards, boot_timeout_s, accelerator, ' +
-        'translation_mib, qemu, firecracker, jail, jailer, jail_uid_first, jail_uids, huge_pages, boot_timer, channel',
+        'vmm, memory_mib, memory_max_mib, vcpus, kernel, initrd, network_cards, network_mib_per_s, boot_timeout_s, ' +
+        'accelerator, translation_mib, qemu, firecracker, jail, jailer, jail_uid_first, jail_uids, huge_pages, boot_timer, channel',
     );
     expect(messageFor('[storage]\ncolour = "red"')).toBe(
       '/etc/kiln/config.toml: unknown key storage.colour = "red"; keys of [storage] are writable_size_gib, ' +

@@ -41,6 +41,7 @@ test.each([
   ['vm.boot_timer', config({ vmm: 'qemu', bootTimer: true })],
   ['vm.huge_pages', config({ vmm: 'qemu', hugePages: true })],
   ['memory that grows (memory_max_mib)', config({ vmm: 'qemu', memoryMaxMib: 1024 })],
+  ['a limit of network bandwidth (network_mib_per_s)', config({ vmm: 'qemu', networkMibPerS: 1 })],
   ['a limit of disk bandwidth (disk_mib_per_s)', config({ vmm: 'qemu' }, { diskMibPerS: 1 })],
   ['a limit of disk requests (disk_ops_per_s)', config({ vmm: 'qemu' }, { diskOpsPerS: 1 })],
 ])('%s is refused where QEMU runs the VM, with the reason why that is so', async (what, wanted) => {

@@ -60,6 +60,7 @@ function vmm(mode: string, { options, kvm = true, jailer }: Host = {}) {
     bootTimer: false,
     memoryMaxMib: 0,
     diskLimits: { bytesPerS: 0, opsPerS: 0 },
+    networkLimits: { bytesPerS: 0, opsPerS: 0 },
   };
   return createFirecracker({ firecracker: workspace.firecracker(mode), ...defaults, ...options }, host());
 }
@@ -192,6 +193,17 @@ describe('a start, where it is asked for,', () => {
     const limiter = { bandwidth: { size: 5 * 2 ** 20, refill_time: 1000 }, ops: { size: 100, refill_time: 1000 } };
     for (const slot of ['ro0', 'rw1']) expect(bodyOf(`PUT /drives/${slot}`)).toMatchObject({ rate_limiter: limiter });
     expect(bodyOf('PUT /drives/guest')).not.toHaveProperty('rate_limiter');
+  });
+
+  test('limits each network card, both ways', async () => {
+    const networkLimits = { bytesPerS: 2 ** 20, opsPerS: 0 };
+    await boot('running', { config: { networkCards: 2 }, options: { networkLimits } });
+    const bandwidth = { size: 2 ** 20, refill_time: 1000 };
+    expect(bodyOf('PUT /network-interfaces/net1')).toMatchObject({
+      rx_rate_limiter: { bandwidth },
+      tx_rate_limiter: { bandwidth },
+    });
+    expect(bodyOf('PUT /drives/rw0')).not.toHaveProperty('rate_limiter');
   });
 
   test('limits what alone has a limit', async () => {

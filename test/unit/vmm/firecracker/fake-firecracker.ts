@@ -72,6 +72,8 @@ const bodies: Readonly<Record<string, z.ZodType>> = {
       .string()
       .regex(/^([0-9a-f]{2}:){5}[0-9a-f]{2}$/)
       .optional(),
+    rx_rate_limiter: rateLimiter.optional(),
+    tx_rate_limiter: rateLimiter.optional(),
   }),
   'PUT /serial': z.strictObject({ serial_out_path: z.string().optional(), rate_limiter: bucket.optional() }),
   'PUT /vsock': z.strictObject({

@@ -31,6 +31,7 @@ function driver(mode: string, options: Partial<FirecrackerOptions> = {}) {
     bootTimer: false,
     memoryMaxMib: 1000,
     diskLimits: { bytesPerS: 0, opsPerS: 0 },
+    networkLimits: { bytesPerS: 0, opsPerS: 0 },
   };
   const logger = loggerTo({ write: () => {} }, 'trace');
   const jails = { kernel: new FakeKernel(), claims: workspace.path('claims'), mounts: workspace.file('mounts') };

@@ -64,6 +64,7 @@ function vmm(mode: string, { options, jailed = false }: Host = {}): Vmm {
     bootTimer: false,
     memoryMaxMib: 0,
     diskLimits: { bytesPerS: 0, opsPerS: 0 },
+    networkLimits: { bytesPerS: 0, opsPerS: 0 },
   };
   const host = {
     devices: workspace.devices(),

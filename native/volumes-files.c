@@ -184,6 +184,9 @@ int handle_write(struct request *request)
 	if (fid == NULL || (fid->file < 0 && fid->xattr == NULL))
 		return EBADF;
 	if (fid->xattr != NULL) {
+		/* One at a time, or two would both find room for what only one has. Once there, it stays as long as the fid. */
+		pthread_rwlock_unlock(&fid->lock);
+		pthread_rwlock_wrlock(&fid->lock);
 		int error = write_xattr(fid->xattr, request->in, offset, count);
 		put32(request, (uint32_t)count);
 		return error;

@@ -90,13 +90,13 @@ static bool is_same(const struct stat *one, const struct stat *other)
 }
 
 /* Takes what was found. Where somebody is at work with the fid, the next one who uses it does this. */
-static void exchange_node(struct fid *fid, int fd, mode_t mode)
+static void exchange_node(struct fid *fid, int fd, mode_t mode, bool read_only)
 {
 	if (pthread_rwlock_trywrlock(&fid->lock) != 0) {
 		close(fd);
 		return;
 	}
-	struct node *node = make_node(fd, mode, fid->node->read_only);
+	struct node *node = make_node(fd, mode, read_only);
 	if (node != NULL) {
 		drop_node(fid->node);
 		fid->node = node;
@@ -121,7 +121,7 @@ static void look(struct fid *fid, const struct place *place)
 	if (stays || fid->gone)
 		close(fd);
 	else
-		exchange_node(fid, fd, found.st_mode);
+		exchange_node(fid, fd, found.st_mode, place->directory->read_only);
 }
 
 void follow(struct fid *fid)

@@ -240,7 +240,10 @@ int handle_clunk(struct request *request)
 	struct fid *fid = request->malformed ? NULL : remove_fid(number);
 	if (fid == NULL)
 		return EBADF;
+	/* Other threads may still be at work with it. */
+	pthread_rwlock_rdlock(&fid->lock);
 	int error = fid->xattr != NULL && fid->xattr->writing ? set_xattr(fid) : 0;
+	pthread_rwlock_unlock(&fid->lock);
 	drop_fid(fid);
 	return error;
 }

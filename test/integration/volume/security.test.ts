@@ -303,6 +303,19 @@ describe('a guest that speaks 9P itself', () => {
     await client.getattr(0);
   });
 
+  test('cannot write more to an attribute than it has room for, also not with many requests at once', async () => {
+    const { client } = await share();
+    const value = Buffer.alloc(60_000, 'v');
+    for (let round = 0; round < 200; round++) {
+      const fid = await client.walk('0');
+      await client.call(T.xattrcreate, [[4, fid], 'user.x', [8, value.length], [4, 0]]);
+      const parts = [value, ...Array.from({ length: 20 }, () => 'v')];
+      const writes = await Promise.allSettled(parts.map((part) => client.write(fid, 0, part)));
+      expect(writes.filter(({ status }) => status === 'fulfilled')).toHaveLength(1);
+      await client.clunk(fid).catch(() => {}); // Not every file system takes one as long.
+    }
+  });
+
   test('can send any messages whatever: they are answered, and nothing but its volumes changes', async () => {
     const { client, server, folder } = await shareWithSecret();
     const random = numbersFrom(20_260);

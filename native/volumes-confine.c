@@ -4,6 +4,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <grp.h>
 #include <linux/audit.h>
 #include <linux/capability.h>
@@ -103,14 +104,14 @@ void act_as_root(void)
 static const unsigned short allowed[] = {
 	/* files */
 	SYS_read, SYS_write, SYS_pread64, SYS_pwrite64, SYS_openat, SYS_close, SYS_fstat, SYS_newfstatat, SYS_statx,
-	SYS_fstatfs, SYS_lseek, SYS_getdents64, SYS_fcntl, SYS_flock, SYS_fsync, SYS_fdatasync, SYS_ftruncate, SYS_mkdirat,
+	SYS_fstatfs, SYS_lseek, SYS_getdents64, SYS_flock, SYS_fsync, SYS_fdatasync, SYS_ftruncate, SYS_mkdirat,
 	SYS_mknodat, SYS_symlinkat, SYS_linkat, SYS_unlinkat, SYS_renameat, SYS_renameat2, SYS_readlinkat, SYS_fchmodat,
 	SYS_fchownat, SYS_utimensat, SYS_getxattr, SYS_setxattr, SYS_listxattr, SYS_removexattr,
 	/* users */
 	SYS_setfsuid, SYS_setfsgid, SYS_capset,
 	/* memory, threads, the end */
 	SYS_mmap, SYS_munmap, SYS_mprotect, SYS_mremap, SYS_madvise, SYS_brk, SYS_futex, SYS_set_robust_list, SYS_rseq,
-	SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_tgkill, SYS_getpid, SYS_gettid, SYS_clock_gettime, SYS_sched_yield,
+	SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_getpid, SYS_gettid, SYS_clock_gettime, SYS_sched_yield,
 	SYS_restart_syscall, SYS_pause, SYS_exit, SYS_exit_group,
 };
 
@@ -118,13 +119,30 @@ static const unsigned short allowed[] = {
 #define STATEMENT(code, value) ((struct sock_filter)BPF_STMT(code, value))
 #define JUMP(code, value, yes, no) ((struct sock_filter)BPF_JUMP(code, value, yes, no))
 
+/* Lets a call through whose argument is one of these. Returns how many statements there are then. */
+static unsigned short allow_with(struct sock_filter *filter, unsigned short n, unsigned call, size_t argument,
+				 const unsigned *values, unsigned char count)
+{
+	filter[n++] = JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 2 * count + 2);
+	filter[n++] = STATEMENT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args) + argument * sizeof(uint64_t));
+	for (unsigned char i = 0; i < count; i++) {
+		filter[n++] = JUMP(BPF_JMP | BPF_JEQ | BPF_K, values[i], 0, 1);
+		filter[n++] = STATEMENT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+	}
+	filter[n++] = STATEMENT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS);
+	return n;
+}
+
 /*
  * seccomp(2). Anything else does not exist for us. clone3 is among that, whose flags a filter cannot see; libc then uses
- * clone, which is for threads alone.
+ * clone, which is for threads alone. Signals, which root may send to any process without a capability, go to us alone:
+ * fcntl could have them sent, too (F_SETOWN, F_SETSIG).
  */
 void allow_only_what_serving_needs(void)
 {
-	struct sock_filter filter[COUNT * 2 + 16];
+	const unsigned commands[] = {F_DUPFD_CLOEXEC, F_GETFL, F_OFD_GETLK, F_OFD_SETLK, F_OFD_SETLKW};
+	const unsigned own[] = {(unsigned)getpid()};
+	struct sock_filter filter[COUNT * 2 + 32];
 	unsigned short n = 0;
 	filter[n++] = STATEMENT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch));
 	filter[n++] = JUMP(BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH_X86_64, 1, 0);
@@ -134,6 +152,8 @@ void allow_only_what_serving_needs(void)
 		filter[n++] = JUMP(BPF_JMP | BPF_JEQ | BPF_K, allowed[i], 0, 1);
 		filter[n++] = STATEMENT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
 	}
+	n = allow_with(filter, n, SYS_fcntl, 1, commands, sizeof commands / sizeof *commands);
+	n = allow_with(filter, n, SYS_tgkill, 0, own, 1);
 	filter[n++] = JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone, 0, 3);
 	filter[n++] = STATEMENT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[0]));
 	filter[n++] = JUMP(BPF_JMP | BPF_JSET | BPF_K, CLONE_THREAD, 0, 1);

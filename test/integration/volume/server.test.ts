@@ -18,6 +18,7 @@ import { killProcessesOf } from '../../../src/host/stale.ts';
 import { mkfifo } from '../../../src/sys/fifo.ts';
 import { VolumeServer } from '../../../src/volume/server.ts';
 import { lockStatus, lockType, NinePClient } from '../../support/ninep.ts';
+import { projectRoot } from '../../support/paths.ts';
 import { socketPair } from '../../support/socket-pair.ts';
 import { errno, fails } from './errno.ts';
 import { program, type Share, useShares, volume } from './share.ts';
@@ -103,6 +104,27 @@ describe('the file server', () => {
     expect(status(made, 'Groups')).toBe('');
     for (const thread of readdirSync(`/proc/${made.server.pid}/task`)) {
       expect(procText(made, `task/${thread}/status`)).toMatch(/^Seccomp:\s+2$/m);
+    }
+  });
+
+  test('could not signal other processes, or start one, if a guest had taken it over', () => {
+    const folder = mkdtempSync(path.join(tmpdir(), 'kiln-v'));
+    try {
+      const tried = path.join(folder, 'confined');
+      const sources = ['test/support/confined.c', 'native/volumes-confine.c'].map((file) => path.join(projectRoot, file));
+      execFileSync('gcc', ['-O2', '-static', '-Wall', '-Wextra', '-Werror', '-o', tried, ...sources]);
+      expect(execFileSync(tried, { encoding: 'utf8' }).trim().split('\n')).toEqual([
+        'signal itself: done',
+        'signal another: ENOSYS',
+        'kill another: ENOSYS',
+        'have another signalled: ENOSYS',
+        'choose the signal: ENOSYS',
+        'take a lease: ENOSYS',
+        'duplicate a descriptor: done',
+        'start a process: ENOSYS',
+      ]);
+    } finally {
+      rmSync(folder, { recursive: true });
     }
   });
 

@@ -156,9 +156,8 @@ static struct xattr *read_value(const struct node *node, const char *name)
 {
 	struct node_path path = path_of(node);
 	uint8_t *value = malloc(MAX_XATTR);
-	struct xattr *xattr = calloc(1, sizeof *xattr);
 	ssize_t size = -1;
-	if (value == NULL || xattr == NULL)
+	if (value == NULL)
 		errno = ENOMEM;
 	else
 		size = name[0] == '\0' ? listxattr(path.text, (char *)value, MAX_XATTR)
@@ -166,14 +165,11 @@ static struct xattr *read_value(const struct node *node, const char *name)
 	if (size < 0) {
 		int error = errno;
 		free(value);
-		free(xattr);
 		errno = error;
 		return NULL;
 	}
 	uint8_t *fitting = realloc(value, size == 0 ? 1 : (size_t)size);
-	xattr->value = fitting == NULL ? value : fitting;
-	xattr->size = (size_t)size;
-	return xattr;
+	return make_xattr(fitting == NULL ? value : fitting, (size_t)size);
 }
 
 int handle_xattrwalk(struct request *request)
@@ -212,14 +208,11 @@ int handle_xattrcreate(struct request *request)
 		return E2BIG;
 	if (flags & ~(uint32_t)(XATTR_CREATE | XATTR_REPLACE))
 		return EINVAL;
-	struct xattr *xattr = calloc(1, sizeof *xattr);
-	uint8_t *value = malloc(size == 0 ? 1 : size);
-	if (xattr == NULL || value == NULL) {
-		free(value);
-		free(xattr);
-		return ENOMEM;
-	}
-	*xattr = (struct xattr){.value = value, .size = size, .flags = flags, .writing = true};
+	struct xattr *xattr = make_xattr(malloc(size == 0 ? 1 : size), size);
+	if (xattr == NULL)
+		return errno;
+	xattr->flags = flags;
+	xattr->writing = true;
 	strcpy(xattr->name, name);
 	fid->xattr = xattr;
 	return 0;

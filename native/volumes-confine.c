@@ -22,9 +22,6 @@
 
 #include "volumes.h"
 
-/* Each file that the guest's kernel remembers is a descriptor here. */
-#define MAX_FILES (512 * 1024)
-
 #define BIT(capability) (1u << (capability))
 /* DAC_READ_SEARCH is for linkat(2) by descriptor. */
 #define KEPT \

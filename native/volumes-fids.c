@@ -118,10 +118,32 @@ void let_go(struct fid **fid)
 	drop_fid(*fid);
 }
 
+/* Bytes of all that the guest has on their way. No fid of these needs a descriptor, so that is no limit to them. */
+#define MAX_XATTRS (16 * 1024 * 1024)
+static atomic_size_t xattrs;
+
+struct xattr *make_xattr(uint8_t *value, size_t size)
+{
+	size_t needed = sizeof(struct xattr) + size;
+	bool fits = atomic_fetch_add(&xattrs, needed) + needed <= MAX_XATTRS;
+	struct xattr *xattr = value != NULL && fits ? calloc(1, sizeof *xattr) : NULL;
+	if (xattr == NULL) {
+		atomic_fetch_sub(&xattrs, needed);
+		free(value);
+		errno = ENOMEM;
+		return NULL;
+	}
+	xattr->value = value;
+	xattr->size = size;
+	return xattr;
+}
+
 static void free_xattr(struct xattr *xattr)
 {
-	if (xattr != NULL)
-		free(xattr->value);
+	if (xattr == NULL)
+		return;
+	atomic_fetch_sub(&xattrs, sizeof *xattr + xattr->size);
+	free(xattr->value);
 	free(xattr);
 }
 
@@ -134,6 +156,8 @@ int add_fid(uint32_t number, uid_t uid, struct node *node, struct xattr *xattr)
 		pthread_rwlock_init(&fid->lock, NULL);
 	}
 	pthread_mutex_lock(&table.lock);
+	if (error == 0 && table.count >= MAX_FILES)
+		error = EMFILE;
 	if (error == 0 && table.count >= table.size && !grow())
 		error = ENOMEM;
 	if (error == 0) {

@@ -28,6 +28,9 @@
 /* The largest message. The kernel's client takes no more over a socket (net/9p/trans_fd.c, MAX_SOCK_BUF). */
 #define MAX_MESSAGE (1024 * 1024)
 
+/* Of descriptors, since each file that the guest's kernel remembers is one here, and of fids, of which many can have one. */
+#define MAX_FILES (512 * 1024)
+
 /* size[4] type[1] tag[2] */
 #define HEADER_SIZE 7
 
@@ -107,7 +110,7 @@ struct node {
 struct xattr {
 	char name[NAME_SIZE];
 	uint8_t *value;
-	size_t size;
+	size_t size; /* which never changes */
 	size_t filled;
 	uint32_t flags;
 	bool writing;
@@ -135,6 +138,8 @@ struct fid {
 	struct xattr *xattr;
 };
 
+/* Takes value, also when there are too many; NULL and errno then. */
+struct xattr *make_xattr(uint8_t *value, size_t size);
 struct node *make_node(int fd, mode_t mode, bool read_only); /* takes fd; NULL and errno */
 struct node *keep_node(struct node *node);
 void drop_node(struct node *node);

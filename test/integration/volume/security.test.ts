@@ -285,6 +285,28 @@ describe('a guest that speaks 9P itself', () => {
     await client.walk('0');
   });
 
+  test('gets errors, and no more memory, for fids and attributes that need no file of their own', async () => {
+    const { client, server, source } = await share();
+    const kib = () => Number(/^VmRSS:\s+(\d+) kB/m.exec(readFileSync(`/proc/${server.pid}/status`, 'utf8'))?.[1]);
+    writeFileSync(path.join(source, 'file'), '');
+    const value = Buffer.alloc(60_000, 'v');
+    let refused = 0;
+    for (let made = 0; made < 600; made += 50) {
+      const attributes = Array.from({ length: 50 }, async () => {
+        const fid = await client.walk('0/file');
+        await client.call(T.xattrcreate, [[4, fid], 'user.x', [8, value.length], [4, 0]]);
+        await client.write(fid, 0, value);
+      });
+      refused += (await Promise.allSettled(attributes)).filter(({ status }) => status === 'rejected').length;
+    }
+    expect(refused).toBeGreaterThan(300);
+    expect(kib()).toBeLessThan(40_000);
+    await client.version(65536); // All is given back.
+    await client.attach(0);
+    await client.setxattr('0/file', 'user.x', 'value');
+    expect((await client.getxattr(await client.walk('0/file'), 'user.x')).toString()).toBe('value');
+  });
+
   test('can have many requests under way, on the same fids, and removes them at the same time', async () => {
     const { client } = await share();
     for (let round = 0; round < 30; round++) {

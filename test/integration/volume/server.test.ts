@@ -111,7 +111,9 @@ describe('the file server', () => {
     const folder = mkdtempSync(path.join(tmpdir(), 'kiln-v'));
     try {
       const tried = path.join(folder, 'confined');
-      const sources = ['test/support/confined.c', 'native/volumes-confine.c'].map((file) => path.join(projectRoot, file));
+      const sources = ['test/support/confined.c', 'native/volumes-confine.c'].map((file) =>
+        path.join(projectRoot, file),
+      );
       execFileSync('gcc', ['-O2', '-static', '-Wall', '-Wextra', '-Werror', '-o', tried, ...sources]);
       expect(execFileSync(tried, { encoding: 'utf8' }).trim().split('\n')).toEqual([
         'signal itself: done',

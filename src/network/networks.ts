@@ -55,8 +55,10 @@ export const networks: NetworkSource = {
     return new SandboxNetwork(id, vm, namespace);
   },
   adopt(id, vm, path) {
-    const network = new SandboxNetwork(id, vm, openNamespace(id, path));
+    using stack = new DisposableStack();
+    const network = new SandboxNetwork(id, vm, stack.use(openNamespace(id, path)));
     network.recall();
+    stack.move();
     return network;
   },
 };
@@ -154,7 +156,7 @@ export class SandboxNetwork implements Disposable {
   #connectLinks(socket: RtnetlinkSocket): ConnectedLink[] {
     const { nics } = this.#vm;
     const links = listLinks(socket);
-    const taps = this.#taps(links);
+    const taps = this.#removeAbandoned(socket, this.#taps(links));
     this.#refuseSecondVm(taps);
     const interfaces = links.filter(isEthernetOfOthers);
     const standsFor = taps.map((tap) => standsForOf(tap, interfaces));
@@ -176,6 +178,15 @@ export class SandboxNetwork implements Disposable {
       standsFor[card] = link;
     }
     return standsFor.flatMap((link, card) => (link === undefined ? [] : [{ link, cardMac: nics[card]?.mac ?? '' }]));
+  }
+
+  /** A persistent tap outlives its VM where kilnd was killed while it made the container, or the VM ended without kilnd. */
+  #removeAbandoned(socket: RtnetlinkSocket, taps: readonly (Link | undefined)[]): (Link | undefined)[] {
+    return taps.map((tap, card) => {
+      if (tap === undefined || tap.carrier || this.#moved.has(card)) return tap;
+      ignoringAbsence(() => deleteLink(socket, tap.index));
+      return undefined;
+    });
   }
 
   #refuseSecondVm(taps: readonly (Link | undefined)[]): void {

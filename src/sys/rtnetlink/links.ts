@@ -13,6 +13,7 @@ const IFLA_MTU = 4;
 const IFLA_LINKINFO = 18;
 const IFLA_IFALIAS = 20;
 const IFLA_NET_NS_FD = 28;
+const IFLA_CARRIER = 33;
 const IFLA_INFO_KIND = 1;
 
 const IFF_UP = 0x1;
@@ -31,6 +32,8 @@ export interface Link {
   readonly type: number;
   readonly up: boolean;
   readonly loopback: boolean;
+  /** There is somebody at the other end: of a tap, who has it open. */
+  readonly carrier: boolean;
   /** "02:00:00:00:00:01"; empty for none. */
   readonly mac: string;
   /** In bytes. */
@@ -72,6 +75,7 @@ export function listLinks(socket: RtnetlinkSocket): Link[] {
       type: payload.readUInt16LE(2),
       up: (flags & IFF_UP) !== 0,
       loopback: (flags & IFF_LOOPBACK) !== 0,
+      carrier: attributes.get(IFLA_CARRIER)?.[0] !== 0,
       mac: formatMac(attributes.get(IFLA_ADDRESS) ?? Buffer.alloc(0)),
       mtu: attributes.get(IFLA_MTU)?.readUInt32LE() ?? 0,
       kind: info === undefined ? '' : decodeText(decodeAttributes(info).get(IFLA_INFO_KIND)),

@@ -1,5 +1,5 @@
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
-import { closeSync, readSync } from 'node:fs';
+import { closeSync, readdirSync, readSync } from 'node:fs';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { applyNetwork } from '../../../agent/network.ts';
 import { Network } from '../../../gen/kiln/agent/v1/agent.ts';
@@ -174,6 +174,19 @@ describe('a sandbox whose namespace has an interface', () => {
     const config = attach().connect()!;
     using network = networks.adopt('c', vm(), pathOf(sandbox));
     expect(network.connect()).toEqual(config);
+  });
+
+  test('takes the tap away that a VM has left, which ended while no kilnd was there', () => {
+    closeSync(sandbox.run(() => openTap('kiln-tap0', { persistent: true })));
+    using network = attach();
+    expect(network.connect()!.interfaces).toHaveLength(1);
+  });
+
+  test('keeps no descriptor when a namespace cannot be taken over', () => {
+    const open = () => readdirSync('/proc/self/fd').length;
+    const before = open();
+    expect(() => networks.adopt('c', vm(), '/dev/null')).toThrow();
+    expect(open()).toBe(before);
   });
 
   test('belongs to one VM at a time', () => {

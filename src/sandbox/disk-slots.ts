@@ -56,7 +56,12 @@ export class DiskSlots {
     if (shared !== undefined) {
       const [slot, occupied] = shared;
       occupied.users += 1;
-      return { slot, serial: await occupied.serial, file };
+      try {
+        return { slot, serial: await occupied.serial, file };
+      } catch {
+        // Whoever put it there may have given up, which is no reason here.
+        return this.attach({ file, readOnly }, vm);
+      }
     }
     const slot = vm.free.find((name) => isReadOnly(name) === readOnly && !this.#occupied.has(name));
     if (slot === undefined) {

@@ -29,6 +29,21 @@ describe('the drive slots of a VM', () => {
     expect(events).toEqual(['ro0 has /image', 'ro0 emptied']);
   });
 
+  it('have a file for who still wants it when who put it there has given up', async () => {
+    const slots = new DiskSlots();
+    const given = new AbortController();
+    const never = () =>
+      new Promise<string>((_, reject) => given.signal.addEventListener('abort', () => reject(given.signal.reason)));
+    const first = slots.attach(image, { ...vm, attach: never });
+    const second = slots.attach(image, vm);
+    given.abort(new Error('nobody wants it'));
+    await expect(first).rejects.toThrow('nobody wants it');
+    const disk = await second;
+    expect(events).toEqual(['ro0 emptied', 'ro0 has /image']);
+    await slots.release(disk, detach);
+    expect(events.at(-1)).toBe('ro0 emptied');
+  });
+
   it('are used again and again', async () => {
     const slots = new DiskSlots();
     for (let round = 0; round < 20; round += 1) {

@@ -354,10 +354,13 @@ export class Sandbox implements AsyncDisposable {
 
   async [Symbol.asyncDispose](): Promise<void> {
     this.guest[Symbol.dispose]();
+    // When the VM has ended, but also when something of it could not be released.
+    await using others = new AsyncDisposableStack();
+    others.defer(() => this.#volumes?.[Symbol.asyncDispose]());
+    others.defer(() => this.#network?.[Symbol.dispose]());
     await this.vm.kill();
-    this.#network?.[Symbol.dispose]();
-    await this.#volumes?.[Symbol.asyncDispose]();
-    if (this.#vmDirectory !== undefined) await rm(this.#vmDirectory, { recursive: true, force: true });
+    const directory = this.#vmDirectory;
+    if (directory !== undefined) others.defer(() => rm(directory, { recursive: true, force: true }));
   }
 }
 

@@ -116,6 +116,13 @@ describe.skipIf(!canMakeNetns)('a Create that fails', () => {
     expect([error.code, error.message]).toEqual(['invalid-argument', 'bad spec; and then: EBUSY: rw.ext4']);
     expectNothingLeft(made);
   });
+
+  it('leaves its network also when something of the VM cannot be released', async () => {
+    const made = bench({ createContainer: (_call, done) => done(failure('INVALID_ARGUMENT', 'bad spec')) });
+    made.vmHooks.kill = () => Promise.reject(new Error('EBUSY: jail'));
+    expect((await failureOf(made.create())).message).toContain('bad spec; and then: EBUSY: jail');
+    expect(made.networksLeft).toBe(1);
+  });
 });
 
 describe.skipIf(!canMakeNetns)('a step that never ends', () => {

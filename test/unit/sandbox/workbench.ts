@@ -18,6 +18,7 @@ import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
 import { BootSlots } from '../../../src/sandbox/boot-slots.ts';
 import type { Container } from '../../../src/sandbox/container.ts';
 import { bootContainer, reattachContainer } from '../../../src/sandbox/create.ts';
+import { bootPod } from '../../../src/sandbox/create-pod.ts';
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import type { HookPlan } from '../../../src/sandbox/hooks.ts';
 import { type AloneRecord, writeContainerRecord } from '../../../src/sandbox/record.ts';
@@ -233,6 +234,8 @@ export class Workbench implements AsyncDisposable {
     adopt: () => Promise.reject(new Error('this test has no volumes')),
   };
   volumes: readonly VolumeMount[] = [];
+  /** Sandboxes that have left their network. */
+  networksLeft = 0;
   beforeBoot: (signal: AbortSignal) => Promise<void> = async () => {};
   bootTimeoutS = 60;
   #template: Template | undefined;
@@ -258,6 +261,15 @@ export class Workbench implements AsyncDisposable {
       signal,
     );
     return this.container;
+  }
+
+  /** A pod, with the container that stands for it. */
+  createPod(onGone: () => void) {
+    return bootPod(
+      { ...this.#host(), standInProgram: this.#standIn(), bootSlots: new BootSlots(1) },
+      { ...this.#request(), guestPod: { hostname: '', domainname: '', sysctl: {}, shmBytes: 0 }, onGone },
+      new AbortController().signal,
+    );
   }
 
   /** Has VMs be restored from a template, after `restore`. */
@@ -339,7 +351,10 @@ export class Workbench implements AsyncDisposable {
     };
     const pool: HostServices['pool'] = { take: async () => this.waiting };
     const parking: HostServices['parking'] = { run: (action) => action() };
-    const none = { connect: () => undefined, told: () => {}, [Symbol.dispose]: () => {} };
+    const leave = () => {
+      this.networksLeft += 1;
+    };
+    const none = { connect: () => undefined, told: () => {}, [Symbol.dispose]: leave };
     const networks = { attach: () => none, adopt: () => none };
     return { rootfs: this.#rootfs(), templates, pool, fileServers: this.fileServers, parking, networks };
   }

@@ -39,7 +39,8 @@ export async function adoptContainer(
       const means = { logger, parking: host.parking };
       if (record.place === 'pod') {
         const vmm = vmmNamed(record.vmm, load().config, means);
-        const adopting = reattachPod(host, { ...common, record, vmm }, signal);
+        const onGone = () => pods.remove(directory);
+        const adopting = reattachPod(host, { ...common, record, vmm, onGone }, signal);
         // Before anything is awaited, so that the pod's containers find it.
         pods.add(
           directory,

@@ -71,7 +71,10 @@ export async function createContainer(
     const networkNamespace = networkNamespaceOf(bundle.spec);
     const making = bootPod(
       host,
-      { ...common, ...size, guestPod: guestPodOf(bundle.spec, id), networkNamespace },
+      {
+        ...{ ...common, ...size, guestPod: guestPodOf(bundle.spec, id), networkNamespace },
+        onGone: () => pods.remove(context.directory),
+      },
       signal,
     );
     pods.add(

@@ -130,6 +130,10 @@ const oomReportMs = 100;
 /** The longest text of a guest that is kept, in characters: what uname(2) has room for, and more. */
 const maxTextChars = 128;
 
+/** The most containers of a guest that are looked at: it may name as many as it likes, of any length. */
+const maxContainers = 1000;
+const maxIdChars = 255;
+
 /** PID_MAX_LIMIT, linux/threads.h. */
 const largestPid = 2 ** 22;
 
@@ -246,10 +250,10 @@ export class Guest implements Disposable {
     await this.#call(AgentService.preparePod, { ...pod, network: toNetwork(network) });
   }
 
-  /** The ids of the containers that are there, also of those that are being made. */
+  /** The ids of the containers that are there, also of those that are being made: at most a thousand. */
   async containers(): Promise<readonly string[]> {
     const { ids } = await this.#call(AgentService.listContainers, {});
-    return ids;
+    return ids.filter(({ length }) => length <= maxIdChars).slice(0, maxContainers);
   }
 
   /** @param network what the guest has to take over before; absent when there is nothing new */

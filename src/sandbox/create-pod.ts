@@ -23,6 +23,8 @@ export interface PodRequest
     Pick<ContainerRequest, 'hooks' | 'terminal' | 'openStdio' | 'networkNamespace'> {
   /** What the pod's containers share. */
   readonly guestPod: GuestPod;
+  /** Called when nothing of the pod is left. */
+  readonly onGone: () => void;
 }
 
 /**
@@ -36,8 +38,9 @@ export async function bootPod(
 ): Promise<{ container: PodContainer; pod: Pod }> {
   const { id, directory, timeline, networkNamespace } = request;
   await using stack = new AsyncDisposableStack();
+  stack.defer(request.onGone);
   const hooks = new ContainerHooks(request);
-  // First on the stack, because they run when all the rest is gone.
+  // Early on the stack, because they run when all the rest is gone.
   stack.defer(() => hooks.poststop());
   await rm(directory, { recursive: true, force: true });
   await mkdir(directory, { mode: 0o700 });
@@ -67,7 +70,7 @@ export async function bootPod(
 /** A pod of an earlier kilnd. When that fails, its VM is ended, and what is left of it on the host stays. */
 export async function reattachPod(
   host: HostServices,
-  request: Pick<ContainerRequest, 'directory' | 'vmm' | 'openStdio' | 'timeline' | 'logger'> & {
+  request: Pick<PodRequest, 'directory' | 'vmm' | 'openStdio' | 'onGone' | 'timeline' | 'logger'> & {
     readonly record: PodRecord;
   },
   signal: AbortSignal,
@@ -84,6 +87,7 @@ export async function reattachPod(
   rejoinNetwork(host, id, { sandbox, standIn });
   stack.move();
   const disposal = new AsyncDisposableStack();
+  disposal.defer(request.onGone);
   disposal.defer(() => hooks.poststop());
   disposal.defer(() => rm(directory, { recursive: true, force: true }));
   disposal.defer(() => stdio.dispose());

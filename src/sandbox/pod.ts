@@ -86,7 +86,8 @@ export class Pod implements AsyncDisposable {
   /** Releases it when the VM has ended. */
   holdUntilEnd(resource: AsyncDisposable): void {
     if (this.#held !== undefined) this.#held.use(resource);
-    else void resource[Symbol.asyncDispose]();
+    else
+      resource[Symbol.asyncDispose]().then(undefined, (error) => this.report(error, 'cannot release what a pod had'));
   }
 
   /**
@@ -147,10 +148,13 @@ export class Pod implements AsyncDisposable {
 
   async #endVm(): Promise<void> {
     this.#vmHasEnded = true;
-    const held = this.#held;
-    await this.sandbox[Symbol.asyncDispose]();
-    this.#held = undefined;
-    await held?.disposeAsync();
+    try {
+      await this.sandbox[Symbol.asyncDispose]();
+    } finally {
+      const held = this.#held;
+      this.#held = undefined;
+      await held?.disposeAsync();
+    }
   }
 
   /** Ends the VM at once. */
@@ -165,7 +169,9 @@ export class Pod implements AsyncDisposable {
 export class Pods {
   readonly #pods = new Map<string, Promise<Pod>>();
   /** Resolved when all that an earlier kilnd has left is taken over. */
-  #settled: Promise<unknown> = Promise.resolve();
+  #restored: Promise<unknown> = Promise.resolve();
+  /** Of pods that were taken over: resolved when nothing is in the guest that nobody knows. Never rejects. */
+  readonly #cleared = new Map<string, Promise<void>>();
 
   /** A pod that is there, or will be: who asks for it meanwhile waits. One whose making fails is none. */
   add(directory: string, pod: Promise<Pod>): void {
@@ -173,8 +179,10 @@ export class Pods {
     pod.catch(() => this.#forget(directory, pod));
   }
 
+  /** To be called when nothing is left of it. */
   remove(directory: string): void {
     this.#pods.delete(directory);
+    this.#cleared.delete(directory);
   }
 
   #forget(directory: string, pod: Promise<Pod>): void {
@@ -198,21 +206,29 @@ export class Pods {
 
   /** As `find`, for a new container: it has to wait until what an earlier kilnd has left is taken over. */
   async findForNew(directory: string, name: string): Promise<Pod> {
-    await this.#settled;
+    await this.#restored;
+    await this.#cleared.get(directory);
     return this.find(directory, name);
   }
 
-  /** To be called with the taking over of all containers, which never rejects: afterwards each pod's guest is cleared. */
+  /**
+   * To be called with the taking over of all containers, which never rejects: afterwards each pod's guest is cleared. One
+   * that takes its time for that holds up no other pod.
+   */
   settleAfter(restored: Promise<unknown>, logger: Logger): void {
-    this.#settled = restored.then(async () => {
-      const pods = await Promise.allSettled(this.#pods.values());
-      const cleared = pods.map(async (pod) => {
-        if (pod.status === 'rejected') return;
-        await pod.value.removeUnknown().catch((error: unknown) => {
-          logger.warn({ err: error }, 'cannot remove from a pod what no kilnd knows');
-        });
-      });
-      await Promise.all(cleared);
+    this.#restored = restored.then(() => {
+      for (const [directory, pod] of this.#pods) {
+        const clear = async (made: Pod) => {
+          await made.removeUnknown().catch((error: unknown) => {
+            logger.warn({ err: forLog(error) }, 'cannot remove from a pod what no kilnd knows');
+          });
+        };
+        // Of one that cannot be made, whoever makes it tells.
+        this.#cleared.set(
+          directory,
+          pod.then(clear, () => {}),
+        );
+      }
     });
   }
 }

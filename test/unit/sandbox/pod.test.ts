@@ -1,0 +1,81 @@
+import { afterEach, describe, expect, it } from 'vitest';
+import { loggerTo } from '../../../src/observe/logger.ts';
+import { Pod, Pods } from '../../../src/sandbox/pod.ts';
+import type { Sandbox } from '../../../src/sandbox/sandbox.ts';
+import { canMakeNetns, Workbench } from './workbench.ts';
+
+const lines: string[] = [];
+const logger = loggerTo({ write: (line) => void lines.push(line) }, 'warn');
+afterEach(() => void lines.splice(0));
+
+interface Guest {
+  containers(): Promise<readonly string[]>;
+}
+
+function podOf(directory: string, guest: Guest, end = async () => {}): Pod {
+  const sandbox = {
+    guest,
+    vm: { wait: () => new Promise(() => {}) },
+    detachUnknown: async () => {},
+    [Symbol.asyncDispose]: end,
+  } as unknown as Sandbox;
+  return new Pod({ directory, sandbox, pid: 1, save: () => {}, logger });
+}
+
+const nothing: Guest = { containers: async () => [] };
+
+describe('pods that were taken over', () => {
+  it('get new containers when their own guest is cleared, whatever the others do', async () => {
+    const answer = Promise.withResolvers<readonly string[]>();
+    const silent = podOf('/silent', { containers: () => answer.promise });
+    const well = podOf('/well', nothing);
+    const pods = new Pods();
+    pods.add('/silent', Promise.resolve(silent));
+    pods.add('/well', Promise.resolve(well));
+    pods.settleAfter(Promise.resolve(), logger);
+    const waiting = pods.findForNew('/silent', 'silent');
+    expect(await Promise.race([waiting, pods.findForNew('/well', 'well')])).toBe(well);
+    answer.reject(new Error('the guest hangs'));
+    expect(await waiting).toBe(silent);
+    expect(lines.join()).toContain('cannot remove from a pod what no kilnd knows');
+  });
+});
+
+describe('a pod whose VM cannot be released', () => {
+  it('gives back what was held for its end', async () => {
+    const pod = podOf('/c/p', nothing, () => Promise.reject(new Error('EBUSY: jail')));
+    let released = 0;
+    const held = {
+      [Symbol.asyncDispose]: async () => {
+        released += 1;
+      },
+    };
+    pod.holdUntilEnd(held);
+    await expect(pod.end()).rejects.toThrow('EBUSY: jail');
+    expect(released).toBe(1);
+    pod.holdUntilEnd(held);
+    expect(released).toBe(2);
+  });
+
+  it('tells what cannot be given back after its end, and lives on', async () => {
+    const pod = podOf('/c/p', nothing);
+    await pod.end();
+    pod.holdUntilEnd({ [Symbol.asyncDispose]: () => Promise.reject(new Error('EBUSY: rw.ext4')) });
+    await Promise.resolve();
+    await Promise.resolve();
+    expect(lines.join()).toContain('EBUSY: rw.ext4');
+  });
+});
+
+describe.skipIf(!canMakeNetns)('the container that stands for a pod', () => {
+  it('says when nothing is left of it, so that kilnd forgets the pod', async () => {
+    await using bench = new Workbench({ preparePod: (_call, done) => done(null, {}) });
+    let gone = false;
+    const { container } = await bench.createPod(() => {
+      gone = bench.clean;
+    });
+    expect(gone).toBe(false);
+    await container.delete();
+    expect(gone).toBe(true);
+  });
+});

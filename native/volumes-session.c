@@ -20,6 +20,7 @@
 
 #include "volumes.h"
 
+#define TFLUSH 108
 #define MAX_THREADS 64
 /* More than these do not wait for work. */
 #define KEPT_THREADS 3
@@ -43,7 +44,7 @@ static struct {
 	pthread_cond_t changed;
 	unsigned waiting; /* for a request */
 	struct {
-		bool exists, busy;
+		bool exists, busy, flushes;
 		uint16_t tag;
 		pthread_t thread;
 	} slots[MAX_THREADS];
@@ -144,6 +145,7 @@ static size_t next_request(size_t slot, uint8_t *bytes)
 	receive(bytes + HEADER_SIZE, size - HEADER_SIZE);
 	pthread_mutex_lock(&workers.lock);
 	workers.slots[slot].busy = true;
+	workers.slots[slot].flushes = bytes[4] == TFLUSH;
 	workers.slots[slot].tag = (uint16_t)(bytes[5] | bytes[6] << 8);
 	workers.waiting--;
 	bool alone = workers.waiting == 0;
@@ -193,7 +195,7 @@ static void *work(void *slot)
 	return NULL;
 }
 
-/* Returns when no request with that tag is under way. The signal may come before the request waits, so it comes again. */
+/* Returns when no request with that tag is under way, but for flushes, which could wait for each other. The signal may come before the request waits, so it comes again. */
 void flush_tag(uint16_t tag)
 {
 	bool found;
@@ -203,7 +205,7 @@ void flush_tag(uint16_t tag)
 		for (size_t i = 0; i < MAX_THREADS; i++) {
 			if (!workers.slots[i].busy || workers.slots[i].tag != tag)
 				continue;
-			if (pthread_equal(workers.slots[i].thread, pthread_self()))
+			if (workers.slots[i].flushes)
 				continue;
 			found = true;
 			pthread_kill(workers.slots[i].thread, SIGUSR1);

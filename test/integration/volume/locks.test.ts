@@ -2,7 +2,7 @@ import { constants, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { isLocked, lockFile } from '../../support/file-locks.ts';
-import { lockStatus, lockType, type NinePError } from '../../support/ninep.ts';
+import { encode, lockStatus, lockType, message, type NinePError, T } from '../../support/ninep.ts';
 import { errno, fails } from './errno.ts';
 import { useShares } from './share.ts';
 
@@ -106,6 +106,32 @@ describe('locks on a volume', () => {
     expect(order).toEqual(['lock', 'flush']);
     host?.[Symbol.dispose]();
     expect(isLocked(file, whole)).toBe(false);
+  });
+
+  test('are not held up by flushes that wait for each other', async () => {
+    const { client, file } = await shareWithFile();
+    const fid = await client.open('0/file', O_RDWR);
+    const host = lockFile(file, whole);
+    const lock = client.lock(fid, lockType.write, { wait: true });
+    await client.getattr(fid);
+    // It waits for the fid, and so for the lock, and no signal ends that.
+    const [stuck, flush] = [60_000, 60_001];
+    await client.send(
+      message(
+        T.lopen,
+        stuck,
+        encode([
+          [4, fid],
+          [4, O_RDONLY],
+        ]),
+      ),
+    );
+    const first = client.call(T.flush, [[2, stuck]], flush);
+    await client.send(message(T.flush, stuck, encode([[2, flush]])));
+    await client.getattr(0);
+    host?.[Symbol.dispose]();
+    await lock;
+    await first;
   });
 
   test('are told to be asked for again beyond those that can be waited for, and the server goes on', async () => {

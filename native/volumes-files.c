@@ -83,6 +83,28 @@ int handle_lopen(struct request *request)
 	return 0;
 }
 
+/* What is there already is looked at before it is opened: to open a FIFO or a device can be to do something. */
+static int create(const struct node *directory, const char *name, int how, mode_t mode, bool exclusive)
+{
+	struct stat stat;
+	int file = openat(directory->fd, name, how | O_CREAT | O_EXCL, mode);
+	if (file >= 0 || exclusive || errno != EEXIST)
+		return file;
+	int found = openat(directory->fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+	if (found < 0)
+		return -1;
+	struct node node = {.fd = found};
+	int error = fstat(found, &stat) < 0 ? errno : S_ISREG(stat.st_mode) ? 0 : S_ISDIR(stat.st_mode) ? EISDIR
+			: S_ISLNK(stat.st_mode) ? ELOOP : EACCES;
+	if (error == 0) {
+		file = open(path_of(&node).text, how & ~O_NOFOLLOW);
+		error = errno;
+	}
+	close(found);
+	errno = error;
+	return file;
+}
+
 /* Also opens a file that somebody on the host has made meanwhile, unless the guest wants it to be new. */
 int handle_lcreate(struct request *request)
 {
@@ -90,7 +112,8 @@ int handle_lcreate(struct request *request)
 	struct stat stat;
 	struct fid *fid HELD = own_fid(get32(request));
 	int error = get_name(request, name);
-	uint32_t flags = get32(request), mode = get32(request), gid = get32(request);
+	uint32_t flags = get32(request), mode = get32(request);
+	gid_t gid = get_gid(request);
 	if (fid == NULL || fid->file >= 0 || fid->xattr != NULL || (flags & L_ACCESS) == L_ACCESS)
 		return EBADF;
 	if (request->malformed || error != 0)
@@ -101,14 +124,12 @@ int handle_lcreate(struct request *request)
 		return EROFS;
 	int how = open_flags(flags);
 	act_as(fid->uid, gid);
-	int file = openat(fid->node->fd, name, how | O_CREAT | (flags & L_EXCL ? O_EXCL : 0), mode & 07777);
+	int file = create(fid->node, name, how, mode & 07777, (flags & L_EXCL) != 0);
 	if (file < 0)
 		return errno;
 	int fd = fcntl(file, F_DUPFD_CLOEXEC, 0);
 	if (fd < 0 || fstat(file, &stat) < 0)
 		error = errno;
-	else if (!S_ISREG(stat.st_mode))
-		error = EACCES;
 	if (error != 0) {
 		if (fd >= 0)
 			close(fd);

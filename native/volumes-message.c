@@ -28,6 +28,14 @@ uint16_t get16(struct request *request) { return (uint16_t)get(request, 2); }
 uint32_t get32(struct request *request) { return (uint32_t)get(request, 4); }
 uint64_t get64(struct request *request) { return get(request, 8); }
 
+gid_t get_gid(struct request *request)
+{
+	gid_t gid = get32(request);
+	if (gid == (gid_t)-1)
+		request->malformed = true;
+	return gid;
+}
+
 int get_text(struct request *request, char *text, size_t size)
 {
 	size_t length = get16(request);

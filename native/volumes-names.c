@@ -41,7 +41,7 @@ int handle_symlink(struct request *request)
 	char name[NAME_SIZE], target[PATH_MAX];
 	struct fid *directory HELD = share_fid(get32(request));
 	int bad_name = get_name(request, name), bad_target = get_text(request, target, sizeof target);
-	uint32_t gid = get32(request);
+	gid_t gid = get_gid(request);
 	int error = changeable(request, directory);
 	if (error != 0 || bad_name != 0 || bad_target != 0)
 		return error != 0 ? error : bad_name != 0 ? bad_name : bad_target;
@@ -60,7 +60,7 @@ int handle_mknod(struct request *request)
 	mode_t mode = get32(request);
 	get32(request); /* major */
 	get32(request); /* minor */
-	uint32_t gid = get32(request);
+	gid_t gid = get_gid(request);
 	int error = changeable(request, directory);
 	if (error != 0 || bad_name != 0)
 		return error != 0 ? error : bad_name;
@@ -78,7 +78,7 @@ int handle_mkdir(struct request *request)
 	struct fid *directory HELD = share_fid(get32(request));
 	int bad_name = get_name(request, name);
 	mode_t mode = get32(request);
-	uint32_t gid = get32(request);
+	gid_t gid = get_gid(request);
 	int error = changeable(request, directory);
 	if (error != 0 || bad_name != 0)
 		return error != 0 ? error : bad_name;

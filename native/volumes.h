@@ -81,6 +81,8 @@ uint8_t get8(struct request *request);
 uint16_t get16(struct request *request);
 uint32_t get32(struct request *request);
 uint64_t get64(struct request *request);
+/* Of what is made. -1 stands for none (chown(2)), so the request is malformed then. */
+gid_t get_gid(struct request *request);
 /* A name of one file in a directory: 0, or EINVAL for one with a slash or NUL, "", "." and "..", ENAMETOOLONG. */
 int get_name(struct request *request, char name[NAME_SIZE]);
 /* Any text without a NUL that is shorter than size; 0, EINVAL or ENAMETOOLONG. */

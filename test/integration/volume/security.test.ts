@@ -6,7 +6,7 @@ import { encode, type Field, T } from '../../support/ninep.ts';
 import { errno, fails } from './errno.ts';
 import { useShares } from './share.ts';
 
-const { O_RDONLY, O_RDWR } = constants;
+const { O_RDONLY, O_RDWR, O_WRONLY } = constants;
 
 describe('a guest that speaks 9P itself', () => {
   const share = useShares();
@@ -110,6 +110,13 @@ describe('a guest that speaks 9P itself', () => {
     }
     await fails(client.open('2/null', O_RDWR), errno.EACCES);
     await fails(client.create('2/null', { flags: O_RDWR }), errno.EACCES);
+  });
+
+  test('has no FIFO opened that is there: that would be ENXIO where nobody reads', async () => {
+    const { client } = await share();
+    await client.mknod('0/fifo', 0o010644);
+    await fails(client.open('0/fifo', O_WRONLY), errno.EACCES);
+    await fails(client.create('0/fifo', { flags: O_WRONLY }), errno.EACCES);
   });
 
   test('cannot write to a read-only volume in any way, also not to what is mounted in it', async () => {
@@ -336,6 +343,16 @@ describe('a guest that speaks 9P itself', () => {
       expect(writes.filter(({ status }) => status === 'fulfilled')).toHaveLength(1);
       await client.clunk(fid).catch(() => {}); // Not every file system takes one as long.
     }
+  });
+
+  test('gets EINVAL for a group that is none, and the server goes on', async () => {
+    const { client } = await share();
+    const gid = 0xffffffff;
+    await fails(client.create('0/file', { gid }), errno.EINVAL);
+    await fails(client.mkdir('0/folder', { gid }), errno.EINVAL);
+    await fails(client.symlink('0/link', 'target', { gid }), errno.EINVAL);
+    await fails(client.mknod('0/fifo', 0o010644, { gid }), errno.EINVAL);
+    expect(await client.readdir(await client.open('0', O_RDONLY))).toHaveLength(2); // "." and ".."
   });
 
   test('can send any messages whatever: they are answered, and nothing but its volumes changes', async () => {

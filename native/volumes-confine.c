@@ -64,7 +64,7 @@ void drop_privileges(void)
 		fail("cannot set", "no_new_privs");
 }
 
-/* Of this thread, as they are all when it starts. */
+/* Of this thread, as they are all when it starts: start_thread sees to that. */
 static __thread uid_t current_uid;
 static __thread gid_t current_gid;
 static __thread bool current_is_other;

@@ -117,6 +117,8 @@ static bool start_thread(void)
 	pthread_attr_t attributes;
 	size_t slot = 0;
 	bool started;
+	/* The new one inherits whom we act as, and takes it for root. */
+	act_as_root();
 	pthread_attr_init(&attributes);
 	pthread_attr_setstacksize(&attributes, STACK_SIZE);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);

@@ -20,7 +20,8 @@ import {
 } from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { attr, T } from '../../support/ninep.ts';
+import { lockFile } from '../../support/file-locks.ts';
+import { attr, lockType, T } from '../../support/ninep.ts';
 import { errno, fails } from './errno.ts';
 import { useShares } from './share.ts';
 
@@ -70,6 +71,32 @@ describe('a volume', () => {
     expect(owner('link')).toEqual([1234, 79]);
     await client.create('0/of-root');
     expect(owner('of-root')).toEqual([0, 0]);
+  });
+
+  test('gives each user what is theirs, also when requests of several users and many threads are under way', async () => {
+    const { client, source } = await share();
+    const user = client.newFid();
+    await client.attach(user, { uid: 1000 });
+    writeFileSync(path.join(source, 'locked'), '');
+    const locked = await client.open('0/locked', O_RDWR);
+    const host = lockFile(path.join(source, 'locked'), { start: 0, length: 0 });
+    const locks: Promise<number>[] = [];
+    // Each lock that is waited for keeps a thread, so that one more is started by a thread that worked for somebody.
+    for (let round = 0; round < 20; round++) {
+      const made = Array.from({ length: 8 }, (_, i) => [
+        client.mkdir(`0/user-${round}-${i}`, { from: user }),
+        client.mkdir(`0/root-${round}-${i}`),
+      ]);
+      await Promise.all(made.flat());
+      locks.push(client.lock(locked, lockType.write, { wait: true, process: round }));
+    }
+    const wrong = readdirSync(source).filter((name) => {
+      const { uid } = statSync(path.join(source, name));
+      return uid !== (name.startsWith('user') ? 1000 : 0);
+    });
+    expect(wrong).toEqual([]);
+    host?.[Symbol.dispose]();
+    await Promise.allSettled(locks.slice(0, 1));
   });
 
   test('changes mode, owner, times and size, of a file that is open or not', async () => {

@@ -106,7 +106,13 @@ export class Containers {
     try {
       return await this.#make(container, request);
     } catch (error) {
-      this.#containers.delete(id);
+      if (error instanceof SuppressedError) {
+        // The clean-up has failed, too. Something may still have its disks: whoever asks for its removal is told.
+        container.removal = Promise.reject(error);
+        container.removal.catch(() => {});
+      } else {
+        this.#containers.delete(id);
+      }
       throw error;
     }
   }
@@ -322,7 +328,10 @@ export class Containers {
     return made.controls;
   }
 
-  /** Removes a container; a running one only with `force`, which kills it first. Its disks are complete afterwards. */
+  /**
+   * Removes a container; a running one only with `force`, which kills it first. Its disks are complete afterwards, and nobody
+   * has them. Where that fails, it fails again each time: the host must not put other files behind the disks.
+   */
   async remove(id: string, force: boolean, guestEnds = false): Promise<void> {
     const container = this.#get(id);
     if (container.removal === undefined) {
@@ -344,12 +353,9 @@ export class Containers {
     if (current.kind !== 'stopped') kill(current.pid, SIGKILL);
     await made.init.ended;
     state.become({ kind: 'removing' });
-    try {
-      for (const process of execs.values()) process?.[Symbol.dispose]();
-      await made.undo.disposeAsync();
-    } finally {
-      this.#containers.delete(container.id);
-    }
+    for (const process of execs.values()) process?.[Symbol.dispose]();
+    await made.undo.disposeAsync();
+    this.#containers.delete(container.id);
   }
 
   #get(id: string): Container {

@@ -123,13 +123,14 @@ function countMount({ source }: Mount, change: number): void {
 
 /**
  * Resolves when no filesystem has the disk of a mount that was undone: a container's mount namespace, which has a mount
- * of its own, is taken apart a little after its last process. At once for a disk that another container has mounted, and for
- * a mount without a disk.
+ * of its own, is taken apart a little after its last process. At once for a disk that another container has mounted, for
+ * one that never was, and for a mount without a disk.
  *
  * @throws AgentError internal when that takes too long
  */
 export async function diskIsFree({ source }: Mount): Promise<void> {
-  if (source?.$case !== 'disk' || (mounted.get(source.value) ?? 0) > 0) return;
+  // One that was never mounted may not even be there, which whoever wanted to mount it has told.
+  if (source?.$case !== 'disk' || mounted.get(source.value) !== 0) return;
   const device = findDisk(source.value);
   const deadline = performance.now() + freeLimitMs;
   for (;;) {

@@ -68,6 +68,7 @@ start)
   ;;
 delete)
   [ -e "$root/$id/pid" ] || exit 0
+  [ -e "$root/$id/stuck" ] && fail 'Device or resource busy'
   kill -9 "$(cat "$root/$id/pid")" 2>/dev/null
   rm -r "$root/$id"
   ;;

@@ -55,7 +55,7 @@ export async function bootContainer(
     volumeOptions: request.volumes.length === 0 ? undefined : volumeOptions,
   };
   try {
-    await sandbox.createContainer(container, signal);
+    await sandbox.createContainer(container, signal, () => pod?.save());
   } catch (error) {
     throw inHostsWords(error, request.volumes, volumeNumbers);
   }

@@ -280,13 +280,19 @@ export class Sandbox implements AsyncDisposable {
     await this.#withNetwork((network) => this.guest.startContainer(id, network));
   }
 
-  /** As `Guest.createContainer`, which gets its network and its volumes; when the VM ends meanwhile or the agent is silent, the error shows the console. */
-  async createContainer(container: GuestContainer, signal: AbortSignal): Promise<void> {
+  /**
+   * As `Guest.createContainer`, which gets its network and its volumes; when the VM ends meanwhile or the agent is silent, the
+   * error shows the console.
+   *
+   * @param onVolumes called when the guest has its volumes: a later kilnd has to know it, since a guest asks for them once
+   */
+  async createContainer(container: GuestContainer, signal: AbortSignal, onVolumes = () => {}): Promise<void> {
     const failed = new AbortController();
     const either = AbortSignal.any([signal, failed.signal]);
     try {
       // The guest asks for its files meanwhile.
-      const connected = container.volumeOptions === undefined ? undefined : this.#volumes?.connect(this.vm, either);
+      const volumes = container.volumeOptions === undefined ? undefined : this.#volumes;
+      const connected = volumes?.connect(this.vm, either).then(onVolumes);
       const created = this.#withNetwork((network) => this.guest.createContainer({ ...container, network }, either));
       await Promise.all([created, connected]);
     } catch (error) {

@@ -1,6 +1,7 @@
-import { afterEach, describe, expect, it } from 'vitest';
+import { afterEach, describe, expect, it, vi } from 'vitest';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { Pod, Pods } from '../../../src/sandbox/pod.ts';
+import { type PodRecord, readContainerRecord } from '../../../src/sandbox/record.ts';
 import type { Sandbox } from '../../../src/sandbox/sandbox.ts';
 import { canMakeNetns, Workbench } from './workbench.ts';
 
@@ -77,5 +78,35 @@ describe.skipIf(!canMakeNetns)('the container that stands for a pod', () => {
     expect(gone).toBe(false);
     await container.delete();
     expect(gone).toBe(true);
+  });
+
+  it('has written down that the guest has its volumes before a container has them', async () => {
+    const recorded = () => (readContainerRecord(bench.directory) as PodRecord).volumes;
+    let seen: unknown;
+    const writes = async () => {
+      await vi.waitFor(() => expect(recorded()?.connected).toBe(true));
+      seen = recorded();
+    };
+    await using bench = new Workbench({
+      createContainer: (_call, done) => void writes().then(() => done(null, { pid: 12 }), done),
+    });
+    bench.fileServers = {
+      start: async () => ({
+        ended: new Promise(() => {}),
+        add: async () => [0],
+        remove: async () => {},
+        serve: async () => {},
+        record: () => ({ pid: 7 }),
+        [Symbol.asyncDispose]: async () => {},
+      }),
+      adopt: () => Promise.reject(new Error('nothing is taken over here')),
+    };
+    bench.vmHooks.acceptFiles = async () => 12;
+    const { container, pod } = await bench.createPod(() => {});
+    bench.volumes = [{ source: bench.root, destination: '/data', readOnly: false, recursive: true, follows: false }];
+    const member = await bench.createMember(pod);
+    expect(seen).toEqual({ server: { pid: 7 }, connected: true });
+    await member.destroy();
+    await container.destroy();
   });
 });

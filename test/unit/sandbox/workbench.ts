@@ -21,6 +21,7 @@ import { bootContainer, reattachContainer } from '../../../src/sandbox/create.ts
 import { bootPod } from '../../../src/sandbox/create-pod.ts';
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import type { HookPlan } from '../../../src/sandbox/hooks.ts';
+import type { Pod } from '../../../src/sandbox/pod.ts';
 import { type AloneRecord, writeContainerRecord } from '../../../src/sandbox/record.ts';
 import type { ContainerRequest, HostServices } from '../../../src/sandbox/resources.ts';
 import type { Sandbox } from '../../../src/sandbox/sandbox.ts';
@@ -72,6 +73,7 @@ export class ScriptedVm implements Vm {
   hooks: {
     acceptAgent?: (signal: AbortSignal) => Promise<net.Socket>;
     attachDisk?: () => Promise<void>;
+    acceptFiles?: () => Promise<number>;
     consoleTail?: () => Promise<string>;
     kill?: () => Promise<void>;
   };
@@ -92,7 +94,7 @@ export class ScriptedVm implements Vm {
   }
 
   acceptFiles(): Promise<number> {
-    return Promise.reject(new Error('no file channel is played here'));
+    return this.hooks.acceptFiles?.() ?? Promise.reject(new Error('no file channel is played here'));
   }
 
   async attachDisk(slot: SlotName, file: string): Promise<string> {
@@ -268,6 +270,15 @@ export class Workbench implements AsyncDisposable {
     return bootPod(
       { ...this.#host(), standInProgram: this.#standIn(), bootSlots: new BootSlots(1) },
       { ...this.#request(), guestPod: { hostname: '', domainname: '', sysctl: {}, shmBytes: 0 }, onGone },
+      new AbortController().signal,
+    );
+  }
+
+  /** A container in a pod. */
+  createMember(pod: Pod): Promise<Container> {
+    return bootContainer(
+      { ...this.#host(), standInProgram: this.#standIn(), bootSlots: new BootSlots(0) },
+      { ...this.#request(), id: 'm1', directory: join(this.root, 'm1'), pod },
       new AbortController().signal,
     );
   }

@@ -80,7 +80,6 @@ describe('a volume', () => {
     writeFileSync(path.join(source, 'locked'), '');
     const locked = await client.open('0/locked', O_RDWR);
     const host = lockFile(path.join(source, 'locked'), { start: 0, length: 0 });
-    const locks: Promise<number>[] = [];
     // Each lock that is waited for keeps a thread, so that one more is started by a thread that worked for somebody.
     for (let round = 0; round < 20; round++) {
       const made = Array.from({ length: 8 }, (_, i) => [
@@ -88,7 +87,7 @@ describe('a volume', () => {
         client.mkdir(`0/root-${round}-${i}`),
       ]);
       await Promise.all(made.flat());
-      locks.push(client.lock(locked, lockType.write, { wait: true, process: round }));
+      client.lock(locked, lockType.write, { wait: true, process: round }).catch(() => {}); // until the connection ends
     }
     const wrong = readdirSync(source).filter((name) => {
       const { uid } = statSync(path.join(source, name));
@@ -96,7 +95,6 @@ describe('a volume', () => {
     });
     expect(wrong).toEqual([]);
     host?.[Symbol.dispose]();
-    await Promise.allSettled(locks.slice(0, 1));
   });
 
   test('changes mode, owner, times and size, of a file that is open or not', async () => {

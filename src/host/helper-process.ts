@@ -93,6 +93,9 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
     fds.push(write);
   }
   const pid = run(options, [...fds, ...inherit]);
+  // Nobody else knows it, should kilnd have no descriptor left for it.
+  const unknown = stack.use(new DisposableStack());
+  unknown.defer(() => void process.kill(pid, 'SIGKILL'));
   resetOomScore(pid);
   // There as long as nobody has waited for it, and that is only us.
   const handle = ProcessHandle.open(pid);
@@ -105,6 +108,7 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
   const identity = identityOf(pid);
   const limit = limitLog(logFile);
   void exited.then(() => limit[Symbol.dispose]());
+  unknown.move();
   return { pid, identity, exited, status, ...wordsIn(logFile), kill, [Symbol.asyncDispose]: kill };
 }
 

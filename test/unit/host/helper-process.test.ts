@@ -1,8 +1,10 @@
 import { mkdtempSync, readFileSync, readlinkSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { adoptHelper, type HelperOptions, type HelperProcess, startHelper } from '../../../src/host/helper-process.ts';
+import { ProcessHandle } from '../../../src/sys/pidfd.ts';
+import { waitpid } from '../../../src/sys/process.ts';
 
 let directory: string;
 let started: HelperProcess[];
@@ -163,6 +165,22 @@ describe('a program that cannot be run', () => {
   test('is named when its arguments are too long', async () => {
     await expect(start('true', ['x'.repeat(1 << 22)])).rejects.toMatchObject(refused('true', 'E2BIG'));
   });
+});
+
+test('a helper that kilnd has no descriptor for is ended, since nobody would know it', async () => {
+  let pid = 0;
+  const open = vi.spyOn(ProcessHandle, 'open').mockImplementation((opened) => {
+    pid = opened;
+    throw new Error('EMFILE');
+  });
+  try {
+    await expect(start('sleep', ['1000'])).rejects.toThrow('EMFILE');
+  } finally {
+    open.mockRestore();
+  }
+  // Dead, and a zombie of this process.
+  await vi.waitFor(() => expect(readFileSync(`/proc/${pid}/stat`, 'utf8')).toMatch(/\) Z /));
+  waitpid(pid);
 });
 
 describe('a helper that is taken over', () => {

@@ -218,6 +218,12 @@ int handle_xattrcreate(struct request *request)
 	return 0;
 }
 
+/* Some of these the kernel would let us set: a label of SELinux's, where its policy allows that to who has started us. */
+static bool is_of_host(const char *name)
+{
+	return strncmp(name, "security.", 9) == 0 || strncmp(name, "trusted.", 8) == 0;
+}
+
 /* removexattr(2) comes as the replacing of a value by none: fs/9p/xattr.c. */
 int set_xattr(const struct fid *fid)
 {
@@ -226,7 +232,16 @@ int set_xattr(const struct fid *fid)
 	act_as_root();
 	if (xattr->filled != xattr->size)
 		return EINVAL;
-	if (xattr->size == 0 && (xattr->flags & XATTR_REPLACE))
+	bool removes = xattr->size == 0 && (xattr->flags & XATTR_REPLACE) != 0;
+	/*
+	 * Before it writes to a file, or changes its owner, the guest's kernel takes the file's capabilities away, and gives up
+	 * with any other error than this (cap_inode_killpriv). The host's takes them away for itself then.
+	 */
+	if (removes && strcmp(xattr->name, "security.capability") == 0)
+		return EOPNOTSUPP;
+	if (is_of_host(xattr->name))
+		return EPERM;
+	if (removes)
 		return removexattr(path.text, xattr->name) < 0 ? errno : 0;
 	return setxattr(path.text, xattr->name, xattr->value, xattr->size, (int)xattr->flags) < 0 ? errno : 0;
 }

@@ -1,3 +1,4 @@
+import { execFileSync, spawnSync } from 'node:child_process';
 import {
   chmodSync,
   closeSync,
@@ -262,8 +263,28 @@ describe('a volume', () => {
     await fails(client.setxattr('0/file', 'user.three', 'none', REPLACE), errno.ENODATA);
     await client.setxattr('0/file', 'user.one', '', REPLACE); // what Linux makes of removexattr(2)
     await fails(client.getxattr(fid, 'user.one'), errno.ENODATA);
-    await fails(client.setxattr('0/file', 'trusted.one', 'value'), errno.EPERM);
+    for (const name of ['trusted.one', 'security.one', 'security.selinux', 'security.capability']) {
+      await fails(client.setxattr('0/file', name, 'value'), errno.EPERM);
+      // By this error the guest's kernel leaves it to the host's to take a file's capabilities away.
+      const error = name === 'security.capability' ? errno.EOPNOTSUPP : errno.EPERM;
+      await fails(client.setxattr('0/file', name, '', REPLACE), error);
+    }
   });
+
+  const hasSetcap = spawnSync('setcap', ['-h']).error === undefined;
+  test.skipIf(!hasSetcap)(
+    'shows a program’s capabilities, and takes them away when it is written to (needs setcap)',
+    async () => {
+      const { client, source } = await share();
+      const program = path.join(source, 'program');
+      writeFileSync(program, 'program');
+      execFileSync('setcap', ['cap_net_raw+ep', program]);
+      const fid = await client.open('0/program', O_RDWR);
+      expect(await client.getxattr(await client.walk('0/program'), 'security.capability')).toHaveLength(20);
+      await client.write(fid, 0, 'another');
+      await fails(client.getxattr(await client.walk('0/program'), 'security.capability'), errno.ENODATA);
+    },
+  );
 
   test('has POSIX ACLs, which getfacl(1) of the host would show, too', async () => {
     const { client, source } = await share();

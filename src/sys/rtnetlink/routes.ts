@@ -1,5 +1,5 @@
 /** Routes: the RTM_*ROUTE messages of rtnetlink(7). Constants: linux/rtnetlink.h. */
-import { familyOf, formatAddress } from './addresses.ts';
+import { formatAddress } from './addresses.ts';
 import { attribute, decodeAttributes, NLM_F_CREATE, NLM_F_REPLACE, u32 } from './message.ts';
 import type { RtnetlinkSocket } from './socket.ts';
 
@@ -86,10 +86,4 @@ export function describeRoute(route: Pick<Route, 'destination' | 'prefixLength' 
   const { destination, prefixLength, gateway } = route;
   const to = destination.length === 0 ? 'default' : `${formatAddress(destination)}/${prefixLength}`;
   return gateway.length === 0 ? to : `${to} via ${formatAddress(gateway)}`;
-}
-
-/** The family of a route by its addresses, of which a default route without a gateway has none. */
-export function familyOfRoute({ destination, gateway }: Pick<Route, 'destination' | 'gateway'>): number | undefined {
-  const address = destination.length > 0 ? destination : gateway;
-  return address.length === 0 ? undefined : familyOf(address);
 }

@@ -84,7 +84,9 @@ export async function createContainer(
     return (await making).container;
   }
   const pod =
-    place.kind === 'member' ? await pods.findForNew(context.directoryOf(place.sandboxId), place.sandboxId) : undefined;
+    place.kind === 'member'
+      ? await pods.findForNew(context.directoryOf(place.sandboxId), place.sandboxId, signal)
+      : undefined;
   const guestOptions = {
     id,
     rootfsPath: guestRootDirectory(id),

@@ -1,6 +1,7 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
 import type { Logger } from '../observe/logger.ts';
+import { abortable } from '../vmm/abortable.ts';
 import { clearLimitMs, destroyGraceMs } from './limits.ts';
 import type { Sandbox } from './sandbox.ts';
 
@@ -118,11 +119,14 @@ export class Pod implements AsyncDisposable {
   async removeUnknown(): Promise<void> {
     const { sandbox, logger } = this.#parts;
     const known = new Set(Array.from(this.#members, ({ id }) => id));
-    for (const id of await sandbox.guest.containers()) {
-      if (known.has(id)) continue;
+    const unknown = (await sandbox.guest.containers()).filter((id) => !known.has(id));
+    const removals = unknown.map((id) => {
       logger.warn({ container: id }, 'removing a container from the guest that no kilnd knows');
-      await sandbox.guest.removeContainer(id, { force: true, guestEnds: false });
-    }
+      return sandbox.guest.removeContainer(id, { force: true, guestEnds: false });
+    });
+    // All are tried; the disks of one that stays do, too.
+    await Promise.allSettled(removals);
+    await Promise.all(removals);
     await sandbox.detachUnknown();
   }
 
@@ -204,11 +208,17 @@ export class Pods {
     return pod;
   }
 
-  /** As `find`, for a new container: it has to wait until what an earlier kilnd has left is taken over. */
-  async findForNew(directory: string, name: string): Promise<Pod> {
-    await this.#restored;
-    await this.#cleared.get(directory);
-    return this.find(directory, name);
+  /**
+   * As `find`, for a new container: it has to wait until what an earlier kilnd has left is taken over. An aborted signal
+   * rejects with its reason.
+   */
+  findForNew(directory: string, name: string, signal: AbortSignal): Promise<Pod> {
+    const found = async () => {
+      await this.#restored;
+      await this.#cleared.get(directory);
+      return this.find(directory, name);
+    };
+    return abortable(found(), signal);
   }
 
   /**

@@ -11,18 +11,21 @@ afterEach(() => void lines.splice(0));
 
 interface Guest {
   containers(): Promise<readonly string[]>;
+  removeContainer?(id: string): Promise<void>;
+  detachUnknown?(): Promise<void>;
 }
 
 function podOf(directory: string, guest: Guest, end = async () => {}): Pod {
   const sandbox = {
     guest,
     vm: { wait: () => new Promise(() => {}) },
-    detachUnknown: async () => {},
+    detachUnknown: async () => guest.detachUnknown?.(),
     [Symbol.asyncDispose]: end,
   } as unknown as Sandbox;
   return new Pod({ directory, sandbox, pid: 1, save: () => {}, logger });
 }
 
+const patient = new AbortController().signal;
 const nothing: Guest = { containers: async () => [] };
 
 describe('pods that were taken over', () => {
@@ -34,12 +37,40 @@ describe('pods that were taken over', () => {
     pods.add('/silent', Promise.resolve(silent));
     pods.add('/well', Promise.resolve(well));
     pods.settleAfter(Promise.resolve(), logger);
-    const waiting = pods.findForNew('/silent', 'silent');
-    expect(await Promise.race([waiting, pods.findForNew('/well', 'well')])).toBe(well);
+    const waiting = pods.findForNew('/silent', 'silent', patient);
+    expect(await Promise.race([waiting, pods.findForNew('/well', 'well', patient)])).toBe(well);
     answer.reject(new Error('the guest hangs'));
     expect(await waiting).toBe(silent);
     expect(lines.join()).toContain('cannot remove from a pod what no kilnd knows');
   });
+});
+
+it('a new container that nobody wants any more does not wait for the guest of its pod', async () => {
+  const pods = new Pods();
+  pods.add('/silent', Promise.resolve(podOf('/silent', { containers: () => new Promise(() => {}) })));
+  pods.settleAfter(Promise.resolve(), logger);
+  const given = new AbortController();
+  const waiting = pods.findForNew('/silent', 'silent', given.signal);
+  given.abort(new Error('nobody wants it'));
+  await expect(waiting).rejects.toThrow('nobody wants it');
+});
+
+it('of a pod that is taken over, all containers are removed that no kilnd knows, and their disks when all are', async () => {
+  const removed: string[] = [];
+  let stays = true;
+  const pod = podOf('/c/p', {
+    containers: async () => ['stays', 'goes'],
+    removeContainer: async (id) => {
+      if (id === 'stays' && stays) throw new Error('its disk is in use');
+      removed.push(id);
+    },
+    detachUnknown: async () => void removed.push('disks'),
+  });
+  await expect(pod.removeUnknown()).rejects.toThrow('its disk is in use');
+  expect(removed).toEqual(['goes']);
+  stays = false;
+  await pod.removeUnknown();
+  expect(removed).toEqual(['goes', 'stays', 'goes', 'disks']);
 });
 
 describe('a pod whose VM cannot be released', () => {

@@ -24,6 +24,8 @@ const settings = 0x4;
  * @throws SysError
  */
 export function readNetwork(socket: RtnetlinkSocket, connected: readonly ConnectedLink[]): NetworkConfig {
+  // A container without a network: there is nothing to ask the kernel for.
+  if (connected.length === 0) return { interfaces: [], routes: [], neighbours: [] };
   const names = new Map(connected.map(({ link }) => [link.index, link.name]));
   const addresses = listAddresses(socket);
   const named = <T extends { readonly index: number }>(items: readonly T[]) =>

@@ -108,7 +108,12 @@ export async function createContainer(
       memoryBytes: memoryLimitOf(bundle.spec),
       networkNamespace: pod === undefined ? networkNamespaceOf(bundle.spec) : `/proc/${pod.pid}/ns/net`,
       pod,
-      spec: (volumeNumbers) => stringifyJson(toGuestSpec(bundle.spec, { ...guestOptions, volumeNumbers }).spec),
+      spec: (volumeNumbers) => {
+        // Only volumes have the numbers in it.
+        const numbered =
+          volumeNumbers.length === 0 ? guest : toGuestSpec(bundle.spec, { ...guestOptions, volumeNumbers });
+        return stringifyJson(numbered.spec);
+      },
       volumes: guest.volumes,
       rootfs,
       terminalSize: terminalSize(bundle.spec.process),

@@ -5,7 +5,7 @@
 import { stat } from 'node:fs/promises';
 import { isReadOnly } from '../drive-slots.ts';
 import { readOnlySlots, type SlotName, type VmShape, writableSlots } from '../vmm.ts';
-import type { FirecrackerRequests, RateLimiter } from './api.ts';
+import type { FirecrackerRequests } from './api.ts';
 import type { Place } from './place.ts';
 import { type RateLimits, rateLimiter } from './rate-limiter.ts';
 
@@ -64,8 +64,10 @@ export async function makeDriveFiles({ guestImage, networkCards }: VmShape, plac
 
 /** @param limits of each slot's drive */
 export function drivesAt(paths: DrivePaths, limits: RateLimits): Drive[] {
+  const limiter = rateLimiter(limits);
+  const limited = limiter === undefined ? {} : { rate_limiter: limiter };
   return [...paths].map(([name, file]) =>
-    name === 'guest' ? drive(name, file, true) : { ...drive(name, file, isReadOnly(name)), ...diskLimiter(limits) },
+    name === 'guest' ? drive(name, file, true) : { ...drive(name, file, isReadOnly(name)), ...limited },
   );
 }
 
@@ -75,9 +77,4 @@ function drive(id: string, file: string, readOnly: boolean): Drive {
     // What the guest flushes is on the host's disk, as with a container of runc.
     cache_type: readOnly ? 'Unsafe' : 'Writeback',
   };
-}
-
-function diskLimiter(limits: RateLimits): { readonly rate_limiter?: RateLimiter } {
-  const limiter = rateLimiter(limits);
-  return limiter === undefined ? {} : { rate_limiter: limiter };
 }

@@ -7,7 +7,6 @@ import {
   AgentService,
   type Identity,
   type Mount,
-  type Network,
   Protocol,
   type SampleRandomnessResponse,
   type Stdio,
@@ -19,6 +18,7 @@ import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transpor
 import { kilnVersion } from '../version.ts';
 import { type CallOptions, toKilnError, type UnaryMethod, unary } from './call.ts';
 import { type ClockReading, mayBeRight, setClock } from './clock.ts';
+import { toNetwork } from './network.ts';
 import { type ContainerStats, toContainerStats } from './stats.ts';
 import { type OutputName, type OutputRequest, pipeOutput, pipeStdin } from './streams.ts';
 
@@ -410,26 +410,6 @@ function newIdentity(): Identity {
 
 function toStdio({ size, ...stdio }: GuestStdio): Stdio {
   return { ...stdio, width: size?.width ?? 0, height: size?.height ?? 0 };
-}
-
-function toNetwork(config: NetworkConfig | undefined): Network | undefined {
-  if (config === undefined) return undefined;
-  return {
-    interfaces: config.interfaces.map(({ addresses, ...others }) => ({
-      ...others,
-      addresses: addresses.map(({ local, peer, prefixLength, broadcast, scope }) => ({
-        ...{ local: Buffer.from(local), peer: Buffer.from(peer), broadcast: Buffer.from(broadcast) },
-        ...{ prefixLength, scope },
-      })),
-    })),
-    routes: config.routes.map((route) => ({
-      ...route,
-      destination: Buffer.from(route.destination),
-      gateway: Buffer.from(route.gateway),
-      source: Buffer.from(route.source),
-    })),
-    neighbours: config.neighbours.map((neighbour) => ({ ...neighbour, address: Buffer.from(neighbour.address) })),
-  };
 }
 
 function shortText(text: string): string {

@@ -29,16 +29,10 @@ import {
 import { type ContainerRecord, writeContainerRecord } from './record.ts';
 import type { ContainerRequest, Resources } from './resources.ts';
 import { updateLimits } from './update.ts';
+import { sigkill, statusOfVmEnd, vmKilledStatus } from './vm-end.ts';
 import { WaitableCell } from './waitable-cell.ts';
 
 export type { ContainerStats };
-
-/** Signal numbers, as in signal(7). */
-const sigkill = 9;
-
-/** Exit status of a container whose VM was killed from outside, and of one whose VM failed. */
-const vmKilledStatus = 128 + sigkill;
-const unknownStatus = 255;
 
 /** A process of a container by its pid: the init's on the host, the others' in the guest. */
 export interface ContainerProcess {
@@ -460,8 +454,7 @@ export class Container {
     const wanted = tenancy.wasEnded;
     const level = this.#destruction === undefined && !wanted ? 'error' : 'debug';
     this.#logger[level]({ err: cause, ...end }, 'the VM ended while the container was alive');
-    const killed = end.signal === 'SIGKILL' && !end.guestStopped && !end.agentLost;
-    return wanted || killed ? vmKilledStatus : unknownStatus;
+    return wanted ? vmKilledStatus : statusOfVmEnd(end);
   }
 
   /** Flushes the container's filesystems. */

@@ -1,4 +1,3 @@
-import { mkdir, rm } from 'node:fs/promises';
 import type { GuestPod } from '../guest/guest.ts';
 import { startStandIn } from '../host/stand-in.ts';
 import { faultPoint } from './faults.ts';
@@ -11,7 +10,9 @@ import {
   type ContainerRequest,
   fulfilled,
   type HostServices,
+  holdAdopted,
   joinNetwork,
+  makeDirectory,
   rejoinNetwork,
   sideBySide,
 } from './resources.ts';
@@ -42,10 +43,7 @@ export async function bootPod(
   const hooks = new ContainerHooks(request);
   // Early on the stack, because they run when all the rest is gone.
   stack.defer(() => hooks.poststop());
-  await rm(directory, { recursive: true, force: true });
-  await mkdir(directory, { mode: 0o700 });
-  stack.defer(() => rm(directory, { recursive: true, force: true }));
-  faultPoint('sandbox-directory');
+  await makeDirectory(directory, stack);
   const { either, guard } = sideBySide(signal);
   const [stdio, standIn, sandbox] = await Promise.allSettled([
     guard(request.openStdio()),
@@ -88,10 +86,7 @@ export async function reattachPod(
   stack.move();
   const disposal = new AsyncDisposableStack();
   disposal.defer(request.onGone);
-  disposal.defer(() => hooks.poststop());
-  disposal.defer(() => rm(directory, { recursive: true, force: true }));
-  disposal.defer(() => stdio.dispose());
-  for (const resource of [standIn, sandbox]) disposal.use(resource);
+  holdAdopted(disposal, directory, { hooks, stdio, others: [standIn, sandbox] });
   return standFor({ ...request, id, terminal }, { standIn, sandbox, hooks, hookPlan, disposal, started });
 }
 

@@ -1,4 +1,3 @@
-import { mkdir, rm } from 'node:fs/promises';
 import { guestMounts } from '../rootfs/index.ts';
 import { Container } from './container.ts';
 import type { Exec } from './exec.ts';
@@ -12,6 +11,8 @@ import {
   adoptResources,
   type ContainerRequest,
   type HostServices,
+  holdAdopted,
+  makeDirectory,
   type Resources,
 } from './resources.ts';
 import { Sandbox } from './sandbox.ts';
@@ -32,11 +33,7 @@ export async function bootContainer(
   const hooks = new ContainerHooks(request);
   // First on the stack, because they run when all the rest is gone.
   stack.defer(() => hooks.poststop());
-  // One that could not be removed with an earlier container of this id.
-  await rm(directory, { recursive: true, force: true });
-  await mkdir(directory, { mode: 0o700 });
-  stack.defer(() => rm(directory, { recursive: true, force: true }));
-  faultPoint('sandbox-directory');
+  await makeDirectory(directory, stack);
   const resources = await acquire(host, request, signal, stack);
   const { sandbox, tenancy, rootfs, stdio, volumeNumbers } = resources;
   await hooks.create(resources.standIn.pid, signal);
@@ -122,9 +119,8 @@ function disposalOf(
   hooks: ContainerHooks,
 ): AsyncDisposableStack {
   const stack = new AsyncDisposableStack();
-  stack.defer(() => hooks.poststop());
-  stack.defer(() => rm(directory, { recursive: true, force: true }));
-  stack.defer(() => stdio.dispose());
-  for (const resource of tenancy.shared ? [standIn, tenancy] : [standIn, rootfs, tenancy]) stack.use(resource);
+  // A place in a pod releases its root filesystem itself.
+  const others = tenancy.shared ? [standIn, tenancy] : [standIn, rootfs, tenancy];
+  holdAdopted(stack, directory, { hooks, stdio, others });
   return stack;
 }

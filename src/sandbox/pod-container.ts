@@ -15,17 +15,13 @@ import {
   requireStartable,
 } from './process-state.ts';
 import { type PodRecord, writeContainerRecord } from './record.ts';
+import { sigkill, statusOfVmEnd, unknownStatus, vmKilledStatus } from './vm-end.ts';
 import { WaitableCell } from './waitable-cell.ts';
 
 /** Signal numbers, as in signal(7). */
 const sighup = 1;
 const sigint = 2;
-const sigkill = 9;
 const sigterm = 15;
-
-/** Exit status of a pod whose VM was killed from outside, and of one whose VM failed. */
-const vmKilledStatus = 128 + sigkill;
-const unknownStatus = 255;
 
 export interface PodContainerParts {
   readonly id: string;
@@ -185,7 +181,7 @@ export class PodContainer {
     const end = await this.#parts.pod.sandbox.vm.wait();
     if (this.#ending !== undefined) return;
     this.#parts.logger.error({ ...end }, 'the VM of the pod has ended');
-    await this.#end(end.signal === 'SIGKILL' && !end.guestStopped ? vmKilledStatus : unknownStatus);
+    await this.#end(statusOfVmEnd(end));
   }
 
   #onStandInEnd(): void {

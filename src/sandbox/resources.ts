@@ -1,3 +1,4 @@
+import { mkdir, rm } from 'node:fs/promises';
 import type { KilnConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
 import type { TerminalSize } from '../guest/guest.ts';
@@ -15,7 +16,7 @@ import type { BootSlots } from './boot-slots.ts';
 import type { AttachedDisk } from './disk-slots.ts';
 import type { ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
-import type { HookPlan } from './hooks.ts';
+import type { ContainerHooks, HookPlan } from './hooks.ts';
 import type { Pod } from './pod.ts';
 import type { SandboxPool } from './pool.ts';
 import type { AloneRecord, ContainerRecord, MemberRecord } from './record.ts';
@@ -197,6 +198,26 @@ async function prepareVolumes(host: HostServices, { volumes: mounts, directory, 
   const numbers = await volumes.add(wanted);
   stack.move();
   return { volumes, numbers };
+}
+
+/** Makes a container's directory, which is removed with the stack, in place of one that could not be removed earlier. */
+export async function makeDirectory(directory: string, stack: AsyncDisposableStack): Promise<void> {
+  await rm(directory, { recursive: true, force: true });
+  await mkdir(directory, { mode: 0o700 });
+  stack.defer(() => rm(directory, { recursive: true, force: true }));
+  faultPoint('sandbox-directory');
+}
+
+/** Puts on the stack what a container of an earlier kilnd has, in the order in which one that is made new has it there. */
+export function holdAdopted(
+  stack: AsyncDisposableStack,
+  directory: string,
+  { hooks, stdio, others }: { hooks: ContainerHooks; stdio: ContainerStdio; others: readonly AsyncDisposable[] },
+): void {
+  stack.defer(() => hooks.poststop());
+  stack.defer(() => rm(directory, { recursive: true, force: true }));
+  stack.defer(() => stdio.dispose());
+  for (const resource of others) stack.use(resource);
 }
 
 /** Connects a VM with the network namespace of the process that stands for it on the host. */

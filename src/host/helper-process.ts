@@ -169,14 +169,13 @@ export function adoptHelper(
  * Throws `failed-precondition` naming the program when it cannot be executed.
  */
 export async function spawned(
-  options: Pick<HelperOptions, 'program' | 'args' | 'title' | 'hint' | 'network'>,
+  options: Pick<HelperOptions, 'program' | 'args' | 'title' | 'hint'>,
   how: SpawnOptions,
 ): Promise<{ child: ChildProcess; exited: Promise<ProcessExit> }> {
   const { promise, resolve, reject } = Promise.withResolvers<void>();
   try {
     // Some errors (the path is a directory, no memory) are thrown, the others are events.
-    const start = () => spawn(options.program, options.args, how);
-    const child = options.network === undefined ? start() : options.network.run(start);
+    const child = spawn(options.program, options.args, how);
     child.once('spawn', resolve);
     // For good: a signal that cannot be sent is an error event later, and unheard it would end kilnd.
     child.on('error', reject);

@@ -13,7 +13,7 @@ import { loggerFifosBelow } from '../shim/stdio-logger.ts';
 import type { RestoredTask, TaskProcess } from '../shim/task.ts';
 import { createRequestOf, execRequestsOf, type TaskState } from '../shim/task-record.ts';
 import { type Installation, openStdioOf, prepareExec } from './containers.ts';
-import type { ContainerContext } from './daemon.ts';
+import type { ContainerContext } from './endpoints.ts';
 import { endRemains } from './remains.ts';
 import { vmmNamed } from './vmm.ts';
 

@@ -20,7 +20,7 @@ import type { HostServices } from '../sandbox/resources.ts';
 import { isIdentifier } from '../shim/control/request.ts';
 import { openStdio, type StdioPaths } from '../shim/stdio.ts';
 import type { ExecTaskRequest, TaskContainer, TaskRequest } from '../shim/task.ts';
-import type { ContainerContext } from './daemon.ts';
+import type { ContainerContext } from './endpoints.ts';
 import { guestFiles } from './installation.ts';
 import { selectVmm } from './vmm.ts';
 

@@ -1,39 +1,18 @@
-import { createHash } from 'node:crypto';
-import { existsSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync } from 'node:fs';
 import path from 'node:path';
 import type { KilnPaths } from '../config/paths.ts';
 import { forLog, KilnError } from '../errors.ts';
 import type { DaemonLog, Logger } from '../observe/logger.ts';
-import { TaskLog } from '../observe/task-log.ts';
-import { Timeline } from '../observe/timeline.ts';
+import type { Timeline } from '../observe/timeline.ts';
 import { Timelines } from '../observe/timelines.ts';
-import type { ExecRequest } from '../sandbox/exec.ts';
-import { type Bootstrap, encodeStartAnswer, readBootstrap } from '../shim/control/bootstrap.ts';
-import type {
-  ControlReply,
-  ControlRequest,
-  LauncherContext,
-  StartRequest,
-  TimelineRequest,
-} from '../shim/control/request.ts';
+import type { ControlReply, ControlRequest, TimelineRequest } from '../shim/control/request.ts';
 import { ControlServer } from '../shim/control/server.ts';
-import { Endpoint } from '../shim/endpoint.ts';
-import { EventPublisher } from '../shim/publisher.ts';
-import type { RelayHeader } from '../shim/relay/header.ts';
 import type { Keeper } from '../shim/relay/keeper.ts';
 import { RelayServer, type RelaySession } from '../shim/relay/server.ts';
-import type { FifoHolds } from '../shim/stdio.ts';
-import type { ExecTaskRequest, RestoredTask, TaskContainer, TaskRequest } from '../shim/task.ts';
-import { removeTaskRecord, type TaskRecord, type TaskState, writeTaskRecord } from '../shim/task-record.ts';
-import { unknownTaskDeleted } from '../shim/task-service.ts';
 import { kilnVersion } from '../version.ts';
 import { removeDeadSockets } from './dead-sockets.ts';
-import { containerDirectory, knownOf, takeStock, taskFile } from './earlier.ts';
-import { Endings } from './endings.ts';
-import { Turns } from './turns.ts';
-
-/** How long events may still take to reach containerd when kilnd stops, in ms. */
-const lastEventsMs = 2000;
+import { takeStock } from './earlier.ts';
+import { type ContainerMaker, Endpoints } from './endpoints.ts';
 
 /**
  * How long a kilnd that is to stop keeps an endpoint without a task, in ms. Between the task's end and containerd's
@@ -41,31 +20,9 @@ const lastEventsMs = 2000;
  */
 const lingerMs = 5000;
 
-/** What a container gets from kilnd. */
-export interface ContainerContext {
-  /** containerd's. */
-  readonly namespace: string;
-  /** A directory for the container alone; not yet existing. */
-  readonly directory: string;
-  /** The directory of another container of the same containerd and namespace. */
-  readonly directoryOf: (id: string) => string;
-  readonly timeline: Timeline;
-  readonly logger: Logger;
-  /** Keeps FIFOs open while no kilnd is there. */
-  readonly holds: FifoHolds;
-}
-
-export interface DaemonOptions {
+export interface DaemonOptions extends ContainerMaker {
   readonly paths: KilnPaths;
   readonly idleTimeoutMs: number;
-  readonly createContainer: (
-    request: TaskRequest,
-    context: ContainerContext,
-    signal: AbortSignal,
-  ) => Promise<TaskContainer>;
-  /** Takes over the container of an earlier kilnd, or what is left of it; rejects only when the signal aborts. */
-  readonly adoptContainer: (state: TaskState, context: ContainerContext, signal: AbortSignal) => Promise<RestoredTask>;
-  readonly prepareExec: (request: ExecTaskRequest, context: Omit<ContainerContext, 'timeline'>) => ExecRequest;
   /** Called at the start, with what resolves when all that an earlier kilnd has left is taken over or given up. */
   readonly onRestoring: (restored: Promise<unknown>) => void;
   /** Removes what no snapshot needs any more; called after each container. */
@@ -84,30 +41,17 @@ export interface DaemonOptions {
 /** Timelines that `kiln timeline` can ask for: some 200 bytes each. */
 const timelinesKept = 500;
 
-interface Served {
-  readonly endpoint: Endpoint;
-  /** When the launcher was started that the endpoint was made for; relays that are older are an earlier endpoint's. */
-  readonly madeForNs: bigint;
-  /** When the latest launcher was started for it, in ms since the Unix epoch. */
-  launchedAtMs: number;
-}
-
 /**
  * kilnd: answers the launcher, and keeps one endpoint per container.
  *
  * State folder: `kilnd.sock` (control), `relay.sock` (relays), `s/<key>` (what the relay of a container listens on),
- * `c/<key>/` (one private directory per container), `t/<key>.json` (what is written down of its task). The key is a hash,
- * so that every socket path stays short whatever a container is called.
+ * `c/<key>/` (one private directory per container), `t/<key>.json` (what is written down of its task).
  */
 export class Daemon {
   readonly #options: DaemonOptions;
   readonly #logger: Logger;
-  readonly #served = new Map<string, Served>();
-  /** A `start` waits for a `delete` of the same container, which would take the new endpoint's socket away. */
-  readonly #turns = new Turns();
-  readonly #publishers = new Map<string, EventPublisher>();
-  readonly #endings = new Endings();
   readonly #timelines: Timelines;
+  readonly #endpoints: Endpoints;
   #relays: RelayServer | undefined;
   #control: ControlServer | undefined;
   #idleTimer: NodeJS.Timeout | undefined;
@@ -120,6 +64,13 @@ export class Daemon {
     this.#options = options;
     this.#logger = options.log.logger;
     this.#timelines = new Timelines(timelinesKept, options.onStarted);
+    this.#endpoints = new Endpoints({
+      ...options,
+      timelines: this.#timelines,
+      intake: () => (this.#stopping !== undefined ? 'stopped' : this.#draining ? 'draining' : 'open'),
+      onQuiet: () => this.#onQuiet(),
+      onDeleted: () => this.#collectGarbage(),
+    });
   }
 
   /** Clears what a killed kilnd left, and resolves when the launcher is answered. Needs the state folder's lock. */
@@ -138,7 +89,7 @@ export class Daemon {
     this.#control = await ControlServer.listen(paths.stateDir, (request) => this.#handle(request), {
       onError: (error, request) => this.#logger.error({ err: error, action: request?.kind }, 'control request failed'),
     });
-    const restored = Array.from(tasks, ([key, record]) => this.#restore(key, record));
+    const restored = Array.from(tasks, ([key, record]) => this.#endpoints.restore(key, record));
     // Before that, nobody knows which disks are in use.
     const all = Promise.all(restored);
     this.#options.onRestoring(all);
@@ -154,30 +105,22 @@ export class Daemon {
    * all is closed, or at once when that has to wait. Never rejects.
    */
   async stop(): Promise<void> {
-    if (this.#stopping !== undefined || this.#draining || this.#served.size === 0) {
+    if (this.#stopping !== undefined || this.#draining || this.#endpoints.size === 0) {
       this.#stopping ??= this.#shutDown();
       return this.#stopping;
     }
     this.#draining = true;
-    const tasks = this.#taskCount();
+    const tasks = this.#endpoints.taskCount;
     this.#logger.warn({ tasks }, 'asked to stop; waiting for the containers (ask again to end them)');
     this.#onQuiet();
-  }
-
-  /** Makes the endpoint of a task that an earlier kilnd has written down, and begins to take its container over. */
-  #restore(key: string, { context, state }: TaskRecord): Promise<void> {
-    const { adoptContainer } = this.#options;
-    const endpoint = this.#makeEndpoint(key, context);
-    const given = { ...this.#contextOf(key, context, endpoint), timeline: new Timeline() };
-    return endpoint.restore(state, knownOf(given.directory), (signal) => adoptContainer(state, given, signal));
   }
 
   async #handle(request: ControlRequest): Promise<ControlReply | null> {
     switch (request.kind) {
       case 'start':
-        return this.#turns.take(keyOf(request), () => this.#startEndpoint(request));
+        return this.#endpoints.start(request);
       case 'delete':
-        return this.#turns.take(keyOf(request), () => this.#deleteEndpoint(keyOf(request), request.launcherStartedNs));
+        return this.#endpoints.delete(request);
       case 'status':
         return text(0, `${JSON.stringify(this.#status())}\n`);
       case 'timeline':
@@ -190,7 +133,7 @@ export class Daemon {
   }
 
   #status() {
-    const containers = this.#endpoints().map(({ namespace, id, hasTask, relayPid, connectionCount }) => {
+    const containers = this.#endpoints.list().map(({ namespace, id, hasTask, relayPid, connectionCount }) => {
       return { namespace, id, hasTask, relayPid, connections: connectionCount };
     });
     return { version: kilnVersion, pid: process.pid, draining: this.#draining, containers, ...this.#options.status() };
@@ -207,102 +150,11 @@ export class Daemon {
   }
 
   get containers(): number {
-    return this.#taskCount();
-  }
-
-  #endpoints(): Endpoint[] {
-    return Array.from(this.#served.values(), ({ endpoint }) => endpoint);
-  }
-
-  /** Makes the container's endpoint, or finds it when containerd asks again, and leaves its address in the bundle. */
-  async #startEndpoint(request: StartRequest): Promise<ControlReply | null> {
-    const key = keyOf(request);
-    const bootstrap = readBootstrap(request, request.payload);
-    let made: Endpoint | undefined;
-    try {
-      // Without an answer the launcher asks the next kilnd; while we drain there is none, and nobody should wait.
-      if (this.#stopping !== undefined) return null;
-      if (this.#draining) throw new KilnError('unavailable', 'kilnd is stopping and takes no new container');
-      const known = this.#served.get(key);
-      if (known === undefined) {
-        this.#endings.forget(key);
-        made = this.#makeEndpoint(key, request, bootstrap);
-      } else known.launchedAtMs = inMs(request.launcherStartedNs);
-      const { address, socketPath } = made ?? (known as Served).endpoint;
-      // containerd 1.6 and 1.7 find the endpoint again by this file after their own restart.
-      writeFileSync(path.join(request.bundle, 'address'), address, { mode: 0o600 });
-      // Stopping removes this endpoint, too: the address would be good for nothing.
-      return this.#stopping === undefined
-        ? { exitCode: 0, stdout: encodeStartAnswer(bootstrap, address), relaySocket: socketPath }
-        : null;
-    } catch (error) {
-      // containerd never learns of it, so it would not ask for its removal either.
-      if (made !== undefined) await this.#deleteEndpoint(key, request.launcherStartedNs);
-      throw error;
-    } finally {
-      this.#onQuiet();
-    }
-  }
-
-  /** @param bootstrap what containerd has told with `start`; a relay of an earlier kilnd has only its launcher's flags */
-  #makeEndpoint(
-    key: string,
-    launcher: LauncherContext,
-    bootstrap: Bootstrap = readBootstrap(launcher, new Uint8Array(0)),
-  ): Endpoint {
-    const { paths, log, createContainer, prepareExec } = this.#options;
-    const { namespace, id, bundle, launcherStartedNs } = launcher;
-    const publisher = this.#publisherFor(launcher.ttrpcAddress);
-    const taskLog = new TaskLog(bundle, id);
-    const logger = log.forTask(taskLog, bootstrap.logLevel).child({ namespace, id });
-    logger.debug({ bootstrap }, 'containerd starts a container');
-    const endpoint: Endpoint = new Endpoint({
-      socketPath: path.join(paths.stateDir, 's', key),
-      namespace,
-      id,
-      logger,
-      publish: (event, onSent) => publisher.publish(namespace, event, onSent),
-      save: (state) => this.#save(key, { context: launcher, state }, logger),
-      onQuiet: () => this.#onQuiet(),
-      onDeleted: () => taskLog.close(),
-      prepareExec: (exec) => prepareExec(exec, this.#contextOf(key, launcher, endpoint)),
-      createContainer: (create, signal) => {
-        const timeline = this.#timelines.begin(namespace, id);
-        timeline.mark('launcher', served.launchedAtMs);
-        return createContainer(create, { ...this.#contextOf(key, launcher, endpoint), timeline }, signal);
-      },
-    });
-    const served = { endpoint, madeForNs: launcherStartedNs, launchedAtMs: inMs(launcherStartedNs) };
-    this.#served.set(key, served);
-    return endpoint;
-  }
-
-  #contextOf(key: string, launcher: LauncherContext, endpoint: Endpoint): Omit<ContainerContext, 'timeline'> {
-    const { stateDir } = this.#options.paths;
-    const { namespace, ttrpcAddress } = launcher;
-    const directoryOf = (id: string) => containerDirectory(stateDir, keyOf({ ttrpcAddress, namespace, id }));
-    return {
-      namespace,
-      directory: containerDirectory(stateDir, key),
-      directoryOf,
-      logger: endpoint.logger,
-      holds: endpoint,
-    };
-  }
-
-  /** What cannot be written down is lost only if this kilnd is killed: no reason to fail the container now. */
-  #save(key: string, record: TaskRecord, logger: Logger): void {
-    // News of the last events may come after the endpoint's end.
-    if (!this.#served.has(key)) return;
-    try {
-      writeTaskRecord(taskFile(this.#options.paths.stateDir, key), record);
-    } catch (error) {
-      logger.error({ err: error }, 'cannot write down the task: it would not outlive kilnd');
-    }
+    return this.#endpoints.taskCount;
   }
 
   async #onKeeper(keeper: Keeper): Promise<void> {
-    const endpoint = await this.#endpointOf(keeper.header);
+    const endpoint = await this.#endpoints.of(keeper.header);
     if (endpoint !== undefined) endpoint.attach(keeper);
     // Without a word, so that it turns to the next kilnd: its launcher was answered just before this one stopped.
     else if (this.#stopping !== undefined) keeper.close();
@@ -310,50 +162,9 @@ export class Daemon {
   }
 
   async #onSession(session: RelaySession): Promise<void> {
-    const endpoint = await this.#endpointOf(session.header);
+    const endpoint = await this.#endpoints.of(session.header);
     if (endpoint !== undefined) endpoint.serve(session);
     else session.socket.destroy();
-  }
-
-  /**
-   * The endpoint of a relay. One that this kilnd does not know was made by an earlier one, which never had a task there
-   * (or it would be known), and is made again. Undefined when the relay's endpoint is over. Never rejects.
-   */
-  async #endpointOf({ socketPath, context }: RelayHeader): Promise<Endpoint | undefined> {
-    const key = path.basename(socketPath);
-    // Not by turns where it is known: a `delete` that is under way waits for its relay.
-    if (!this.#served.has(key)) await this.#turns.take(key, async () => this.#makeAgain(key, context));
-    const served = this.#served.get(key);
-    return served === undefined || context.launcherStartedNs < served.madeForNs ? undefined : served.endpoint;
-  }
-
-  #makeAgain(key: string, context: LauncherContext): void {
-    const { namespace, id, launcherStartedNs } = context;
-    if (this.#served.has(key) || this.#draining || this.#stopping !== undefined) return;
-    if (this.#endings.covers(key, launcherStartedNs) || !existsSync(context.bundle)) return;
-    try {
-      this.#makeEndpoint(key, context);
-      this.#logger.info({ namespace, id }, 'made an endpoint again for its relay');
-    } catch (error) {
-      this.#logger.error({ err: error, namespace, id }, 'cannot make an endpoint again for its relay');
-    }
-    this.#onQuiet();
-  }
-
-  async #deleteEndpoint(key: string, at: bigint): Promise<ControlReply> {
-    const served = this.#served.get(key);
-    this.#endings.add(key, at);
-    if (served === undefined) {
-      // A relay that has lost kilnd may still listen there, and must not be found by the next `start`.
-      rmSync(path.join(this.#options.paths.stateDir, 's', key), { force: true });
-      return { exitCode: 0, stdout: unknownTaskDeleted() };
-    }
-    const stdout = await served.endpoint.delete();
-    this.#served.delete(key);
-    removeTaskRecord(taskFile(this.#options.paths.stateDir, key));
-    this.#collectGarbage();
-    this.#onQuiet();
-    return { exitCode: 0, stdout };
   }
 
   /** Disks of snapshots that are gone; beside everything else, since nobody waits for the space. */
@@ -364,36 +175,23 @@ export class Daemon {
     });
   }
 
-  /** One publisher per containerd; it lives as long as kilnd. */
-  #publisherFor(ttrpcAddress: string): EventPublisher {
-    const known = this.#publishers.get(ttrpcAddress);
-    if (known !== undefined) return known;
-    const publisher = new EventPublisher({ address: ttrpcAddress, log: this.#logger });
-    this.#publishers.set(ttrpcAddress, publisher);
-    return publisher;
-  }
-
-  #taskCount(): number {
-    return this.#endpoints().filter((endpoint) => endpoint.hasTask).length;
-  }
-
   /** After anything that may have been the last: goes on with a stop that waited for it, or begins to wait idly. */
   #onQuiet(): void {
     clearTimeout(this.#idleTimer);
     if (this.#stopping !== undefined) return;
     const { idleTimeoutMs } = this.#options;
     if (this.#draining) {
-      if (this.#served.size === 0) void this.stop();
-      else if (this.#taskCount() === 0) this.#idleTimer = setTimeout(() => this.#stopUnlessBusy(), lingerMs);
+      if (this.#endpoints.size === 0) void this.stop();
+      else if (this.#endpoints.taskCount === 0) this.#idleTimer = setTimeout(() => this.#stopUnlessBusy(), lingerMs);
       // Whatever keeps an endpoint busy calls this again at its end.
-    } else if (idleTimeoutMs > 0 && !this.#endpoints().some((endpoint) => endpoint.busy)) {
+    } else if (idleTimeoutMs > 0 && !this.#endpoints.list().some((endpoint) => endpoint.busy)) {
       this.#idleTimer = setTimeout(() => this.#stopUnlessBusy(), idleTimeoutMs);
     }
   }
 
   #stopUnlessBusy(): void {
-    const endpoints = this.#endpoints();
-    const held = this.#draining ? this.#taskCount() > 0 : endpoints.some((endpoint) => endpoint.busy);
+    const endpoints = this.#endpoints.list();
+    const held = this.#draining ? this.#endpoints.taskCount > 0 : endpoints.some((endpoint) => endpoint.busy);
     if (held || (this.#control?.inFlight ?? 0) > 0) {
       this.#onQuiet();
       return;
@@ -408,12 +206,10 @@ export class Daemon {
     this.#logger.info('stopping');
     try {
       await this.#control?.close();
-      await Promise.all([...this.#served.keys()].map((key) => this.#deleteEndpoint(key, nowNs())));
+      await this.#endpoints.close();
       await this.#options.release();
       this.#relays?.close();
-      const publishers = [...this.#publishers.values()];
-      await Promise.all(publishers.map((publisher) => publisher.flush(lastEventsMs)));
-      await Promise.all(publishers.map((publisher) => publisher.close()));
+      await this.#endpoints.flushEvents();
       this.#logger.info('stopped');
     } catch (error) {
       this.#logger.error({ err: forLog(error) }, 'stopped, with something left behind');
@@ -422,22 +218,6 @@ export class Daemon {
   }
 }
 
-/** The same container for the launcher's `start` and `delete`: the containerd, its namespace, the id. */
-function keyOf(request: { ttrpcAddress: string; namespace: string; id: string }): string {
-  const { ttrpcAddress, namespace, id } = request;
-  return createHash('sha256').update(`${ttrpcAddress}\0${namespace}\0${id}`).digest('hex').slice(0, 16);
-}
-
-/** Of a time in ns. */
-function inMs(ns: bigint): number {
-  return Number(ns / 1000n) / 1000;
-}
-
 function text(exitCode: number, stdout: string): ControlReply {
   return { exitCode, stdout: Buffer.from(stdout) };
-}
-
-/** The time of now, as launchers tell it. */
-function nowNs(): bigint {
-  return BigInt(Date.now()) * 1_000_000n;
 }

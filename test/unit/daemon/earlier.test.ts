@@ -7,8 +7,8 @@ import { CreateTaskRequest, ExecProcessRequest } from '../../../gen/containerd/t
 import { Status } from '../../../gen/containerd/task_types.ts';
 import { adoptContainer } from '../../../src/daemon/adopt.ts';
 import type { Installation } from '../../../src/daemon/containers.ts';
-import type { ContainerContext } from '../../../src/daemon/daemon.ts';
 import { containerDirectory, knownOf, takeStock, taskFile } from '../../../src/daemon/earlier.ts';
+import type { ContainerContext } from '../../../src/daemon/endpoints.ts';
 import { type HelperProcess, startHelper } from '../../../src/host/helper-process.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { Timeline } from '../../../src/observe/timeline.ts';

@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest';
 import { prepareExec } from '../../../src/daemon/containers.ts';
-import type { ContainerContext } from '../../../src/daemon/daemon.ts';
+import type { ContainerContext } from '../../../src/daemon/endpoints.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { parseProcess } from '../../../src/oci/bundle.ts';
 import { terminalSize, toGuestProcess, toGuestSpec } from '../../../src/oci/guest-spec.ts';

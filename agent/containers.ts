@@ -13,8 +13,9 @@ import { BeyondCrun } from './beyond-crun.ts';
 import { cgroupOf, killAll, processesIn } from './cgroup.ts';
 import { Controls } from './controls.ts';
 import type { Crun } from './crun.ts';
+import { diskIsFree, useAsDevice } from './disks.ts';
 import { AgentError } from './errors.ts';
-import { diskIsFree, mountOne } from './mounts.ts';
+import { mountOne } from './mounts.ts';
 import { oomScoreOf } from './oom-score.ts';
 import type { Pod } from './pod.ts';
 import { kill, Process, type ProcessExit } from './process.ts';
@@ -134,9 +135,11 @@ export class Containers {
     }
     // Undone last: as long as anything has a disk, the host must not put another file behind it.
     undo.defer(async () => {
-      if (!container.guestEnds) for (const mount of request.mounts) await diskIsFree(mount);
+      if (container.guestEnds) return;
+      for (const disk of disksOf(request)) await diskIsFree(disk);
     });
     for (const mount of request.mounts) mountOne(mount, undo);
+    for (const disk of request.disks) useAsDevice(disk, undo);
     writeFileSync(join(bundle, 'config.json'), request.spec, { mode: 0o600 });
     const stdio = undo.use(this.#stdio(request.stdio));
     // From here on an init can exist: it must be found when it ends, and killed when anything below fails.
@@ -363,6 +366,11 @@ export class Containers {
     if (container === undefined) throw new AgentError('not-found', `no container "${id}" in this guest`);
     return container;
   }
+}
+
+/** The serials of all disks that a container has. */
+function disksOf({ mounts, disks }: CreateContainerRequest): string[] {
+  return [...mounts.flatMap(({ source }) => (source?.$case === 'disk' ? [source.value] : [])), ...disks];
 }
 
 /** Has `describe` wait for a step. */

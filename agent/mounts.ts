@@ -1,24 +1,17 @@
 /**
  * The mounts of a container's root filesystem: done in the order of the host's list, undone in reverse.
  *
- * The host decides what is mounted where; this file only finds the disk that carries a serial (a drive slot's name, the
- * virtio disk shows it in sysfs) and splits options into mount(2)'s flags and its data, as mount(8) does.
+ * The host decides what is mounted where; this file only splits options into mount(2)'s flags and its data, as mount(8)
+ * does.
  */
-import { closeSync, constants, mkdirSync, openSync, readdirSync, readFileSync, rmdirSync } from 'node:fs';
-import { dirname, join, resolve } from 'node:path';
-import { setTimeout as delay } from 'node:timers/promises';
+import { closeSync, mkdirSync, openSync, rmdirSync } from 'node:fs';
+import { dirname, resolve } from 'node:path';
 import type { Mount } from '../gen/kiln/agent/v1/agent.ts';
 import { SysError } from '../src/sys/error.ts';
 import * as sys from '../src/sys/mount.ts';
 import { syncfs } from '../src/sys/sync.ts';
+import { countUse, findDisk, forgetSize } from './disks.ts';
 import { AgentError } from './errors.ts';
-
-/** How long a filesystem may take to go after its last mount in our sight has, and how often we look, in milliseconds. */
-const freeLimitMs = 10_000;
-const freeLookMs = 10;
-
-/** How many mounts of containers each disk has, by its serial. */
-const mounted = new Map<string, number>();
 
 /** Options of mount(8) that are flags of mount(2): what each sets, or clears. */
 const flagOptions: Record<string, { set?: number; clear?: number }> = {
@@ -58,34 +51,6 @@ export function parseOptions(options: readonly string[]): { flags: number; data:
 }
 
 /**
- * The device of the virtio disk that carries `serial`.
- *
- * @param sysBlock where sysfs lists the block devices
- * @throws AgentError internal, naming the serials that exist
- */
-export function findDisk(serial: string, sysBlock = '/sys/block'): string {
-  const seen: string[] = [];
-  for (const name of readdirSync(sysBlock)) {
-    const found = readSerial(join(sysBlock, name, 'serial'));
-    if (found === serial) return `/dev/${name}`;
-    if (found !== '') seen.push(found);
-  }
-  throw new AgentError(
-    'internal',
-    `no disk with serial "${serial}" in the guest (there are: ${seen.sort().join(', ')})`,
-  );
-}
-
-/** Only virtio disks have the file. */
-function readSerial(path: string): string {
-  try {
-    return readFileSync(path, 'utf8').trim();
-  } catch {
-    return '';
-  }
-}
-
-/**
  * Does one mount; what undoes it goes on `undo`, so that a failure later takes it back.
  *
  * @throws AgentError naming the target
@@ -105,8 +70,7 @@ export function mountOne(mount: Mount, undo: AsyncDisposableStack): void {
       cause: error,
     });
   }
-  countMount(mount, 1);
-  undo.defer(() => countMount(mount, -1));
+  if (mount.source?.$case === 'disk') countUse(mount.source.value, undo);
   undo.defer(() => unmount(target, (flags & (sys.MS_RDONLY | sys.MS_BIND)) === 0 && source.startsWith('/dev/')));
   for (const directory of mount.directories) {
     const path = resolve(target, directory);
@@ -114,36 +78,6 @@ export function mountOne(mount: Mount, undo: AsyncDisposableStack): void {
       throw new AgentError('invalid-argument', `directory "${directory}" is not inside the mount at ${target}`);
     }
     mkdirSync(path, { recursive: true, mode: 0o755 });
-  }
-}
-
-function countMount({ source }: Mount, change: number): void {
-  if (source?.$case === 'disk') mounted.set(source.value, (mounted.get(source.value) ?? 0) + change);
-}
-
-/**
- * Resolves when no filesystem has the disk of a mount that was undone: a container's mount namespace, which has a mount
- * of its own, is taken apart a little after its last process. At once for a disk that another container has mounted, for
- * one that never was, and for a mount without a disk.
- *
- * @throws AgentError internal when that takes too long
- */
-export async function diskIsFree({ source }: Mount): Promise<void> {
-  // One that was never mounted may not even be there, which whoever wanted to mount it has told.
-  if (source?.$case !== 'disk' || mounted.get(source.value) !== 0) return;
-  const device = findDisk(source.value);
-  const deadline = performance.now() + freeLimitMs;
-  for (;;) {
-    try {
-      // Of a block device this means that nobody else may have it, a filesystem included; open(2).
-      closeSync(openSync(device, constants.O_RDONLY | constants.O_EXCL));
-      return;
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== 'EBUSY') throw error;
-      if (performance.now() > deadline)
-        throw new AgentError('internal', `something still has the disk ${source.value}`);
-    }
-    await delay(freeLookMs);
   }
 }
 
@@ -161,6 +95,7 @@ export async function flushAll(mounts: readonly Mount[]): Promise<void> {
 function sourceOf({ source, target }: Mount): string {
   switch (source?.$case) {
     case 'disk':
+      forgetSize(source.value);
       return findDisk(source.value);
     case 'device':
       return source.value;

@@ -14,6 +14,7 @@ import { FramedMessage, framePrefix } from '../src/rpc/grpc/framed-message.ts';
 import { hideCards } from './cards.ts';
 import { allContainers } from './cgroup.ts';
 import type { Containers } from './containers.ts';
+import { findDisks } from './disks.ts';
 import { AgentError, grpcStatusOf } from './errors.ts';
 import { adjustClock, hello } from './hello.ts';
 import { sampleRandomness } from './identity.ts';
@@ -96,6 +97,7 @@ export function createService({ containers, pod, ownsGuest, connectedAt, onHello
       return {};
     }),
     listContainers: unary(() => ({ ids: containers.list() })),
+    findDisks: unary(({ disks }) => ({ devices: findDisks(disks) })),
     createContainer: unary(async (request) => {
       if (request.network !== undefined) applyNetwork(request.network);
       // Its driver may have come meanwhile.

@@ -2,7 +2,9 @@ import path from 'node:path';
 import { applyAnnotations } from '../config/annotations.ts';
 import type { LoadedConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
+import { findNodes, lookAtDevice } from '../host/block-devices.ts';
 import type { Logger } from '../observe/logger.ts';
+import { possibleNodes } from '../oci/block-devices.ts';
 import { parseProcess, readBundle } from '../oci/bundle.ts';
 import { terminalSize, toGuestProcess, toGuestSpec } from '../oci/guest-spec.ts';
 import { hostHooks } from '../oci/hooks.ts';
@@ -87,14 +89,17 @@ export async function createContainer(
     place.kind === 'member'
       ? await pods.findForNew(context.directoryOf(place.sandboxId), place.sandboxId, signal)
       : undefined;
+  const nodeAt = await findNodes(possibleNodes(bundle.spec));
   const guestOptions = {
     id,
     rootfsPath: guestRootDirectory(id),
     bundle: bundle.dir,
+    nodeAt,
     ...(pod && { pod: { pid: pod.pid } }),
   };
   const guest = toGuestSpec(bundle.spec, guestOptions);
   for (const warning of guest.warnings) logger.warn(warning);
+  const devices = await Promise.all(guest.blockDevices.map(lookAtDevice));
   if (request.options !== undefined) {
     logger.warn(`runtime options (${request.options.typeUrl}) are not looked at: Kiln is configured by config.toml`);
   }
@@ -108,13 +113,14 @@ export async function createContainer(
       memoryBytes: memoryLimitOf(bundle.spec),
       networkNamespace: pod === undefined ? networkNamespaceOf(bundle.spec) : `/proc/${pod.pid}/ns/net`,
       pod,
-      spec: (volumeNumbers) => {
-        // Only volumes have the numbers in it.
-        const numbered =
-          volumeNumbers.length === 0 ? guest : toGuestSpec(bundle.spec, { ...guestOptions, volumeNumbers });
+      spec: (volumeNumbers, deviceNumbers) => {
+        // Only volumes and block devices have numbers in it.
+        const none = volumeNumbers.length + deviceNumbers.length === 0;
+        const numbered = none ? guest : toGuestSpec(bundle.spec, { ...guestOptions, volumeNumbers, deviceNumbers });
         return stringifyJson(numbered.spec);
       },
       volumes: guest.volumes,
+      blockDevices: { devices, filesystems: guest.filesystems },
       rootfs,
       terminalSize: terminalSize(bundle.spec.process),
     },

@@ -72,6 +72,8 @@ export interface GuestContainer {
   readonly stdio: GuestStdio;
   /** v9fs's mount options for the host's files; absent for a spec that needs none of them. */
   readonly volumeOptions?: string | undefined;
+  /** The serials of disks that it has as devices. */
+  readonly disks?: readonly string[] | undefined;
   /** What the guest has to take over before; absent when there is nothing new. */
   readonly network?: NetworkConfig | undefined;
 }
@@ -234,11 +236,27 @@ export class Guest implements Disposable {
       options: [...mount.options],
       directories: [...mount.directories],
     }));
-    const { id, stdio, volumeOptions } = container;
+    const { id, stdio, volumeOptions, disks = [] } = container;
     const network = toNetwork(container.network);
     const volumes = volumeOptions === undefined ? undefined : { options: volumeOptions };
-    const request = { id, spec: Buffer.from(container.spec), mounts, stdio: toStdio(stdio), volumes, network };
+    const spec = Buffer.from(container.spec);
+    const request = { id, spec, mounts, stdio: toStdio(stdio), volumes, network, disks: [...disks] };
     return pidOf(await this.#call(AgentService.createContainer, request, { signal }));
+  }
+
+  /**
+   * The device numbers of disks, whose sizes the guest's kernel knows then. An aborted signal rejects with its reason.
+   *
+   * @throws KilnError internal for a disk that the guest does not find, or finds of another size
+   */
+  async findDisks(
+    disks: readonly { readonly serial: string; readonly bytes: number }[],
+    signal?: AbortSignal,
+  ): Promise<readonly { readonly major: number; readonly minor: number }[]> {
+    const wanted = disks.map(({ serial, bytes }) => ({ serial, bytes: BigInt(bytes) }));
+    const { devices } = await this.#call(AgentService.findDisks, { disks: wanted }, { signal });
+    if (devices.length === disks.length) return devices;
+    throw new KilnError('internal', `the agent in the guest names ${devices.length} of ${disks.length} disks`);
   }
 
   /**

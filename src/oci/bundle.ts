@@ -106,6 +106,17 @@ const specSchema: z.ZodType<Spec> = object({
       .optional(),
     cgroupsPath: z.string().optional(),
     resources: object({
+      devices: z
+        .array(
+          object({
+            allow: z.boolean().optional(),
+            type: z.string().optional(),
+            major: integer.optional(),
+            minor: integer.optional(),
+            access: z.string().optional(),
+          }),
+        )
+        .optional(),
       memory: object({ limit: integer.optional() }).optional(),
       cpu: object({ quota: integer.optional(), period: integer.optional() }).optional(),
       hugepageLimits: z.array(object({ pageSize: z.string(), limit: integer })).optional(),

@@ -1,4 +1,5 @@
 import { KilnError } from '../errors.ts';
+import type { Translation } from './field-rules.ts';
 import type { Device } from './spec.ts';
 
 /** Devices that the guest has under the same numbers, and that are the same everywhere. Linux admin-guide/devices.txt. */
@@ -22,21 +23,35 @@ export const nodesAlikeEverywhere: ReadonlySet<string> = new Set(
 );
 
 /**
- * linux.devices: device nodes that mean the same in the guest, and FIFOs, are made there. The numbers of any other
- * device name hardware of the host; in the guest they name nothing, or another device.
+ * linux.devices: device nodes that mean the same in the guest, and FIFOs, are made there; block devices become drives of the
+ * virtual machine (block-devices.ts). The numbers of any other device name hardware of the host; in the guest they name
+ * nothing, or another device.
  *
  * @throws KilnError unimplemented, naming the device
  */
-export function translateDevices(devices: readonly Device[], path: string): readonly Device[] {
-  for (const [index, { path: node, type, major = 0, minor = 0 }] of devices.entries()) {
+export function translateDevices(
+  devices: readonly Device[],
+  path: string,
+  { blockDevices, mapsIds }: Pick<Translation, 'blockDevices' | 'mapsIds'>,
+): readonly Device[] {
+  return devices.map((device, index) => {
+    const { path: node, type, major = 0, minor = 0 } = device;
     const at = `${path}[${index}]`;
-    if (type === 'p') continue;
+    if (type === 'p') return device;
     if (!['c', 'u', 'b'].includes(type)) {
       throw new KilnError('invalid-argument', `${at}: ${node} has the unknown type "${type}"`);
     }
     const number = `${type === 'u' ? 'c' : type} ${major}:${minor}`;
-    if (Object.hasOwn(guestDevices, number)) continue;
-    throw new KilnError('unimplemented', `${at}: ${node} (${number}) is a device of the host, not of the guest`);
-  }
-  return devices;
+    if (Object.hasOwn(guestDevices, number)) return device;
+    if (type !== 'b') {
+      throw new KilnError(
+        'unimplemented',
+        `${at}: ${node} (${number}) is a character device of the host: its driver is there, not in the guest`,
+        { hint: 'block devices can be had, and the character devices that docs/oci-spec.md names' },
+      );
+    }
+    if (!mapsIds) return blockDevices.translateNode(device);
+    // crun would bind the guest's own node of that name.
+    throw new KilnError('unimplemented', `${at}: ${node} (${number}): not beside a user namespace of the container's`);
+  });
 }

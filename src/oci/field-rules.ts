@@ -4,6 +4,7 @@
  */
 import { KilnError } from '../errors.ts';
 import type { VolumeMount } from './binds.ts';
+import { BlockDevices } from './block-devices.ts';
 import type { PodOfSpec } from './pod.ts';
 
 /** A translation of a part of a spec that speaks of nothing but itself: a process, a set of limits. */
@@ -19,6 +20,10 @@ export function partialTranslation(id: string, rootfsPath: string): Translation 
     volumes: [],
     volumePath: String,
     pod: undefined,
+    blockDevices: new BlockDevices(
+      { ociVersion: '', process: { args: [], cwd: '/' }, root: { path: '/' } },
+      () => undefined,
+    ),
     warnings: [],
   };
 }
@@ -45,6 +50,8 @@ export interface Translation {
   readonly volumePath: (index: number) => string;
   /** Of a container of a pod. */
   readonly pod: PodOfSpec | undefined;
+  /** Block devices of the host that the container gets. */
+  readonly blockDevices: BlockDevices;
   /** What was left out, for the caller to log. */
   readonly warnings: string[];
 }

@@ -9,6 +9,13 @@
  */
 import { KilnError } from '../errors.ts';
 import type { VolumeMount } from './binds.ts';
+import {
+  type BlockDevice,
+  BlockDevices,
+  type DeviceNumber,
+  type FilesystemMount,
+  type NodeAt,
+} from './block-devices.ts';
 import { translateDevices } from './devices.ts';
 import {
   applyRules,
@@ -53,6 +60,10 @@ export interface GuestSpecOptions {
   readonly volumeNumbers?: readonly number[];
   /** Set for a container of a pod. */
   readonly pod?: PodOfSpec;
+  /** Which paths of the host are block devices; of those that `possibleNodes` names. */
+  readonly nodeAt?: NodeAt;
+  /** The guest's numbers of the block devices that an earlier translation of this spec has named; until then, the host's. */
+  readonly deviceNumbers?: readonly DeviceNumber[] | undefined;
 }
 
 export interface GuestSpec {
@@ -60,6 +71,9 @@ export interface GuestSpec {
   readonly spec: Spec;
   /** What the container gets of the host's files, in the order of its mounts. */
   readonly volumes: readonly VolumeMount[];
+  /** What it gets of the host's block devices, and the filesystems of these that it has mounted. */
+  readonly blockDevices: readonly BlockDevice[];
+  readonly filesystems: readonly FilesystemMount[];
   /** What was left out although someone may miss it, one sentence each. */
   readonly warnings: readonly string[];
 }
@@ -177,8 +191,10 @@ export const fieldRules: Readonly<Record<string, Rules>> = {
  *
  * @throws KilnError unimplemented for what Kiln cannot do yet, invalid-argument for what makes no sense in a microVM
  */
-export function toGuestSpec(spec: Spec, options: GuestSpecOptions): GuestSpec {
-  const { id, rootfsPath, hostname, pod, bundle = '/', volumeNumbers = [] } = options;
+export function toGuestSpec(given: Spec, options: GuestSpecOptions): GuestSpec {
+  const { id, rootfsPath, hostname, pod, bundle = '/', volumeNumbers = [], nodeAt = () => undefined } = options;
+  const blockDevices = new BlockDevices(given, nodeAt, options.deviceNumbers);
+  const { spec } = blockDevices;
   // Fields whose rule makes something out of nothing must be there.
   const whole = {
     ...spec,
@@ -195,9 +211,16 @@ export function toGuestSpec(spec: Spec, options: GuestSpecOptions): GuestSpec {
   const volumePath = (index: number) => `${guestVolumesDirectory}/${volumeNumbers[index] ?? index}`;
   const translation: Translation = {
     ...{ id, rootfsPath, hostname, domainname, setsNetwork, mapsIds, pod, warnings },
-    ...{ bundle, volumes, volumePath },
+    ...{ bundle, volumes, volumePath, blockDevices },
   };
-  return { spec: applyRules(specRules, whole, '', translation) as Spec, volumes, warnings };
+  const translated = applyRules(specRules, whole, '', translation) as Spec;
+  return {
+    spec: translated,
+    volumes,
+    blockDevices: blockDevices.list,
+    filesystems: blockDevices.filesystems,
+    warnings,
+  };
 }
 
 /** Of a process that is exec'd: what the agent does for an init before it runs comes too late there. */

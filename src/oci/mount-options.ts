@@ -7,6 +7,15 @@
  */
 import { KilnError } from '../errors.ts';
 
+/**
+ * Filesystems that need nothing of the host: what is in them is memory's or the guest's kernel's. crun mounts cgroup2
+ * for `cgroup` where there is no v1.
+ */
+export const virtualFilesystems: ReadonlySet<string> = new Set([
+  ...['proc', 'sysfs', 'tmpfs', 'ramfs', 'devpts', 'mqueue', 'cgroup', 'cgroup2'],
+  ...['bpf', 'debugfs', 'tracefs', 'securityfs'],
+]);
+
 /** Options that take a flag back, by the flag. The last one that is given wins, mount(8). */
 const opposites: Readonly<Record<string, string>> = {
   rw: 'ro',

@@ -18,7 +18,7 @@ import {
   translate,
 } from './field-rules.ts';
 import type { Integer } from './json.ts';
-import type { Resources } from './spec.ts';
+import type { DeviceRule, Resources } from './spec.ts';
 
 const notInV2 = 'cgroup v2, which the guest uses, has no such limit';
 /** Of an x86-64 kernel. */
@@ -67,7 +67,7 @@ const blockIoRules: Rules = {
 };
 
 const rules: Rules = {
-  devices: keep,
+  devices: translate<readonly DeviceRule[]>((list, _path, { blockDevices }) => blockDevices.translateRules(list)),
   memory: nested(memoryRules),
   cpu: nested(cpuRules),
   pids: keep,

@@ -88,11 +88,27 @@ export interface Device {
   readonly type: string;
   readonly major?: Integer | undefined;
   readonly minor?: Integer | undefined;
+  /** Permissions of the node. */
+  readonly fileMode?: Integer | undefined;
+  readonly uid?: Integer | undefined;
+  readonly gid?: Integer | undefined;
+}
+
+/** A rule of the device cgroup. */
+export interface DeviceRule {
+  readonly allow?: boolean | undefined;
+  /** a: all, c: character devices, b: block devices. */
+  readonly type?: string | undefined;
+  /** Absent or -1: any. */
+  readonly major?: Integer | undefined;
+  readonly minor?: Integer | undefined;
+  /** Of r, w and m (mknod). */
+  readonly access?: string | undefined;
 }
 
 export interface Resources {
-  /** Rules of the device cgroup. */
-  readonly devices?: readonly object[] | undefined;
+  /** Rules of the device cgroup; the last one that concerns a device counts. */
+  readonly devices?: readonly DeviceRule[] | undefined;
   readonly memory?: { readonly limit?: Integer | undefined } | undefined;
   readonly cpu?:
     | {

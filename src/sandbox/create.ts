@@ -1,4 +1,5 @@
 import { guestMounts } from '../rootfs/index.ts';
+import { attachDevices } from './block-devices.ts';
 import { Container } from './container.ts';
 import type { Exec } from './exec.ts';
 import { faultPoint } from './faults.ts';
@@ -42,12 +43,14 @@ export async function bootContainer(
   if (pod !== undefined) await sandbox.provideMemory(request.memoryBytes ?? 0);
   const lower = await tenancy.attachDisk(rootfs.lower, signal);
   const writable = rootfs.writable === null ? undefined : await tenancy.attachDisk(rootfs.writable, signal);
+  const devices = await attachDevices(tenancy, request.blockDevices, signal);
   timeline.mark('rootfs-attached');
   faultPoint('attach-disk');
   const container = {
     id,
-    spec: request.spec(volumeNumbers),
-    mounts: guestMounts(rootfs, id, { lower: lower.serial, writable: writable?.serial }),
+    spec: request.spec(volumeNumbers, devices.numbers),
+    mounts: [...guestMounts(rootfs, id, { lower: lower.serial, writable: writable?.serial }), ...devices.mounts],
+    disks: devices.disks,
     stdio: guestStdio(stdio, request.terminal, request.terminalSize),
     volumeOptions: request.volumes.length === 0 ? undefined : volumeOptions,
   };

@@ -6,6 +6,8 @@ import { readOnlySlots, type SlotName, writableSlots } from '../vmm/vmm.ts';
 export interface DiskFile {
   readonly file: string;
   readonly readOnly: boolean;
+  /** A device of the host, which any containers of the VM may have, and only one VM may write to. */
+  readonly device?: boolean | undefined;
 }
 
 /** A file behind a drive slot. */
@@ -14,6 +16,18 @@ export interface AttachedDisk {
   /** By which the guest knows it. */
   readonly serial: string;
   readonly file: string;
+  readonly device?: boolean | undefined;
+}
+
+/** What puts files behind slots. */
+export interface DiskHost {
+  /** Slots that have no file, as far as the VM knows. */
+  readonly free: readonly SlotName[];
+  /** Returns the serial. */
+  readonly attach: (slot: SlotName, file: string) => Promise<string>;
+  readonly detach: (slot: SlotName) => Promise<void>;
+  /** Takes a device of the host for this VM alone. */
+  readonly claim: (file: string) => Promise<AsyncDisposable>;
 }
 
 interface Occupied {
@@ -23,13 +37,15 @@ interface Occupied {
   users: number;
   /** It is being taken away. */
   leaving: boolean;
+  /** Of a device that is written to. */
+  claim?: AsyncDisposable | undefined;
 }
 
 /**
  * Which file is behind which drive slot of a VM, for how many containers: a read-only file takes one slot however many
  * have it.
  */
-export class DiskSlots {
+export class DiskSlots implements AsyncDisposable {
   readonly #occupied = new Map<SlotName, Occupied>();
   /** What is behind these is not known: an attempt failed, or an earlier kilnd was at it. */
   readonly #doubtful: Set<SlotName>;
@@ -40,57 +56,70 @@ export class DiskSlots {
   }
 
   /**
-   * @param vm what puts a file behind a slot, returning its serial, and what takes whatever is there away
-   * @throws KilnError resource-exhausted when no slot is free; what `vm` throws
+   * @throws KilnError resource-exhausted when no slot is free, failed-precondition for a device that the VM has in the other
+   *   mode; what `vm` throws
    */
-  async attach(
-    { file, readOnly }: DiskFile,
-    vm: {
-      /** Slots that have no file, as far as the VM knows. */
-      readonly free: readonly SlotName[];
-      readonly attach: (slot: SlotName, file: string) => Promise<string>;
-      readonly detach: (slot: SlotName) => Promise<void>;
-    },
-  ): Promise<AttachedDisk> {
-    const shared = readOnly ? this.#find(file) : undefined;
+  async attach(disk: DiskFile, vm: DiskHost): Promise<AttachedDisk> {
+    const { file, readOnly, device } = disk;
+    const kind = readOnly ? 'read-only' : 'writable';
+    const shared = readOnly || device ? this.#find(file) : undefined;
     if (shared !== undefined) {
       const [slot, occupied] = shared;
+      if (isReadOnly(slot) !== readOnly) {
+        throw new KilnError(
+          'failed-precondition',
+          `${file} cannot be ${kind}: another container of the VM has it otherwise`,
+        );
+      }
       occupied.users += 1;
       try {
-        return { slot, serial: await occupied.serial, file };
+        return { slot, serial: await occupied.serial, file, device };
       } catch {
         // Whoever put it there may have given up, which is no reason here.
-        return this.attach({ file, readOnly }, vm);
+        return this.attach(disk, vm);
       }
     }
     const slot = vm.free.find((name) => isReadOnly(name) === readOnly && !this.#occupied.has(name));
     if (slot === undefined) {
-      const kind = readOnly ? 'read-only' : 'writable';
-      throw new KilnError('resource-exhausted', `the VM has no free ${kind} drive slot for ${file}`);
+      throw new KilnError('resource-exhausted', `the VM has no free ${kind} drive slot for ${file}`, {
+        hint: 'docs/vmm.md has how many there are: of the writable ones each container takes one for its own changes',
+      });
     }
     const put = async () => {
+      if (device && !readOnly) occupied.claim = await vm.claim(file);
       if (this.#doubtful.has(slot)) await vm.detach(slot);
       this.#doubtful.delete(slot);
       return vm.attach(slot, file);
     };
-    const serial = put();
-    this.#occupied.set(slot, { file, serial, users: 1, leaving: false });
+    const { promise, resolve } = Promise.withResolvers<string>();
+    const occupied: Occupied = { file, serial: promise, users: 1, leaving: false };
+    this.#occupied.set(slot, occupied);
+    resolve(put());
     try {
-      return { slot, serial: await serial, file };
+      return { slot, serial: await promise, file, device };
     } catch (error) {
       this.#occupied.delete(slot);
       this.#doubtful.add(slot);
+      await occupied.claim?.[Symbol.asyncDispose]();
       throw error;
     }
   }
 
-  /** Notes what a container of an earlier kilnd has. */
-  claim({ slot, serial, file }: AttachedDisk): void {
+  /**
+   * Notes what a container of an earlier kilnd has.
+   *
+   * @throws what `claim` throws, after all is noted
+   */
+  async claim({ slot, serial, file, device }: AttachedDisk, claim: DiskHost['claim']): Promise<void> {
     this.#doubtful.delete(slot);
     const known = this.#occupied.get(slot);
-    if (known === undefined)
-      this.#occupied.set(slot, { file, serial: Promise.resolve(serial), users: 1, leaving: false });
-    else known.users += 1;
+    if (known !== undefined) {
+      known.users += 1;
+      return;
+    }
+    const occupied: Occupied = { file, serial: Promise.resolve(serial), users: 1, leaving: false };
+    this.#occupied.set(slot, occupied);
+    if (device && !isReadOnly(slot)) occupied.claim = await claim(file);
   }
 
   /** Takes away what may be behind slots of which nothing is known. @throws what `detach` throws */
@@ -114,6 +143,13 @@ export class DiskSlots {
     occupied.leaving = true;
     await detach(slot);
     this.#occupied.delete(slot);
+    await occupied.claim?.[Symbol.asyncDispose]();
+  }
+
+  /** When the VM has ended: gives back what was taken for it alone. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    for (const { claim } of this.#occupied.values()) await claim?.[Symbol.asyncDispose]();
+    this.#occupied.clear();
   }
 
   #find(file: string): [SlotName, Occupied] | undefined {

@@ -45,7 +45,18 @@ const ofRootfs = { disks: z.object({ lower: z.string(), writable: z.string().nul
 
 const slotName = z.custom<SlotName>((value) => typeof value === 'string' && /^r[ow]\d+$/.test(value));
 
-const aloneRecord = z.object({ place: z.literal('alone'), ...common, ...ofVm, ...ofRootfs });
+const slots = z.array(
+  z.object({ slot: slotName, serial: z.string(), file: z.string(), device: z.boolean().optional() }),
+);
+
+const aloneRecord = z.object({
+  place: z.literal('alone'),
+  ...common,
+  ...ofVm,
+  ...ofRootfs,
+  /** Of the host's devices that it has. */
+  devices: slots.optional(),
+});
 const podRecord = z.object({ place: z.literal('pod'), ...common, ...ofVm });
 const memberRecord = z.object({
   place: z.literal('member'),
@@ -53,7 +64,7 @@ const memberRecord = z.object({
   ...ofRootfs,
   /** The directory of the container that stands for its pod. */
   pod: z.string(),
-  slots: z.array(z.object({ slot: slotName, serial: z.string(), file: z.string() })),
+  slots,
   /** The guest's numbers of its volumes. */
   volumeNumbers: z.array(z.int().nonnegative()),
 });

@@ -1,6 +1,6 @@
 import { mkdir, rm } from 'node:fs/promises';
 import type { KilnConfig } from '../config/config.ts';
-import { KilnError } from '../errors.ts';
+import { forLog, KilnError } from '../errors.ts';
 import type { TerminalSize } from '../guest/guest.ts';
 import { adoptHelper, type HelperProcess } from '../host/helper-process.ts';
 import { standInLogName, startStandIn } from '../host/stand-in.ts';
@@ -8,10 +8,12 @@ import type { NetworkSource } from '../network/networks.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import type { VolumeMount } from '../oci/binds.ts';
+import type { DeviceNumber } from '../oci/block-devices.ts';
 import type { PreparedRootfs, RootfsPlan, RootfsStore } from '../rootfs/index.ts';
 import type { TemplateStore } from '../template/store.ts';
 import type { Parking } from '../vmm/cards.ts';
 import type { VmConfig, Vmm } from '../vmm/vmm.ts';
+import type { ContainerDevices } from './block-devices.ts';
 import type { BootSlots } from './boot-slots.ts';
 import type { AttachedDisk } from './disk-slots.ts';
 import type { ExecRequest } from './exec.ts';
@@ -46,11 +48,13 @@ export interface ContainerRequest {
   readonly vmm: Vmm;
   readonly config: KilnConfig;
   /**
-   * The guest's runtime-spec, JSON; its root filesystem is at `guestRootDirectory(id)`, its volumes have these numbers.
+   * The guest's runtime-spec, JSON; its root filesystem is at `guestRootDirectory(id)`, its volumes and its block devices have
+   * these numbers.
    */
-  readonly spec: (volumeNumbers: readonly number[]) => string;
+  readonly spec: (volumeNumbers: readonly number[], deviceNumbers: readonly DeviceNumber[]) => string;
   /** What it gets of the host's files. */
   readonly volumes: readonly VolumeMount[];
+  readonly blockDevices: ContainerDevices;
   readonly rootfs: RootfsPlan;
   readonly hooks: HookPlan;
   readonly files: Pick<VmConfig, 'kernel' | 'initrd' | 'guestImage'>;
@@ -153,7 +157,7 @@ function settle(
   const { id, vmm, pod, sandbox, rootfs, disks = [], volumeNumbers } = parts;
   if (pod !== undefined) return stack.use(new PlaceInPod(pod, id, rootfs, { disks, volumeNumbers }));
   stack.use(rootfs);
-  return stack.use(new WholeVm(sandbox, vmm));
+  return stack.use(new WholeVm(sandbox, vmm, disks));
 }
 
 /** For steps that run side by side: the first that fails aborts `either`, with its error, for the others. */
@@ -250,9 +254,13 @@ export async function adoptResources(
   const [vmm, pod, disks, volumeNumbers] =
     'pod' in request
       ? ['', request.pod, request.record.slots, request.record.volumeNumbers]
-      : [request.record.vmm, undefined, [], []];
+      : [request.record.vmm, undefined, request.record.devices ?? [], []];
   if (pod === undefined) rejoinNetwork(host, record.id, { sandbox, standIn });
-  for (const disk of disks) sandbox.claimDisk(disk);
+  for (const disk of disks) {
+    await sandbox.claimDisk(disk).catch((error: unknown) => {
+      request.logger.warn({ err: forLog(error) }, 'a device of the host that a container has could be taken by others');
+    });
+  }
   const tenancy = settle(stack, { id: record.id, vmm, pod, sandbox, rootfs, disks, volumeNumbers });
   return { sandbox, tenancy, standIn, rootfs, stdio };
 }

@@ -3,6 +3,7 @@ import { rm } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
 import { Guest, type GuestContainer, type GuestPod } from '../guest/guest.ts';
+import { claimDevice } from '../host/block-devices.ts';
 import type { NetworkConfig } from '../network/config.ts';
 import type { ConnectedNetwork } from '../network/networks.ts';
 import type { Logger } from '../observe/logger.ts';
@@ -194,6 +195,7 @@ export class Sandbox implements AsyncDisposable {
         free: this.vm.freeSlots,
         attach: (slot, file) => this.#vmm(`attach ${file}`, () => this.vm.attachDisk(slot, file), signal),
         detach: (slot) => this.#detach(slot),
+        claim: claimDevice,
       });
     } catch (error) {
       if (signal.aborted) throw error;
@@ -208,8 +210,8 @@ export class Sandbox implements AsyncDisposable {
   }
 
   /** Notes a disk of a container of an earlier kilnd. */
-  claimDisk(disk: AttachedDisk): void {
-    this.#disks.claim(disk);
+  async claimDisk(disk: AttachedDisk): Promise<void> {
+    await this.#disks.claim(disk, claimDevice);
   }
 
   /** Of an adopted one, when the disks of all its containers are claimed: empties the other slots. */
@@ -362,6 +364,7 @@ export class Sandbox implements AsyncDisposable {
     this.guest[Symbol.dispose]();
     // When the VM has ended, but also when something of it could not be released.
     await using others = new AsyncDisposableStack();
+    others.use(this.#disks);
     others.defer(() => this.#volumes?.[Symbol.asyncDispose]());
     others.defer(() => this.#network?.[Symbol.dispose]());
     await this.vm.kill();

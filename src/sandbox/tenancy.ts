@@ -2,9 +2,9 @@ import type { PreparedRootfs } from '../rootfs/index.ts';
 import type { AttachedDisk, DiskFile } from './disk-slots.ts';
 import type { Pod, PodMember } from './pod.ts';
 import type { AloneRecord, MemberRecord } from './record.ts';
-import type { Sandbox } from './sandbox.ts';
+import type { Sandbox, SandboxRecord } from './sandbox.ts';
 
-type AloneFields = Pick<AloneRecord, 'place' | 'vmm' | 'session' | 'answerLimitMs' | 'vm' | 'vmDirectory' | 'volumes'>;
+type AloneFields = Pick<AloneRecord, 'place' | 'vmm' | 'devices' | keyof SandboxRecord>;
 type MemberFields = Pick<MemberRecord, 'place' | 'pod' | 'slots' | 'volumeNumbers'>;
 
 /** What a container has of the VM in which it runs. */
@@ -33,19 +33,27 @@ export class WholeVm implements Tenancy {
   readonly shared = false;
   readonly wasEnded = false;
   readonly #vmm: string;
+  readonly #devices: AttachedDisk[];
 
-  /** @param vmm the name of what the VM runs under */
-  constructor(sandbox: Sandbox, vmm: string) {
+  /**
+   * @param vmm the name of what the VM runs under
+   * @param devices those of the host that the VM has already
+   */
+  constructor(sandbox: Sandbox, vmm: string, devices: readonly AttachedDisk[]) {
     this.sandbox = sandbox;
     this.#vmm = vmm;
+    this.#devices = [...devices];
   }
 
-  attachDisk(disk: DiskFile, signal: AbortSignal): Promise<AttachedDisk> {
-    return this.sandbox.attachDisk(disk, signal);
+  async attachDisk(disk: DiskFile, signal: AbortSignal): Promise<AttachedDisk> {
+    const attached = await this.sandbox.attachDisk(disk, signal);
+    if (disk.device) this.#devices.push(attached);
+    return attached;
   }
 
   record(): AloneFields {
-    return { place: 'alone', vmm: this.#vmm, ...this.sandbox.record() };
+    const devices = this.#devices.length === 0 ? undefined : [...this.#devices];
+    return { place: 'alone', vmm: this.#vmm, devices, ...this.sandbox.record() };
   }
 
   enter(): void {}

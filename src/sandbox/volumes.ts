@@ -62,7 +62,7 @@ export interface VolumesRecord {
 const kinds = [
   ['isSocket', 'a socket', 'a program in a virtual machine cannot connect to a socket of the host'],
   ['isFIFO', 'a FIFO', 'a FIFO ends at the kernel that has it'],
-  ['isBlockDevice', 'a block device', 'the guest has devices of its own'],
+  ['isBlockDevice', 'a block device', 'it can be had by linux.devices, or by its path below /dev'],
   ['isCharacterDevice', 'a character device', 'the guest has devices of its own'],
 ] as const;
 

@@ -1,3 +1,4 @@
+import { stat } from 'node:fs/promises';
 import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
 import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
@@ -173,7 +174,10 @@ export class QemuVm implements Vm {
     const { qmp } = this.#parts;
     const readOnly = isReadOnly(slot);
     const node = fileNode(slot);
-    const options = { driver: 'file', 'node-name': node, filename: file, 'read-only': readOnly };
+    // "file" refuses a device (qapi/block-core.json, BlockdevDriver). What is not there QEMU tells of.
+    const isDevice = (await stat(file).catch(() => undefined))?.isBlockDevice() ?? false;
+    const driver = isDevice ? 'host_device' : 'file';
+    const options = { driver, 'node-name': node, filename: file, 'read-only': readOnly };
     await qmp.execute('blockdev-add', readOnly ? options : { ...options, discard: 'unmap' });
     try {
       await qmp.execute('blockdev-reopen', { options: [slotNode(slot, readOnly, node)] });

@@ -117,7 +117,8 @@ export async function create(
   { mounts = [], stdio = {} }: { mounts?: Mount[]; stdio?: Partial<Stdio> } = {},
 ): Promise<number> {
   const spec = Buffer.from(JSON.stringify({ script }));
-  const request = { id, spec, mounts, stdio: { ...pipes, ...stdio }, volumes: undefined, network: undefined };
+  const none = { volumes: undefined, network: undefined, disks: [] };
+  const request = { id, spec, mounts, stdio: { ...pipes, ...stdio }, ...none };
   return (await unary<{ pid: number }>((done) => client.createContainer(request, done))).pid;
 }
 

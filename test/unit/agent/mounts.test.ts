@@ -1,8 +1,8 @@
-import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, expect, it } from 'vitest';
-import { findDisk, mountOne, parseOptions } from '../../../agent/mounts.ts';
+import { mountOne, parseOptions } from '../../../agent/mounts.ts';
 import { MS_NODEV, MS_NOSUID, MS_RDONLY } from '../../../src/sys/mount.ts';
 
 let directory: string;
@@ -27,22 +27,6 @@ it('lets the later of two contradicting flags win', () => {
 
 it('does not take a word that JavaScript objects know for a flag', () => {
   expect(parseOptions(['constructor'])).toEqual({ flags: 0, data: 'constructor' });
-});
-
-it('finds a disk by its serial', () => {
-  for (const [name, serial] of [
-    ['vda', 'root'],
-    ['vdb', 'ro0\n'],
-    ['vdc', 'ro1'],
-  ] as const) {
-    mkdirSync(join(directory, name));
-    writeFileSync(join(directory, name, 'serial'), serial);
-  }
-  mkdirSync(join(directory, 'loop0'));
-  expect(findDisk('ro0', directory)).toBe('/dev/vdb');
-  expect(() => findDisk('rw0', directory)).toThrow(
-    'no disk with serial "rw0" in the guest (there are: ro0, ro1, root)',
-  );
 });
 
 it('refuses a target that is not absolute, or has dots', async () => {

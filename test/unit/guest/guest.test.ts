@@ -154,7 +154,19 @@ describe('a call', () => {
         },
       ],
       stdio: { stdin: true, stdout: false, stderr: true, terminal: false, width: 0, height: 0 },
+      disks: [],
     });
+  });
+
+  it('has the numbers of disks, one each', async () => {
+    const { guest } = await connect({
+      findDisks: ({ request }, done) => {
+        done(null, { devices: request.disks.slice(0, 1).map(({ bytes }) => ({ major: 254, minor: Number(bytes) })) });
+      },
+    });
+    const disk = { serial: 'rw1', bytes: 512 };
+    expect(await guest.findDisks([disk])).toEqual([{ major: 254, minor: 512 }]);
+    await expect(guest.findDisks([disk, disk])).rejects.toThrow('the agent in the guest names 1 of 2 disks');
   });
 
   it.each([

@@ -102,6 +102,9 @@ export class ScriptedAgent {
       sampleRandomness: (_call, done) => done(null, SampleRandomnessResponse.fromPartial({})),
       preparePod: (_call, done) => done(null, {}),
       listContainers: (_call, done) => done(null, { ids: [] }),
+      findDisks: ({ request }, done) => {
+        done(null, { devices: request.disks.map((_disk, index) => ({ major: 254, minor: 16 * index })) });
+      },
       createContainer: (_call, done) => done(null, { pid: 12 }),
       startContainer: (_call, done) => done(null, {}),
       execProcess: (call, done) => {

@@ -226,7 +226,12 @@ const rows: Readonly<Record<string, readonly Case[]>> = {
       { path: '/dev/net/tun', type: 'c', major: 10, minor: 200 },
       { path: '/dev/fuse', type: 'u', major: 10, minor: 229 },
     ]),
-    refused([{ path: '/dev/sda', type: 'b', major: 8, minor: 0 }], '[0]: /dev/sda (b 8:0) is a device of the host'),
+    // The guest's number comes later: block-devices.test.ts.
+    kept([{ path: '/dev/sda', type: 'b', major: 8, minor: 0 }]),
+    refused(
+      [{ path: '/dev/sg0', type: 'c', major: 21, minor: 0 }],
+      '[0]: /dev/sg0 (c 21:0) is a character device of the host',
+    ),
     refused([{ path: '/dev/x', type: 'x' }], '[0]: /dev/x has the unknown type "x"'),
   ],
   'linux.netDevices': [
@@ -284,7 +289,13 @@ const rows: Readonly<Record<string, readonly Case[]>> = {
     ),
   ],
 
-  'linux.resources.devices': [kept([{ allow: false, access: 'rwm' }])],
+  'linux.resources.devices': [
+    kept([
+      { allow: false, access: 'rwm' },
+      { allow: true, type: 'c', major: 1, minor: 3, access: 'rwm' },
+    ]),
+    { given: [{ allow: true, type: 'b', major: 8, minor: 0, access: 'rwm' }], becomes: [] },
+  ],
   'linux.resources.memory': [kept({ later: 1 })],
   'linux.resources.cpu': [kept({ later: 1 })],
   'linux.resources.pids': [kept({ limit: -1 })],

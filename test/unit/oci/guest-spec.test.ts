@@ -213,14 +213,9 @@ describe('refused', () => {
       'invalid-argument: vm: the kernel is chosen',
     ],
     [
-      'a disk of the host',
-      withLinux({ devices: [{ path: '/dev/sda', type: 'b', major: 8, minor: 0 }] }),
-      'unimplemented: linux.devices[0]: /dev/sda (b 8:0) is a device of the host, not of the guest',
-    ],
-    [
-      'a block device with the numbers of a harmless one',
-      withLinux({ devices: [{ path: '/dev/null', type: 'b', major: 1, minor: 3 }] }),
-      'unimplemented: linux.devices[0]: /dev/null (b 1:3) is a device of the host',
+      'a character device of the host',
+      withLinux({ devices: [{ path: '/dev/sg0', type: 'c', major: 21, minor: 0 }] }),
+      'unimplemented: linux.devices[0]: /dev/sg0 (c 21:0) is a character device of the host: its driver is there, not in',
     ],
     [
       'a device of an unknown type',
@@ -249,12 +244,12 @@ describe('refused', () => {
     [
       'a mount without type',
       mount({ destination: '/d', source: '/s' }),
-      'unimplemented: mounts[0]: mounts of type "" are not supported: /d (its source is /s)',
+      'unimplemented: mounts[0]: mounts of type "" are not supported: /d (its source is /s, which is no block',
     ],
     [
       'a block device',
       mount({ destination: '/d', type: 'ext4', source: '/dev/sda' }),
-      'unimplemented: mounts[0]: mounts of type "ext4" are not supported: /d (its source is /dev/sda)',
+      'unimplemented: mounts[0]: mounts of type "ext4" are not supported: /d (its source is /dev/sda, which is no',
     ],
     [
       'a network filesystem',

@@ -1,6 +1,8 @@
 import { existsSync, readFileSync } from 'node:fs';
 import { afterEach, describe, expect, it } from 'vitest';
+import type { CreateContainerRequest } from '../../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../../../src/errors.ts';
+import { readContainerRecord } from '../../../src/sandbox/record.ts';
 import { failure, type Script } from '../guest/scripted-agent.ts';
 import { canMakeNetns, isAlive, Workbench } from './workbench.ts';
 
@@ -262,5 +264,45 @@ describe.skipIf(!canMakeNetns)('a VM from a template', () => {
     expect((await failureOf(made.create(giveUp.signal))).message).toBe('enough');
     expectNothingLeft(made);
     expect(made.events.filter((event) => event.startsWith('not restored'))).toEqual([]);
+  });
+});
+
+describe.skipIf(!canMakeNetns)('a Create of a container with a block device', () => {
+  it('puts it behind a drive slot, and names it in the guest as the guest does', async () => {
+    let request: CreateContainerRequest | undefined;
+    const made = bench({
+      findDisks: (_call, done) => done(null, { devices: [{ major: 254, minor: 48 }] }),
+      createContainer: (call, done) => {
+        request = call.request;
+        done(null, { pid: 12 });
+      },
+    });
+    made.blockDevices = {
+      devices: [{ file: '/dev/disk', bytes: 4096, readOnly: true }],
+      filesystems: [{ device: 0, target: '/t', type: 'ext4', options: ['ro'] }],
+    };
+    const container = await made.create();
+    const [slot = ''] = made.vm?.disks.find(([, file]) => file === '/dev/disk') ?? [];
+    expect(slot).toMatch(/^ro/);
+    expect(request?.disks).toEqual([slot]);
+    expect(request?.mounts.at(-1)).toEqual({
+      source: { $case: 'disk', value: slot },
+      target: '/t',
+      type: 'ext4',
+      options: ['ro'],
+      directories: [],
+    });
+    expect(JSON.parse(String(request?.spec))).toMatchObject({ devices: [{ major: 254, minor: 48 }] });
+    expect(readContainerRecord(made.directory)).toMatchObject({
+      devices: [{ slot, serial: slot, file: '/dev/disk', device: true }],
+    });
+    await container.destroy();
+  });
+
+  it('fails, and leaves nothing, when the guest does not find it', async () => {
+    const made = bench({ findDisks: (_call, done) => done(failure('INTERNAL', 'no disk with serial "ro1"')) });
+    made.blockDevices = { devices: [{ file: '/dev/disk', bytes: 4096, readOnly: true }], filesystems: [] };
+    expect((await failureOf(made.create())).message).toBe('no disk with serial "ro1"');
+    expectNothingLeft(made);
   });
 });

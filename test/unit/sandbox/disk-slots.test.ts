@@ -14,6 +14,10 @@ const vm = {
     return `serial-${slot}`;
   },
   detach,
+  claim: async (file: string) => {
+    events.push(`${file} taken`);
+    return { [Symbol.asyncDispose]: async () => void events.push(`${file} given back`) };
+  },
 };
 const image = { file: '/image', readOnly: true };
 
@@ -81,13 +85,62 @@ describe('the drive slots of a VM', () => {
   it('of an earlier kilnd are emptied, except for those that a container has', async () => {
     const slots = new DiskSlots(true);
     const disk = { slot: 'ro3', serial: 's', file: '/image' } as const;
-    slots.claim(disk);
-    slots.claim(disk);
+    await slots.claim(disk, vm.claim);
+    await slots.claim(disk, vm.claim);
     await slots.emptyDoubtful(detach);
     expect(events).toHaveLength(readOnlySlots.length + writableSlots.length - 1);
     expect(events).not.toContain('ro3 emptied');
     expect(await slots.attach(image, vm)).toEqual(disk);
     for (let users = 3; users > 0; users -= 1) await slots.release(disk, detach);
     expect(events.at(-1)).toBe('ro3 emptied');
+  });
+
+  describe('with a device of the host', () => {
+    const device = { file: '/dev/loop7', readOnly: false, device: true };
+
+    it('have it once for the containers of a VM, which has it alone', async () => {
+      const slots = new DiskSlots();
+      const [one, two] = await Promise.all([slots.attach(device, vm), slots.attach(device, vm)]);
+      expect(two).toEqual(one);
+      expect(one).toMatchObject({ slot: 'rw0', device: true });
+      await slots.release(one, detach);
+      await slots.release(two, detach);
+      expect(events).toEqual(['/dev/loop7 taken', 'rw0 has /dev/loop7', 'rw0 emptied', '/dev/loop7 given back']);
+    });
+
+    it('leave it to others that only read, and give it back at their end', async () => {
+      const slots = new DiskSlots();
+      expect((await slots.attach({ ...device, readOnly: true }, vm)).slot).toBe('ro0');
+      expect(events).toEqual(['ro0 has /dev/loop7']);
+      await slots.attach({ ...device, file: '/dev/loop8' }, vm);
+      await slots[Symbol.asyncDispose]();
+      expect(events.slice(1)).toEqual(['/dev/loop8 taken', 'rw0 has /dev/loop8', '/dev/loop8 given back']);
+    });
+
+    it('do not have it both ways', async () => {
+      const slots = new DiskSlots();
+      await slots.attach(device, vm);
+      await expect(slots.attach({ ...device, readOnly: true }, vm)).rejects.toThrow(
+        '/dev/loop7 cannot be read-only: another container of the VM has it otherwise',
+      );
+    });
+
+    it('give it back when it cannot be attached, and are free when somebody else has it', async () => {
+      const slots = new DiskSlots();
+      const failing = { ...vm, attach: () => Promise.reject(new Error('no')) };
+      await expect(slots.attach(device, failing)).rejects.toThrow('no');
+      expect(events).toEqual(['/dev/loop7 taken', '/dev/loop7 given back']);
+      const busy = { ...vm, claim: () => Promise.reject(new Error('busy')) };
+      await expect(slots.attach(device, busy)).rejects.toThrow('busy');
+      expect((await slots.attach(device, vm)).slot).toBe('rw0');
+    });
+
+    it('of an earlier kilnd take it again', async () => {
+      const slots = new DiskSlots(true);
+      const disk = { slot: 'rw3', serial: 's', file: '/dev/loop7', device: true } as const;
+      await slots.claim(disk, vm.claim);
+      await slots.release(disk, detach);
+      expect(events).toEqual(['/dev/loop7 taken', 'rw3 emptied', '/dev/loop7 given back']);
+    });
   });
 });

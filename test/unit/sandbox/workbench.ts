@@ -15,6 +15,7 @@ import { loggerTo } from '../../../src/observe/logger.ts';
 import { Timeline } from '../../../src/observe/timeline.ts';
 import type { VolumeMount } from '../../../src/oci/binds.ts';
 import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
+import type { ContainerDevices } from '../../../src/sandbox/block-devices.ts';
 import { BootSlots } from '../../../src/sandbox/boot-slots.ts';
 import type { Container } from '../../../src/sandbox/container.ts';
 import { bootContainer, reattachContainer } from '../../../src/sandbox/create.ts';
@@ -236,6 +237,7 @@ export class Workbench implements AsyncDisposable {
     adopt: () => Promise.reject(new Error('this test has no volumes')),
   };
   volumes: readonly VolumeMount[] = [];
+  blockDevices: ContainerDevices = { devices: [], filesystems: [] };
   /** Sandboxes that have left their network. */
   networksLeft = 0;
   beforeBoot: (signal: AbortSignal) => Promise<void> = async () => {};
@@ -422,8 +424,9 @@ export class Workbench implements AsyncDisposable {
       directory: this.directory,
       vmm,
       config: { ...defaultConfig, vm: { ...defaultConfig.vm, bootTimeoutS: this.bootTimeoutS } },
-      spec: (numbers) => JSON.stringify({ numbers }),
+      spec: (numbers, devices) => JSON.stringify({ numbers, ...(devices.length > 0 && { devices }) }),
       volumes: this.volumes,
+      blockDevices: this.blockDevices,
       networkNamespace: undefined,
       rootfs: {} as RootfsPlan,
       hooks: {

@@ -44,6 +44,17 @@ static uint64_t encoded(uint32_t major, uint32_t minor)
 	return (minor & 0xff) | (uint64_t)major << 8 | (uint64_t)(minor & ~0xffu) << 12;
 }
 
+struct stat stat_of(const struct statx *statx)
+{
+	return (struct stat){
+		.st_mode = statx->stx_mode,
+		.st_ino = statx->stx_ino,
+		.st_dev = makedev(statx->stx_dev_major, statx->stx_dev_minor),
+		.st_size = (off_t)statx->stx_size,
+		.st_mtim = {statx->stx_mtime.tv_sec, statx->stx_mtime.tv_nsec},
+	};
+}
+
 int handle_getattr(struct request *request)
 {
 	struct statx statx_;
@@ -54,13 +65,7 @@ int handle_getattr(struct request *request)
 	if (statx(fid->node->fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS | STATX_BTIME, &statx_) < 0)
 		return errno;
 	bool born = (statx_.stx_mask & STATX_BTIME) != 0;
-	struct stat stat = {
-		.st_mode = statx_.stx_mode,
-		.st_ino = statx_.stx_ino,
-		.st_dev = makedev(statx_.stx_dev_major, statx_.stx_dev_minor),
-		.st_size = (off_t)statx_.stx_size,
-		.st_mtim = {statx_.stx_mtime.tv_sec, statx_.stx_mtime.tv_nsec},
-	};
+	struct stat stat = stat_of(&statx_);
 	static const struct statx_timestamp never;
 	put64(request, L_BASIC | (born ? L_BTIME : 0));
 	put_qid(request, &stat);

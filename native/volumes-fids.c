@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include "volumes.h"
@@ -19,16 +20,47 @@ static struct {
 	size_t count;
 } table = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
-struct node *make_node(int fd, mode_t mode, bool read_only)
+static struct node *keep(struct node like)
 {
 	struct node *node = malloc(sizeof *node);
 	if (node == NULL) {
-		close(fd);
+		close(like.fd);
 		errno = ENOMEM;
 		return NULL;
 	}
-	*node = (struct node){.references = 1, .fd = fd, .mode = mode & S_IFMT, .read_only = read_only};
+	*node = like;
+	node->references = 1;
 	return node;
+}
+
+struct node *make_root_node(int fd)
+{
+	return keep((struct node){.fd = fd, .mode = S_IFDIR, .root = true});
+}
+
+/*
+ * A mount that is read-only says nothing of those below it, as on the host. So wherever a step leads into another one,
+ * also one that has come later, that one's flags count.
+ */
+struct node *make_node(const struct node *directory, int fd, struct stat *stat)
+{
+	struct statx statx_;
+	struct statvfs mount;
+	struct node node = {.fd = fd, .read_only = directory->read_only};
+	if (statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS | STATX_MNT_ID, &statx_) < 0)
+		goto failed;
+	*stat = stat_of(&statx_);
+	node.mode = stat->st_mode & S_IFMT;
+	node.mount = statx_.stx_mnt_id;
+	if (node.mount != directory->mount) {
+		if (fstatvfs(fd, &mount) < 0)
+			goto failed;
+		node.read_only = (mount.f_flag & ST_RDONLY) != 0;
+	}
+	return keep(node);
+failed:
+	close(fd);
+	return NULL;
 }
 
 struct node *keep_node(struct node *node)

@@ -128,18 +128,11 @@ int handle_lcreate(struct request *request)
 	if (file < 0)
 		return errno;
 	int fd = fcntl(file, F_DUPFD_CLOEXEC, 0);
-	if (fd < 0 || fstat(file, &stat) < 0)
+	struct node *node = fd < 0 ? NULL : make_node(fid->node, fd, &stat);
+	if (node == NULL) {
 		error = errno;
-	if (error != 0) {
-		if (fd >= 0)
-			close(fd);
 		close(file);
 		return error;
-	}
-	struct node *node = make_node(fd, stat.st_mode, false);
-	if (node == NULL) {
-		close(file);
-		return ENOMEM;
 	}
 	drop_node(fid->node);
 	fid->node = node;

@@ -90,13 +90,14 @@ static bool is_same(const struct stat *one, const struct stat *other)
 }
 
 /* Takes what was found. Where somebody is at work with the fid, the next one who uses it does this. */
-static void exchange_node(struct fid *fid, int fd, mode_t mode, bool read_only)
+static void exchange_node(struct fid *fid, const struct node *directory, int fd)
 {
+	struct stat stat;
 	if (pthread_rwlock_trywrlock(&fid->lock) != 0) {
 		close(fd);
 		return;
 	}
-	struct node *node = make_node(fd, mode, read_only);
+	struct node *node = make_node(directory, fd, &stat);
 	if (node != NULL) {
 		drop_node(fid->node);
 		fid->node = node;
@@ -121,7 +122,7 @@ static void look(struct fid *fid, const struct place *place)
 	if (stays || fid->gone)
 		close(fd);
 	else
-		exchange_node(fid, fd, found.st_mode, place->directory->read_only);
+		exchange_node(fid, place->directory, fd);
 }
 
 void follow(struct fid *fid)

@@ -43,7 +43,7 @@ void clone_source(struct volume *volume)
 	unsigned flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC;
 	if (has_option(volume, "recursive"))
 		flags |= AT_RECURSIVE;
-	if (has_option(volume, "ro"))
+	if (has_option(volume, "rro"))
 		attributes.attr_set |= MOUNT_ATTR_RDONLY;
 	volume->tree = open_tree(AT_FDCWD, volume->source, flags);
 	if (volume->tree < 0)
@@ -57,6 +57,10 @@ void clone_source(struct volume *volume)
 	}
 	if (mount_setattr(volume->tree, "", AT_EMPTY_PATH | AT_RECURSIVE, &attributes, sizeof attributes) < 0)
 		fail("cannot set the mount options of", volume->source);
+	/* What is mounted below keeps its own. */
+	struct mount_attr read_only = {.attr_set = MOUNT_ATTR_RDONLY};
+	if (has_option(volume, "ro") && mount_setattr(volume->tree, "", AT_EMPTY_PATH, &read_only, sizeof read_only) < 0)
+		fail("cannot make read-only", volume->source);
 }
 
 static void attach(int root, const struct volume *volume)

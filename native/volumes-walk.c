@@ -10,7 +10,6 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/statfs.h>
-#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include "volumes.h"
@@ -66,10 +65,9 @@ void set_root(int fd)
 {
 	if (fd < 0)
 		fail("cannot open the", "root");
-	root = make_node(fd, S_IFDIR, false);
+	root = make_root_node(fd);
 	if (root == NULL)
 		fail("cannot keep the", "root");
-	root->root = true;
 }
 
 /*
@@ -140,25 +138,14 @@ int handle_attach(struct request *request)
 	return error;
 }
 
-/* A volume that is read-only is so down to its last mount, those included that have come later. */
 static struct node *step(const struct node *from, const char *name, struct stat *stat)
 {
-	struct statvfs mount;
-	bool read_only = from->read_only;
 	if (!S_ISDIR(from->mode)) {
 		errno = ENOTDIR;
 		return NULL;
 	}
 	int fd = openat(from->fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
-	if (fd < 0)
-		return NULL;
-	if (fstat(fd, stat) < 0 || (from->root && fstatvfs(fd, &mount) < 0)) {
-		close(fd);
-		return NULL;
-	}
-	if (from->root)
-		read_only = (mount.f_flag & ST_RDONLY) != 0;
-	return make_node(fd, stat->st_mode, read_only);
+	return fd < 0 ? NULL : make_node(from, fd, stat);
 }
 
 /*

@@ -7,7 +7,7 @@
  *   kiln-volumes remove [INDEX]...                           the same
  *
  * Each says "ready\n" on fd 3 when it is done with what follows, or "error: text", and exits 1. OPTIONS is "-" or some
- * of ro, recursive, slave, with commas.
+ * of ro (the source, and not what is mounted below), rro (both), recursive, slave, with commas.
  *
  * serve clones the mounts of each SOURCE, makes itself namespaces in which they are all that there is (/INDEX each, in
  * a root that is read-only), drops every privilege that serving files does not need, and serves until the connection

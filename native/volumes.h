@@ -94,6 +94,8 @@ void put64(struct request *request, uint64_t value);
 void put_bytes(struct request *request, const void *bytes, size_t size);
 void put_text(struct request *request, const char *text);
 void put_qid(struct request *request, const struct stat *stat);
+struct statx;
+struct stat stat_of(const struct statx *statx); /* type and mode, number, device, size, time of change */
 /* So many more bytes fit into the reply. */
 size_t room(const struct request *request);
 
@@ -105,7 +107,8 @@ struct node {
 	int fd;
 	mode_t mode; /* its type, which never changes */
 	bool root;   /* of the export tree */
-	bool read_only;
+	uint64_t mount; /* the number of the mount that it is seen through; of the root none */
+	bool read_only; /* that mount is */
 };
 
 /* An extended attribute on its way: from the file (read once, at Txattrwalk) or to it (set at Tclunk). */
@@ -142,7 +145,9 @@ struct fid {
 
 /* Takes value, also when there are too many; NULL and errno then. */
 struct xattr *make_xattr(uint8_t *value, size_t size);
-struct node *make_node(int fd, mode_t mode, bool read_only); /* takes fd; NULL and errno */
+/* Of what was opened in a directory, which is told of in `stat`. Takes fd; NULL and errno. */
+struct node *make_node(const struct node *directory, int fd, struct stat *stat);
+struct node *make_root_node(int fd); /* the same */
 struct node *keep_node(struct node *node);
 void drop_node(struct node *node);
 /* NULL: there is none. Locked as asked for; let go of when the variable goes, if it is marked HELD. */

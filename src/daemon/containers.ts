@@ -13,6 +13,7 @@ import { podPlace } from '../oci/pod.ts';
 import { guestPodOf, networkNamespaceOf, withPodResources } from '../oci/pod-spec.ts';
 import { memoryLimitOf, vmSize } from '../oci/vm-size.ts';
 import { guestRootDirectory, planRootfs } from '../rootfs/index.ts';
+import { mountsNow } from '../rootfs/mountinfo.ts';
 import { bootContainer } from '../sandbox/create.ts';
 import { bootPod } from '../sandbox/create-pod.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
@@ -95,6 +96,7 @@ export async function createContainer(
     rootfsPath: guestRootDirectory(id),
     bundle: bundle.dir,
     nodeAt,
+    hasMountsBelow: mountsNow(),
     ...(pod && { pod: { pid: pod.pid } }),
   };
   const guest = toGuestSpec(bundle.spec, guestOptions);

@@ -16,7 +16,8 @@ export interface VolumeMount {
   readonly source: string;
   /** Absolute path in the container. */
   readonly destination: string;
-  readonly readOnly: boolean;
+  /** Nothing can be changed in it: in what is mounted at the source, or in what is mounted below it, too (`rro`). */
+  readonly readOnly: 'no' | 'mount' | 'tree';
   /** What is mounted below the source comes along. */
   readonly recursive: boolean;
   /** What the host mounts below the source later comes along, too. */
@@ -37,7 +38,7 @@ export function isBind({ type = '', options = [] }: Mount): boolean {
  * @throws KilnError unimplemented for what cannot be had in the guest
  */
 export function translateBind(mount: Mount, at: string, translation: Translation): Mount {
-  const { bundle, volumes, volumePath } = translation;
+  const { bundle, volumes, volumePath, hasMountsBelow } = translation;
   const { destination, type = '', options = [] } = mount;
   const source = posix.resolve(bundle, mount.source ?? '');
   const recursive = type === 'rbind' || options.includes('rbind');
@@ -52,9 +53,19 @@ export function translateBind(mount: Mount, at: string, translation: Translation
     });
   }
   const follows = options.some((option) => option === 'slave' || option === 'rslave');
-  const volume = { source, destination, readOnly: translated.includes('ro'), recursive, follows };
+  const readOnly = readOnlyOf(translated, options);
+  const volume = { source, destination, readOnly, recursive, follows };
   volumes.push(volume);
-  return { ...mount, type: 'bind', source: volumePath(volumes.length - 1), options: translated };
+  // The guest has one mount for all, so there `ro` would count for what is mounted below the source, too.
+  const isKeptByServer = readOnly === 'mount' && recursive && hasMountsBelow(source);
+  const guestOptions = isKeptByServer ? translated.filter((option) => option !== 'ro') : translated;
+  return { ...mount, type: 'bind', source: volumePath(volumes.length - 1), options: guestOptions };
+}
+
+/** @param translated where the last word about it has been found; @param given where the recursive one still is */
+function readOnlyOf(translated: readonly string[], given: readonly string[]): VolumeMount['readOnly'] {
+  if (!translated.includes('ro')) return 'no';
+  return given.includes('rro') ? 'tree' : 'mount';
 }
 
 /**

@@ -19,6 +19,7 @@ export function partialTranslation(id: string, rootfsPath: string): Translation 
     bundle: '/',
     volumes: [],
     volumePath: String,
+    hasMountsBelow: () => false,
     pod: undefined,
     blockDevices: new BlockDevices(
       { ociVersion: '', process: { args: [], cwd: '/' }, root: { path: '/' } },
@@ -48,6 +49,8 @@ export interface Translation {
   readonly volumes: VolumeMount[];
   /** Where the guest has the volume of that place in `volumes`. */
   readonly volumePath: (index: number) => string;
+  /** Whether the host has something mounted below a path. */
+  readonly hasMountsBelow: (source: string) => boolean;
   /** Of a container of a pod. */
   readonly pod: PodOfSpec | undefined;
   /** Block devices of the host that the container gets. */

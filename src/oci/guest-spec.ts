@@ -58,6 +58,8 @@ export interface GuestSpecOptions {
   readonly bundle?: string;
   /** The guest's numbers of the volumes that an earlier translation of this spec has named; until then, their places. */
   readonly volumeNumbers?: readonly number[];
+  /** Whether the host has something mounted below a path; where nobody can say, nothing. */
+  readonly hasMountsBelow?: (source: string) => boolean;
   /** Set for a container of a pod. */
   readonly pod?: PodOfSpec;
   /** Which paths of the host are block devices; of those that `possibleNodes` names. */
@@ -192,7 +194,8 @@ export const fieldRules: Readonly<Record<string, Rules>> = {
  * @throws KilnError unimplemented for what Kiln cannot do yet, invalid-argument for what makes no sense in a microVM
  */
 export function toGuestSpec(given: Spec, options: GuestSpecOptions): GuestSpec {
-  const { id, rootfsPath, hostname, pod, bundle = '/', volumeNumbers = [], nodeAt = () => undefined } = options;
+  const { id, rootfsPath, hostname, pod, bundle = '/', volumeNumbers = [] } = options;
+  const { hasMountsBelow = () => false, nodeAt = () => undefined } = options;
   const blockDevices = new BlockDevices(given, nodeAt, options.deviceNumbers);
   const { spec } = blockDevices;
   // Fields whose rule makes something out of nothing must be there.
@@ -211,7 +214,7 @@ export function toGuestSpec(given: Spec, options: GuestSpecOptions): GuestSpec {
   const volumePath = (index: number) => `${guestVolumesDirectory}/${volumeNumbers[index] ?? index}`;
   const translation: Translation = {
     ...{ id, rootfsPath, hostname, domainname, setsNetwork, mapsIds, pod, warnings },
-    ...{ bundle, volumes, volumePath, blockDevices },
+    ...{ bundle, volumes, volumePath, hasMountsBelow, blockDevices },
   };
   const translated = applyRules(specRules, whole, '', translation) as Spec;
   return {

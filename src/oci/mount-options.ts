@@ -48,6 +48,18 @@ const recursive = new Map(
   ].map((option) => [`r${option}`, option]),
 );
 
+/** All that can be asked for, in the order of runtime-spec's features.md. What is not in it goes to the filesystem. */
+export const mountOptions: readonly string[] = [
+  ...['bind', 'rbind', 'private', 'rprivate', 'slave', 'rslave', 'unbindable', 'runbindable', 'remount', 'defaults'],
+  ...['ro', 'nosuid', 'nodev', 'noexec', 'sync', 'dirsync', 'noatime', 'nodiratime', 'relatime', 'strictatime', 'mand'],
+  ...Object.keys(opposites),
+  ...withoutEffect,
+  ...recursive.keys(),
+  'tmpcopyup',
+]
+  .filter((option) => !Object.hasOwn(refused, recursive.get(option) ?? option))
+  .sort();
+
 /**
  * @param path the list's JSON path
  * @throws KilnError unimplemented, naming the option

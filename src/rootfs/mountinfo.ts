@@ -1,3 +1,4 @@
+import { readFileSync, realpathSync } from 'node:fs';
 import { readFile, realpath } from 'node:fs/promises';
 
 /**
@@ -6,7 +7,24 @@ import { readFile, realpath } from 'node:fs/promises';
  */
 export async function submountBelow(directory: string): Promise<string | undefined> {
   const [real, table] = await Promise.all([realpath(directory), readFile('/proc/self/mountinfo', 'utf8')]);
-  return mountPoints(table).find((point) => point.startsWith(real === '/' ? '/' : `${real}/`) && point !== real);
+  return findBelow(real, mountPoints(table));
+}
+
+/** Tells of any path whether something is mounted below it, as it is when it is asked for the first time. */
+export function mountsNow(): (source: string) => boolean {
+  let points: string[] | undefined;
+  return (source) => {
+    points ??= mountPoints(readFileSync('/proc/self/mountinfo', 'utf8'));
+    try {
+      return findBelow(realpathSync(source), points) !== undefined;
+    } catch {
+      return false; // What is not there cannot be mounted either, and who mounts it says so.
+    }
+  };
+}
+
+function findBelow(real: string, points: readonly string[]): string | undefined {
+  return points.find((point) => point.startsWith(real === '/' ? '/' : `${real}/`) && point !== real);
 }
 
 /** The mount points (field 5) of a table in the format of /proc/self/mountinfo, see proc(5). */

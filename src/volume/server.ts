@@ -14,8 +14,8 @@ import { identityRecord, isAlive } from '../host/process-identity.ts';
 export interface Volume {
   /** Absolute path of a directory or regular file of the host. */
   readonly source: string;
-  /** Nothing in it can be changed through the server, its nested mounts included. */
-  readonly readOnly: boolean;
+  /** What can be changed through the server: all, all but the source's own mount, or nothing in it nor below. */
+  readonly readOnly: 'no' | 'mount' | 'tree';
   /** With what is mounted below the source, as `rbind` has it. */
   readonly recursive: boolean;
   /** What the host mounts below the source later appears, too, as `rslave` has it. */
@@ -233,9 +233,11 @@ function entriesOf(pid: number): number[] | undefined {
   }
 }
 
+const readOnlyWords = { no: [], mount: ['ro'], tree: ['rro'] };
+
 function asArguments({ index, volume }: { readonly index: number; readonly volume: Volume }): string[] {
   const options = [
-    ...(volume.readOnly ? ['ro'] : []),
+    ...readOnlyWords[volume.readOnly],
     ...(volume.recursive ? ['recursive'] : []),
     ...(volume.follows ? ['slave'] : []),
   ];

@@ -16,7 +16,7 @@ const program = path.join(projectRoot, 'dist', 'libexec', 'kiln-volumes');
 const fileBytes = 256 * 1024 * 1024;
 const files = 5000;
 
-const volume = (source: string): Volume => ({ source, readOnly: false, recursive: false, follows: false });
+const volume = (source: string): Volume => ({ source, readOnly: 'no', recursive: false, follows: false });
 
 async function milliseconds(action: () => Promise<unknown>): Promise<number> {
   const start = performance.now();

@@ -22,6 +22,7 @@ import { execIn } from '../support/fault-notes.ts';
 import { projectRoot, underKiln } from '../support/paths.ts';
 import type { Scene } from '../support/scene.ts';
 import { Lines, run } from '../support/spawn.ts';
+import { mountTmpfs } from '../support/tmpfs.ts';
 import { useScene } from '../support/use-scene.ts';
 import { helpersOf } from '../support/victims.ts';
 import { signal, waitForEnd } from '../support/wait-for-end.ts';
@@ -127,6 +128,8 @@ describe.each(channels)('volumes by %s', (channel) => {
     writeFileSync(join(dir, 'a/b/c/deep'), 'deep');
     writeFileSync(join(dir, 'hosts'), '10.0.0.1 box\n');
     writeFileSync(join(dir, 'a/over'), 'hidden');
+    mkdirSync(join(dir, 'ro/inner'), { recursive: true });
+    using _mounted = mountTmpfs(join(dir, 'ro/inner'));
     const id = scene.id();
     const flags = [
       ...bind(join(dir, 'hosts'), '/etc/hosts'),
@@ -134,13 +137,16 @@ describe.each(channels)('volumes by %s', (channel) => {
       ...bind(join(dir, 'hosts'), '/data/over', 'bind:ro'),
       ...bind(join(dir, 'a/b/c'), '/sub/part', 'rbind:ro'),
       ...bind(join(dir, 'a/b'), '/quiet', 'rbind:rw:nosuid:noexec:rprivate'),
+      ...bind(join(dir, 'ro'), '/ro', 'rbind:ro'),
+      ...bind(join(dir, 'ro'), '/rro', 'rbind:rro'),
     ];
     await scene.start(id, ['sleep', '1000'], { flags });
     const said = await inside(
       scene,
       id,
       `cat /etc/hosts /data/over /sub/part/deep; echo
-      for f in /sub/part/x /data/over; do (echo x > $f) 2>&1 | sed 's/.*: //'; done
+      echo x > /ro/inner/made
+      for f in /sub/part/x /data/over /ro/x /rro/x /rro/inner/x; do (echo x > $f) 2>&1 | sed 's/.*: //'; done
       echo '10.0.0.2 more' >> /etc/hosts; cat /data/over
       echo x > /quiet/made; grep -o ' /quiet [a-z,]*' /proc/self/mountinfo | grep -o 'nosuid.*'
       cp /bin/true /quiet/run; /quiet/run 2>&1 | sed 's/.*: //'; rm /quiet/run`,
@@ -154,10 +160,11 @@ describe.each(channels)('volumes by %s', (channel) => {
           .filter((o) => /^no(suid|exec)$/.test(o))
           .join(),
       ),
-    ).toBe(`10.0.0.1 box\n10.0.0.1 box\ndeep\n${denied}\n${denied}\n${both}nosuid,noexec\nPermission denied\n`);
+    ).toBe(`10.0.0.1 box\n10.0.0.1 box\ndeep\n${`${denied}\n`.repeat(5)}${both}nosuid,noexec\nPermission denied\n`);
     expect(readFileSync(join(dir, 'hosts'), 'utf8')).toBe(both);
     expect(readdirSync(join(dir, 'a/b')).sort()).toEqual(['c', 'made']);
     expect(readFileSync(join(dir, 'a/over'), 'utf8')).toBe('hidden');
+    expect(readdirSync(join(dir, 'ro/inner'))).toEqual(['made']);
     await scene.remove(id);
   });
 

@@ -7,6 +7,7 @@
 import { readFileSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import { RuntimeInfo } from '../../../gen/containerd/types.ts';
+import { mountOptions } from '../../oci/mount-options.ts';
 
 const featuresTypeUrl = 'types.containerd.io/opencontainers/runtime-spec/1/features/Features';
 
@@ -17,6 +18,8 @@ const featuresTypeUrl = 'types.containerd.io/opencontainers/runtime-spec/1/featu
 export const features = {
   ociVersionMin: '1.0.0',
   ociVersionMax: '1.1.0',
+  // containerd offers Kubernetes recursive read-only mounts where a runtime names "rro".
+  mountOptions,
   linux: {
     cgroup: { v1: false, v2: true, systemd: false, systemdUser: false },
     seccomp: { enabled: true },

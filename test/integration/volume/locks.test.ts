@@ -151,7 +151,7 @@ describe('locks on a volume', () => {
   test('need a file that is open, and on a read-only volume only flock’s can be for writing', async () => {
     const { client } = await share((folder) => {
       writeFileSync(path.join(folder, 'ro'), 'text');
-      return [{ source: path.join(folder, 'ro'), readOnly: true }];
+      return [{ source: path.join(folder, 'ro'), readOnly: 'mount' }];
     });
     await fails(client.lock(await client.walk('1'), lockType.read), errno.EBADF);
     const fid = await client.open('1', O_RDONLY);

@@ -123,8 +123,8 @@ describe('a guest that speaks 9P itself', () => {
       mkdirSync(path.join(folder, 'ro'));
       writeFileSync(path.join(folder, 'ro', 'file'), 'text');
       return [
-        { source: path.join(folder, 'ro'), readOnly: true },
-        { source: '/', readOnly: true, recursive: true },
+        { source: path.join(folder, 'ro'), readOnly: 'mount' },
+        { source: '/', readOnly: 'tree', recursive: true },
       ];
     });
     const file = await client.walk('2/file');

@@ -20,6 +20,7 @@ import { VolumeServer } from '../../../src/volume/server.ts';
 import { lockStatus, lockType, NinePClient } from '../../support/ninep.ts';
 import { projectRoot } from '../../support/paths.ts';
 import { socketPair } from '../../support/socket-pair.ts';
+import { mountTmpfs } from '../../support/tmpfs.ts';
 import { errno, fails } from './errno.ts';
 import { program, type Share, useShares, volume } from './share.ts';
 
@@ -39,14 +40,6 @@ const names = async (client: NinePClient, folder: string) => {
   await client.clunk(fid);
   return entries.map(({ name }) => name).filter((name) => name !== '.' && name !== '..');
 };
-
-/** A file system of the host's that the test can fill, make read-only and unmount; shared, as Debian's all are. */
-function mountTmpfs(folder: string, options: string): Disposable {
-  mkdirSync(folder, { recursive: true });
-  execFileSync('mount', ['-t', 'tmpfs', '-o', options, 'kiln-test', folder]);
-  execFileSync('mount', ['--make-shared', folder]);
-  return { [Symbol.dispose]: () => void execFileSync('umount', ['--lazy', '--recursive', folder]) };
-}
 
 describe('the file server', () => {
   const share = useShares();
@@ -70,7 +63,7 @@ describe('the file server', () => {
   test('changes no mount of the host', async () => {
     const before = readFileSync('/proc/self/mountinfo', 'utf8');
     const { server } = await share(() => [{ source: '/', recursive: true, follows: true }]);
-    await server.add([volume({ source: '/usr', readOnly: true })]);
+    await server.add([volume({ source: '/usr', readOnly: 'tree' })]);
     expect(readFileSync('/proc/self/mountinfo', 'utf8')).toBe(before);
   });
 
@@ -258,7 +251,7 @@ describe('the file server', () => {
     await client.closed;
   });
 
-  test('shows what the host mounts later where it is to follow, also read-only, and nowhere else', async () => {
+  test('shows what the host mounts later where it is to follow, also in a read-only volume, and nowhere else', async () => {
     const folder = temporaryFolder();
     stack.use(mountTmpfs(path.join(folder, 'shared'), 'size=1m'));
     const source = path.join(folder, 'shared');
@@ -266,7 +259,7 @@ describe('the file server', () => {
     const { client } = await share(() => [
       { source, recursive: true, follows: true },
       { source, recursive: true },
-      { source, recursive: true, follows: true, readOnly: true },
+      { source, recursive: true, follows: true, readOnly: 'mount' },
     ]);
     execFileSync('mount', ['-t', 'tmpfs', 'kiln-test', path.join(source, 'later')]);
     writeFileSync(path.join(source, 'later', 'file'), '');
@@ -274,12 +267,35 @@ describe('the file server', () => {
     expect(await names(client, '2/later')).toEqual([]);
     expect(await names(client, '3/later')).toEqual(['file']);
     await client.clunk(await client.create('1/later/by-guest'));
-    await fails(client.create('3/later/by-guest'), errno.EROFS);
+    // As on the host, a mount says for itself whether it is read-only.
+    await client.clunk(await client.create('3/later/too'));
+    await fails(client.create('3/by-guest'), errno.EROFS);
     // While the guest has a file of it open, the host's umount(8) says that it is busy, as with any container.
     await client.version(65536);
     await client.attach(0);
     execFileSync('umount', [path.join(source, 'later')]);
     expect(await names(client, '1/later')).toEqual([]);
+  });
+
+  test('lets write to what is mounted in a volume, unless that is read-only itself, or the volume with all below', async () => {
+    const folder = temporaryFolder();
+    const source = path.join(folder, 'ro');
+    mkdirSync(path.join(source, 'inner'), { recursive: true });
+    mkdirSync(path.join(source, 'inner-ro'));
+    stack.use(mountTmpfs(path.join(source, 'inner'), 'size=1m'));
+    stack.use(mountTmpfs(path.join(source, 'inner-ro'), 'ro,size=1m'));
+    const { client } = await share(() => [
+      { source, recursive: true, readOnly: 'mount' },
+      { source, recursive: true, readOnly: 'tree' },
+    ]);
+    await client.clunk(await client.create('1/inner/new'));
+    await client.mkdir('1/inner/deep');
+    await client.clunk(await client.create('1/inner/deep/new'));
+    await fails(client.create('1/new'), errno.EROFS);
+    await fails(client.create('1/inner-ro/new'), errno.EROFS);
+    await fails(client.create('2/inner/other'), errno.EROFS);
+    await fails(client.mkdir('2/inner/deep/other'), errno.EROFS);
+    await fails(client.setattr(await client.walk('2/inner/new'), 1, { mode: 0o777 }), errno.EROFS);
   });
 
   test('hands no mount back to the host', async () => {

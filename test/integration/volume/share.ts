@@ -13,7 +13,7 @@ export const program = path.join(projectRoot, 'dist', 'libexec', 'kiln-volumes')
 
 /** A volume with what is not said left at no. */
 export function volume(options: Pick<Volume, 'source'> & Partial<Volume>): Volume {
-  return { readOnly: false, recursive: false, follows: false, ...options };
+  return { readOnly: 'no', recursive: false, follows: false, ...options };
 }
 
 export interface Share {

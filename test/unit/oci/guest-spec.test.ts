@@ -49,8 +49,8 @@ test('bind mounts become volumes, in their order and by the numbers that the gue
   const spec = { ...ctrSpec(), mounts } as Spec;
   const { volumes } = toGuestSpec(spec, { ...options, bundle: '/bundles/b' });
   expect(volumes).toEqual([
-    { source: '/srv/data', destination: '/data', readOnly: false, recursive: true, follows: true },
-    { source: '/bundles/b/hosts', destination: '/etc/hosts', readOnly: true, recursive: false, follows: false },
+    { source: '/srv/data', destination: '/data', readOnly: 'no', recursive: true, follows: true },
+    { source: '/bundles/b/hosts', destination: '/etc/hosts', readOnly: 'mount', recursive: false, follows: false },
   ]);
   const guest = toGuestSpec(spec, { ...options, bundle: '/bundles/b', volumeNumbers: [4, 7] });
   expect(guest.volumes).toEqual(volumes);
@@ -60,6 +60,20 @@ test('bind mounts become volumes, in their order and by the numbers that the gue
     bind('/run/kiln/volumes/7', '/etc/hosts', 'bind', 'ro'),
     bind('/sys', '/host-sys', 'rbind', 'ro'),
   ]);
+});
+
+test('a bind mount is read-only in the guest, unless the host has mounts below its source that may not be', () => {
+  const bind = (...list: string[]) => ({ destination: '/d', type: 'bind', source: '/srv', options: list });
+  const translated = (...list: string[]) => {
+    const spec = { ...ctrSpec(), mounts: [bind(...list)] } as Spec;
+    const guest = toGuestSpec(spec, { ...options, hasMountsBelow: (source) => source === '/srv' });
+    return [guest.volumes[0]?.readOnly, ...(guest.spec.mounts?.[0]?.options ?? [])];
+  };
+  expect(translated('rbind', 'ro', 'nosuid')).toEqual(['mount', 'rbind', 'nosuid']);
+  expect(translated('bind', 'ro')).toEqual(['mount', 'bind', 'ro']);
+  expect(translated('rbind', 'rro')).toEqual(['tree', 'rbind', 'ro']);
+  expect(translated('rbind', 'ro', 'rro')).toEqual(['tree', 'rbind', 'ro', 'ro']);
+  expect(translated('rbind', 'rro', 'rw')).toEqual(['no', 'rbind']);
 });
 
 test('a container is chosen before the agent when memory runs out, whatever its spec says', () => {

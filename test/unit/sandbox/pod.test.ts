@@ -134,7 +134,7 @@ describe.skipIf(!canMakeNetns)('the container that stands for a pod', () => {
     };
     bench.vmHooks.acceptFiles = async () => 12;
     const { container, pod } = await bench.createPod(() => {});
-    bench.volumes = [{ source: bench.root, destination: '/data', readOnly: false, recursive: true, follows: false }];
+    bench.volumes = [{ source: bench.root, destination: '/data', readOnly: 'no', recursive: true, follows: false }];
     const member = await bench.createMember(pod);
     expect(seen).toEqual({ server: { pid: 7 }, connected: true });
     await member.destroy();

@@ -7,10 +7,11 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
 import { KilnError } from '../../../src/errors.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
+import type { VolumeMount } from '../../../src/oci/binds.ts';
 import { checkVolumes, type FileServer, inHostsWords, SandboxVolumes } from '../../../src/sandbox/volumes.ts';
 
-const mount = (source: string) => ({
-  ...{ source, destination: '/data', readOnly: false, recursive: true, follows: false },
+const mount = (source: string): VolumeMount => ({
+  ...{ source, destination: '/data', readOnly: 'no', recursive: true, follows: false },
 });
 
 describe('a source of a bind mount', () => {
@@ -44,8 +45,8 @@ describe('a source of a bind mount', () => {
 
   it('is taken with the path behind its links', async () => {
     expect(await checkVolumes([mount(at('link')), mount(directory)])).toEqual([
-      { source: at('file'), readOnly: false, recursive: true, follows: false },
-      { source: directory, readOnly: false, recursive: true, follows: false },
+      { source: at('file'), readOnly: 'no', recursive: true, follows: false },
+      { source: directory, readOnly: 'no', recursive: true, follows: false },
     ]);
   });
 

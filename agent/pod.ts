@@ -52,7 +52,7 @@ export class Pod {
     const path = join(this.#options.directory, 'pid');
     if (!joins(spec, path)) return;
     const init = inNewNamespaces(['pid'], () => {
-      const child = spawn('tini', ['--', 'tail', '-f', '/dev/null'], { stdio: 'ignore', cwd: '/' });
+      const child = spawn('tini-static', ['--', 'tail', '-f', '/dev/null'], { stdio: 'ignore', cwd: '/' });
       this.#options.reaper.leaveToNode(child);
       child.on('error', () => {});
       return child;

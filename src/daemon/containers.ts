@@ -21,6 +21,7 @@ import type { Pods } from '../sandbox/pod.ts';
 import type { SandboxPool } from '../sandbox/pool.ts';
 import type { HostServices } from '../sandbox/resources.ts';
 import { isIdentifier } from '../shim/control/request.ts';
+import { createOptionsOf } from '../shim/create-options.ts';
 import { openStdio, type StdioPaths } from '../shim/stdio.ts';
 import type { ExecTaskRequest, TaskContainer, TaskRequest } from '../shim/task.ts';
 import type { ContainerContext } from './endpoints.ts';
@@ -91,8 +92,10 @@ export async function createContainer(
       ? await pods.findForNew(context.directoryOf(place.sandboxId), place.sandboxId, signal)
       : undefined;
   const nodeAt = await findNodes(possibleNodes(bundle.spec));
+  const ours = createOptionsOf(request);
   const guestOptions = {
     id,
+    liveRoot: ours && bundle.rootPath,
     rootfsPath: guestRootDirectory(id),
     bundle: bundle.dir,
     nodeAt,
@@ -102,11 +105,13 @@ export async function createContainer(
   const guest = toGuestSpec(bundle.spec, guestOptions);
   for (const warning of guest.warnings) logger.warn(warning);
   const devices = await Promise.all(guest.blockDevices.map(lookAtDevice));
-  if (request.options !== undefined) {
+  if (request.options !== undefined && ours === undefined) {
     logger.warn(`runtime options (${request.options.typeUrl}) are not looked at: Kiln is configured by config.toml`);
   }
   requireSameTerminal(`container ${id}`, terminal, bundle.spec.process.terminal);
-  const rootfs = planRootfs(request.rootfs, { path: bundle.rootPath, workDirectory: path.join(bundle.dir, 'work') });
+  const rootfs = ours
+    ? undefined
+    : planRootfs(request.rootfs, { path: bundle.rootPath, workDirectory: path.join(bundle.dir, 'work') });
   return bootContainer(
     host,
     {
@@ -114,6 +119,7 @@ export async function createContainer(
       ...(pod === undefined ? vmSize(config, bundle.spec) : { memoryMib: 0, vcpus: 0 }),
       memoryBytes: memoryLimitOf(bundle.spec),
       networkNamespace: pod === undefined ? networkNamespaceOf(bundle.spec) : `/proc/${pod.pid}/ns/net`,
+      standInPid: ours?.processPid,
       pod,
       spec: (volumeNumbers, deviceNumbers) => {
         // Only volumes and block devices have numbers in it.

@@ -170,7 +170,7 @@ export class Endpoints {
   ): Endpoint {
     const { paths, log, createContainer, prepareExec } = this.#options;
     const { namespace, id, bundle, launcherStartedNs } = launcher;
-    const publisher = this.#publisherFor(launcher.ttrpcAddress);
+    const publisher = launcher.ttrpcAddress === '' ? undefined : this.#publisherFor(launcher.ttrpcAddress);
     const taskLog = new TaskLog(bundle, id);
     const logger = log.forTask(taskLog, bootstrap.logLevel).child({ namespace, id });
     logger.debug({ bootstrap }, 'containerd starts a container');
@@ -179,7 +179,8 @@ export class Endpoints {
       namespace,
       id,
       logger,
-      publish: (event, onSent) => publisher.publish(namespace, event, onSent),
+      // Nobody listens to what Kiln's own command line starts.
+      publish: (event, onSent) => (publisher === undefined ? onSent() : publisher.publish(namespace, event, onSent)),
       save: (state) => this.#save(key, { context: launcher, state }, logger),
       onQuiet: () => this.#options.onQuiet(),
       onDeleted: () => taskLog.close(),

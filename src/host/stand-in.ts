@@ -1,8 +1,19 @@
+import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
-import { type HelperProcess, startHelper } from './helper-process.ts';
+import { adoptHelper, type HelperProcess, startHelper } from './helper-process.ts';
+import type { ProcessIdentity } from './process-identity.ts';
 
 /** What the stand-in says, in the sandbox's directory. */
 export const standInLogName = 'standin.log';
+
+/** How long a stand-in of the caller's may take to end once its container's end is known, in ms; it writes output until then. */
+const callersEndLimitMs = 15_000;
+
+/** The process that stands for a container on the host. */
+export interface StandIn extends HelperProcess {
+  /** It is a process of who called Kiln, and ends by itself when it is told of the container's end: native/process.c. */
+  readonly callers?: boolean;
+}
 
 export interface StandInOptions {
   /** The kiln-standin program. */
@@ -36,4 +47,18 @@ export async function startStandIn(options: StandInOptions): Promise<HelperProce
   await standIn.kill();
   const reason = status.replace(/^error: /, '') || standIn.lastWords() || 'it ended at once';
   throw new KilnError('internal', `cannot start the container's stand-in process: ${reason}`);
+}
+
+/**
+ * A process of the caller's as the stand-in, which ends the container by its own end; undefined when it has ended. To kill
+ * it is not Kiln's business as long as it has output to write.
+ */
+export function adoptCallersStandIn(identity: ProcessIdentity, directory: string): StandIn | undefined {
+  const adopted = adoptHelper(identity, { directory, logName: standInLogName });
+  if (adopted === undefined) return undefined;
+  const endInTime = async () => {
+    await Promise.race([adopted.exited, delay(callersEndLimitMs, undefined, { ref: false })]);
+    await adopted.kill();
+  };
+  return { ...adopted, callers: true, kill: async () => {}, [Symbol.asyncDispose]: endInTime };
 }

@@ -60,6 +60,8 @@ export interface GuestSpecOptions {
   readonly volumeNumbers?: readonly number[];
   /** Whether the host has something mounted below a path; where nobody can say, nothing. */
   readonly hasMountsBelow?: (source: string) => boolean;
+  /** The host's directory that is the root filesystem itself, as the last of the volumes; without it, it is at `rootfsPath`. */
+  readonly liveRoot?: string | undefined;
   /** Set for a container of a pod. */
   readonly pod?: PodOfSpec;
   /** Which paths of the host are block devices; of those that `possibleNodes` names. */
@@ -194,7 +196,7 @@ export const fieldRules: Readonly<Record<string, Rules>> = {
  * @throws KilnError unimplemented for what Kiln cannot do yet, invalid-argument for what makes no sense in a microVM
  */
 export function toGuestSpec(given: Spec, options: GuestSpecOptions): GuestSpec {
-  const { id, rootfsPath, hostname, pod, bundle = '/', volumeNumbers = [] } = options;
+  const { id, rootfsPath, liveRoot, hostname, pod, bundle = '/', volumeNumbers = [] } = options;
   const { hasMountsBelow = () => false, nodeAt = () => undefined } = options;
   const blockDevices = new BlockDevices(given, nodeAt, options.deviceNumbers);
   const { spec } = blockDevices;
@@ -217,8 +219,12 @@ export function toGuestSpec(given: Spec, options: GuestSpecOptions): GuestSpec {
     ...{ bundle, volumes, volumePath, hasMountsBelow, blockDevices },
   };
   const translated = applyRules(specRules, whole, '', translation) as Spec;
+  if (liveRoot !== undefined) {
+    volumes.push({ source: liveRoot, destination: '/', readOnly: false, recursive: true, follows: false });
+  }
+  const root = liveRoot === undefined ? {} : { root: { ...translated.root, path: volumePath(volumes.length - 1) } };
   return {
-    spec: translated,
+    spec: { ...translated, ...root },
     volumes,
     blockDevices: blockDevices.list,
     filesystems: blockDevices.filesystems,

@@ -13,7 +13,8 @@ export interface RootfsMount {
 
 /** The serials by which the guest knows the container's disks. */
 export interface RootfsSerials {
-  readonly lower: string;
+  /** Not looked at when the root filesystem has no disks. */
+  readonly lower?: string | undefined;
   /** Not looked at when the root filesystem has no writable disk. */
   readonly writable?: string | undefined;
 }
@@ -29,10 +30,13 @@ export function guestMounts(
   containerId: string,
   serials: RootfsSerials,
 ): RootfsMount[] {
+  if (prepared.lower === null) return [];
+  const { lower } = serials;
+  if (lower === undefined) throw new Error(`the disk of container ${containerId} is not attached`);
   const base = `/run/kiln/roots/${containerId}`;
   const root = guestRootDirectory(containerId);
   const erofs = (target: string): RootfsMount => ({
-    source: { disk: serials.lower },
+    source: { disk: lower },
     target,
     type: 'erofs',
     options: ['ro'],

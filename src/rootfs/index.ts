@@ -10,8 +10,10 @@ export {
 export {
   type Disk,
   type DiskFiles,
+  type DiskRootfs,
   type PreparedRootfs,
   type PrepareOptions,
   RootfsStore,
   type RootfsStoreOptions,
+  volumeRootfs,
 } from './store.ts';

@@ -15,12 +15,26 @@ export interface Disk {
 
 /** The disks of one container. They stay, and the writable one is nobody else's, until they are released. */
 export interface PreparedRootfs extends AsyncDisposable {
-  readonly lower: Disk;
-  /** null: a read-only view. */
+  /** null: there are none, because the guest has the host's directory itself, as a volume. */
+  readonly lower: Disk | null;
+  /** null: a read-only view, or a volume. */
   readonly writable: Disk | null;
   /** To be called when the VM no longer has the disks open. Safe to call twice. */
   release(): Promise<void>;
 }
+
+/** Of a container that has disks. */
+export interface DiskRootfs extends PreparedRootfs {
+  readonly lower: Disk;
+}
+
+/** Of a container whose root filesystem is a volume. */
+export const volumeRootfs: PreparedRootfs = {
+  lower: null,
+  writable: null,
+  release: async () => {},
+  [Symbol.asyncDispose]: async () => {},
+};
 
 /** The files of a container's disks. */
 export interface DiskFiles {
@@ -67,7 +81,7 @@ export class RootfsStore {
    * @throws KilnError failed-precondition (the writable layer is in use), not-found and invalid-argument (a layer is
    *   missing or no directory), resource-exhausted (disk full), internal (a tool failed); the signal's reason
    */
-  async prepare(plan: RootfsPlan, { signal, writableSizeBytes }: PrepareOptions): Promise<PreparedRootfs> {
+  async prepare(plan: RootfsPlan, { signal, writableSizeBytes }: PrepareOptions): Promise<DiskRootfs> {
     signal.throwIfAborted();
     const failed = new AbortController();
     const either = AbortSignal.any([signal, failed.signal]);
@@ -94,7 +108,7 @@ export class RootfsStore {
   }
 
   /** The disks that a container of an earlier kilnd has. To be called before `collectGarbage`. */
-  adopt({ lower, writable }: DiskFiles): PreparedRootfs {
+  adopt({ lower, writable }: DiskFiles): DiskRootfs {
     const claimed = writable === null ? null : this.#writable.adopt(writable);
     return prepared(this.#layers.adopt(lower), claimed);
   }
@@ -117,7 +131,7 @@ export class RootfsStore {
   }
 }
 
-function prepared(lower: Lease, writable: Lease | null): PreparedRootfs {
+function prepared(lower: Lease, writable: Lease | null): DiskRootfs {
   const release = async () => {
     lower.release();
     writable?.release();

@@ -247,9 +247,10 @@ export class Container {
       started: this.#state.kind !== 'created' && this.#state.kind !== 'starting',
       ...tenancy.record(),
       standIn: standIn.identity,
+      ...(standIn.callers === true ? { standInIsCallers: true } : {}),
       hooks: this.#hookPlan,
       oomKills: this.oom.kills,
-      disks: { lower: rootfs.lower.file, writable: rootfs.writable?.file ?? null },
+      disks: { lower: rootfs.lower?.file ?? null, writable: rootfs.writable?.file ?? null },
       ...(exit === undefined ? {} : { exit: { status: exit.status, atMs: exit.at.getTime() } }),
     };
     try {

@@ -41,7 +41,7 @@ export async function bootContainer(
   faultPoint('hooks');
   // A VM of its own was made as large as it has to be.
   if (pod !== undefined) await sandbox.provideMemory(request.memoryBytes ?? 0);
-  const lower = await tenancy.attachDisk(rootfs.lower, signal);
+  const lower = rootfs.lower === null ? undefined : await tenancy.attachDisk(rootfs.lower, signal);
   const writable = rootfs.writable === null ? undefined : await tenancy.attachDisk(rootfs.writable, signal);
   const devices = await attachDevices(tenancy, request.blockDevices, signal);
   timeline.mark('rootfs-attached');
@@ -49,7 +49,7 @@ export async function bootContainer(
   const container = {
     id,
     spec: request.spec(volumeNumbers, devices.numbers),
-    mounts: [...guestMounts(rootfs, id, { lower: lower.serial, writable: writable?.serial }), ...devices.mounts],
+    mounts: [...guestMounts(rootfs, id, { lower: lower?.serial, writable: writable?.serial }), ...devices.mounts],
     disks: devices.disks,
     stdio: guestStdio(stdio, request.terminal, request.terminalSize),
     volumeOptions: request.volumes.length === 0 ? undefined : volumeOptions,

@@ -20,6 +20,8 @@ const common = {
   /** The user's program was started. */
   started: z.boolean(),
   standIn: identityRecord,
+  /** The stand-in is a process of the caller's, which ends by itself. */
+  standInIsCallers: z.boolean().optional(),
   /** For poststop. Kilnd itself has made it of a spec that was checked. */
   hooks: z.custom<HookPlan>((value) => typeof value === 'object' && value !== null),
   /** Processes of it that were killed for want of memory, as far as it was told. */
@@ -41,7 +43,7 @@ const ofVm = {
   volumes: z.object({ server: z.record(z.string(), z.unknown()), connected: z.boolean() }).optional(),
 };
 
-const ofRootfs = { disks: z.object({ lower: z.string(), writable: z.string().nullable() }) };
+const ofRootfs = { disks: z.object({ lower: z.string().nullable(), writable: z.string().nullable() }) };
 
 const slotName = z.custom<SlotName>((value) => typeof value === 'string' && /^r[ow]\d+$/.test(value));
 

@@ -3,13 +3,14 @@ import type { KilnConfig } from '../config/config.ts';
 import { forLog, KilnError } from '../errors.ts';
 import type { TerminalSize } from '../guest/guest.ts';
 import { adoptHelper, type HelperProcess } from '../host/helper-process.ts';
-import { standInLogName, startStandIn } from '../host/stand-in.ts';
+import { identityOf } from '../host/process-identity.ts';
+import { adoptCallersStandIn, type StandIn, standInLogName, startStandIn } from '../host/stand-in.ts';
 import type { NetworkSource } from '../network/networks.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import type { VolumeMount } from '../oci/binds.ts';
 import type { DeviceNumber } from '../oci/block-devices.ts';
-import type { PreparedRootfs, RootfsPlan, RootfsStore } from '../rootfs/index.ts';
+import { type PreparedRootfs, type RootfsPlan, type RootfsStore, volumeRootfs } from '../rootfs/index.ts';
 import type { TemplateStore } from '../template/store.ts';
 import type { Parking } from '../vmm/cards.ts';
 import type { VmConfig, Vmm } from '../vmm/vmm.ts';
@@ -55,7 +56,8 @@ export interface ContainerRequest {
   /** What it gets of the host's files. */
   readonly volumes: readonly VolumeMount[];
   readonly blockDevices: ContainerDevices;
-  readonly rootfs: RootfsPlan;
+  /** undefined for one that is the last of the volumes. */
+  readonly rootfs: RootfsPlan | undefined;
   readonly hooks: HookPlan;
   readonly files: Pick<VmConfig, 'kernel' | 'initrd' | 'guestImage'>;
   readonly memoryMib: number;
@@ -65,6 +67,8 @@ export interface ContainerRequest {
   /** Undefined leaves it as the guest makes it. */
   readonly terminalSize: TerminalSize | undefined;
   readonly openStdio: () => Promise<ContainerStdio>;
+  /** The pid of a process that is to stand for the container, instead of one that is started for it. */
+  readonly standInPid?: number | undefined;
   /** A network namespace of the host to be in; without it, the container gets a new one. */
   readonly networkNamespace?: string | undefined;
   /** What its limits let it use of a pod's memory; undefined for no limit. */
@@ -84,7 +88,7 @@ export type AdoptRequest = Pick<ContainerRequest, 'directory' | 'openStdio' | 't
 export interface Resources {
   readonly sandbox: Sandbox;
   readonly tenancy: Tenancy;
-  readonly standIn: HelperProcess;
+  readonly standIn: StandIn;
   readonly rootfs: PreparedRootfs;
   readonly stdio: ContainerStdio;
 }
@@ -105,11 +109,11 @@ export async function acquire(
   signal: AbortSignal,
   stack: AsyncDisposableStack,
 ): Promise<NewResources> {
-  const { id, directory, networkNamespace, pod, vmm } = request;
+  const { id, pod, vmm } = request;
   const { either, guard } = sideBySide(signal);
   const [stdio, standIn, rootfs, volumes, sandbox] = await Promise.allSettled([
     guard(request.openStdio()),
-    guard(startStandIn({ program: host.standInProgram, id, directory, networkNamespace })),
+    guard(findStandIn(host, request)),
     guard(prepareRootfs(host, request, either)),
     guard(prepareVolumes(host, request)),
     guard(pod === undefined ? startSandbox(host, request, either) : Promise.resolve(pod.sandbox)),
@@ -180,12 +184,22 @@ export function fulfilled<T>(result: PromiseSettledResult<T>): T {
 }
 
 async function prepareRootfs(host: HostServices, request: ContainerRequest, signal: AbortSignal) {
+  if (request.rootfs === undefined) return volumeRootfs;
   const prepared = await host.rootfs.prepare(request.rootfs, {
     signal,
     writableSizeBytes: request.config.storage.writableSizeGib * 2 ** 30,
   });
   request.timeline.mark('rootfs-ready');
   return prepared;
+}
+
+async function findStandIn({ standInProgram: program }: HostServices, request: ContainerRequest): Promise<StandIn> {
+  const { id, directory, networkNamespace, standInPid } = request;
+  if (standInPid === undefined) return startStandIn({ program, id, directory, networkNamespace });
+  const identity = identityOf(standInPid);
+  const found = identity && adoptCallersStandIn(identity, directory);
+  if (found !== undefined) return found;
+  throw new KilnError('not-found', `the process ${standInPid}, which is to stand for container ${id}, has ended`);
 }
 
 /** A file server with the container's volumes, if it has any; a pod's own, once it has one. */
@@ -250,7 +264,8 @@ export async function adoptResources(
   const { record, directory, openStdio } = request;
   const stdio = stack.adopt(await openStdio(), (opened) => opened.dispose());
   const standIn = stack.use(adoptStandIn(record, directory));
-  const rootfs = host.rootfs.adopt(record.disks);
+  const { lower, writable } = record.disks;
+  const rootfs = lower === null ? volumeRootfs : host.rootfs.adopt({ lower, writable });
   const [vmm, pod, disks, volumeNumbers] =
     'pod' in request
       ? ['', request.pod, request.record.slots, request.record.volumeNumbers]
@@ -266,8 +281,11 @@ export async function adoptResources(
 }
 
 /** @throws KilnError not-found when it has ended */
-export function adoptStandIn({ id, standIn }: ContainerRecord, directory: string): HelperProcess {
-  const adopted = adoptHelper(standIn, { directory, logName: standInLogName });
+export function adoptStandIn({ id, standIn, standInIsCallers }: ContainerRecord, directory: string): StandIn {
+  const adopted =
+    standInIsCallers === true
+      ? adoptCallersStandIn(standIn, directory)
+      : adoptHelper(standIn, { directory, logName: standInLogName });
   if (adopted !== undefined) return adopted;
   throw new KilnError('not-found', `the process that stands for container ${id} has ended`);
 }

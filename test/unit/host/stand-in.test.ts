@@ -15,7 +15,7 @@ describe.skipIf(!hasGcc || !isRoot)('a container’s stand-in (needs gcc and roo
   beforeAll(() => {
     folder = temporaryFolder();
     program = path.join(folder, 'kiln-standin');
-    compile(['standin.c'], program);
+    compile(['standin.c', 'standin-confine.c'], program);
   });
   beforeEach(() => {
     directory = path.join(folder, 'c', 'one');

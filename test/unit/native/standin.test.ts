@@ -35,7 +35,7 @@ describe.skipIf(!hasGcc || !isRoot)('the stand-in (needs gcc and root)', () => {
     program = path.join(folder, 'kiln-standin');
     root = path.join(folder, 'empty');
     mkdirSync(root);
-    compile(['standin.c'], program);
+    compile(['standin.c', 'standin-confine.c'], program);
   });
   afterEach(async () => {
     for (const standIn of started) {

@@ -1,0 +1,281 @@
+/**
+ * The commands of an OCI runtime, with runc's flags and answers: what calls runc can call `kiln`.
+ * Sources: runc 1.1 and 1.2 (man/runc-*.8.md, *.go), the OCI runtime command line interface.
+ */
+import { readFileSync } from 'node:fs';
+import { type Command, InvalidArgumentError } from 'commander';
+import { KilnError } from '../../errors.ts';
+import { parseProcess } from '../../oci/bundle.ts';
+import type { Process } from '../../oci/spec.ts';
+import { describe, table } from './listing.ts';
+import type { StandingProcess } from './process.ts';
+import { OciRuntime } from './runtime.ts';
+import { parseSignal } from './signal.ts';
+
+/** runc's answer when an exec could not be made. */
+const execFailed = 255;
+
+interface GlobalOptions {
+  readonly root: string;
+}
+
+interface LaunchOptions {
+  readonly bundle: string;
+  readonly consoleSocket?: string;
+  readonly pidFile?: string;
+  readonly preserveFds?: number;
+  readonly detach?: boolean;
+  readonly keep?: boolean;
+}
+
+interface ExecOptions {
+  readonly process?: string;
+  readonly consoleSocket?: string;
+  readonly pidFile?: string;
+  readonly detach?: boolean;
+  readonly tty?: boolean;
+  readonly cwd?: string;
+  readonly env: string[];
+  readonly user?: string;
+  readonly cap: string[];
+  readonly noNewPrivs?: boolean;
+  readonly apparmor?: string;
+  readonly preserveFds?: number;
+  readonly ignorePaused?: boolean;
+}
+
+/** Adds the commands to the program; all of them heed its `--root`. */
+export function addOciCommands(program: Command): void {
+  const runtime = () => new OciRuntime(program.opts<GlobalOptions>().root);
+  addLaunching(program, runtime);
+  addLiving(program, runtime);
+  addLooking(program, runtime);
+}
+
+function addLaunching(program: Command, runtime: () => OciRuntime): void {
+  const launch = (name: string, description: string) =>
+    program
+      .command(`${name} <id>`)
+      .description(description)
+      .option('-b, --bundle <dir>', 'the folder with config.json', '.')
+      .option('--console-socket <path>', "a socket that gets the master of the container's terminal")
+      .option('--pid-file <path>', 'a file for the pid')
+      .option('--preserve-fds <n>', 'descriptors that the container gets beside its stdio; none is possible', number)
+      .option('--no-pivot', 'accepted, and without a meaning: the root filesystem is the virtual machine’s')
+      .option('--no-new-keyring', 'accepted, and without a meaning: keyrings are those of the guest’s kernel');
+  launch('create', 'create a container; its program runs with "start"').action(
+    async (id: string, options: LaunchOptions) => {
+      refuseDescriptors(options);
+      await runtime().create({ ...options, id, foreground: false });
+    },
+  );
+  program
+    .command('start <id>')
+    .description('run the program of a container that was created')
+    .action(async (id: string) => {
+      await runtime().start(id);
+    });
+  launch('run', 'create and start a container, and wait for its end')
+    .option('-d, --detach', 'do not wait')
+    .option('--keep', 'keep the container when it has ended')
+    .option('--no-subreaper', 'accepted, and without a meaning: there is nothing to reap')
+    .action(async (id: string, options: LaunchOptions) => {
+      refuseDescriptors(options);
+      process.exitCode = await run(runtime(), id, options);
+    });
+  program
+    .command('exec <id> [command...]')
+    .description('run one more process in a container')
+    .passThroughOptions()
+    .option('-p, --process <file>', 'a file with the process as config.json has it')
+    .option('-d, --detach', 'do not wait for its end')
+    .option('-t, --tty', 'give it a terminal')
+    .option('--console-socket <path>', 'a socket that gets the master of its terminal')
+    .option('--pid-file <path>', 'a file for the pid')
+    .option('--cwd <dir>', 'its working directory')
+    .option('-e, --env <name=value>', 'one more variable', collect, [])
+    .option('-u, --user <uid[:gid]>', 'who it runs as')
+    .option('-g, --additional-gids <gid>', 'one more group', collect, [])
+    .option('-c, --cap <capability>', 'one more capability', collect, [])
+    .option('--no-new-privs', 'it gains no privileges by what it executes')
+    .option('--apparmor <profile>', 'its AppArmor profile')
+    .option('--preserve-fds <n>', 'descriptors that it gets beside its stdio; none is possible', number)
+    .option('--ignore-paused', 'also in a paused container')
+    .action(async (id: string, command: string[], options: ExecOptions) => {
+      process.exitCode = await exec(runtime(), id, command, options);
+    });
+}
+
+function addLiving(program: Command, runtime: () => OciRuntime): void {
+  program
+    .command('kill <id> [signal]')
+    .description('send a signal to the container’s first process')
+    .option('-a, --all', 'to all of its processes')
+    .action(async (id: string, signal = 'SIGTERM', { all = false }: { all?: boolean }) => {
+      await runtime().kill(id, parseSignal(signal), all);
+    });
+  program
+    .command('delete <id>')
+    .description('remove a container that has ended')
+    .option('-f, --force', 'also one that runs, after SIGKILL')
+    .action(async (id: string, { force = false }: { force?: boolean }) => {
+      await runtime().delete(id, force);
+    });
+  program
+    .command('pause <id>')
+    .description('freeze all processes of a container')
+    .action((id: string) => runtime().pause(id));
+  program
+    .command('resume <id>')
+    .description('let a paused container go on')
+    .action((id: string) => runtime().resume(id));
+  for (const name of ['checkpoint', 'restore']) {
+    program
+      .command(`${name} <id>`)
+      .description('not supported yet')
+      .allowUnknownOption()
+      .action(() => {
+        throw new KilnError('unimplemented', `${name} is not supported: Kiln cannot save a container yet`);
+      });
+  }
+}
+
+function addLooking(program: Command, runtime: () => OciRuntime): void {
+  program
+    .command('state <id>')
+    .description('print the state of a container, as JSON')
+    .action(async (id: string) => {
+      const found = runtime();
+      const state = await describe(found, found.states.read(id));
+      process.stdout.write(`${JSON.stringify(state, null, 2)}\n`);
+    });
+  program
+    .command('list')
+    .description('list the containers of --root')
+    .option('-f, --format <format>', '"table" or "json"', 'table')
+    .option('-q, --quiet', 'ids only')
+    .action(async ({ format, quiet = false }: { format: string; quiet?: boolean }) => {
+      requireFormat(format);
+      const found = runtime();
+      const states = await Promise.all(found.states.ids().map((id) => describeIfThere(found, id)));
+      const there = states.filter((state) => state !== undefined);
+      if (quiet) process.stdout.write(there.map(({ id }) => `${id}\n`).join(''));
+      else if (format === 'json') process.stdout.write(JSON.stringify(there.length === 0 ? null : there));
+      else process.stdout.write(table(there));
+    });
+  program
+    .command('ps <id> [options...]')
+    .description('list the processes of a container, by their pids in the guest')
+    .option('-f, --format <format>', '"table" or "json"', 'table')
+    .action(async (id: string, _options: string[], { format }: { format: string }) => {
+      requireFormat(format);
+      const { processes } = await runtime().withTask(id, (task, kilndId) => task.pids(kilndId));
+      const pids = processes.map(({ pid }) => pid);
+      process.stdout.write(
+        format === 'json' ? JSON.stringify(pids) : ['PID', ...pids].map((pid) => `${pid}\n`).join(''),
+      );
+    });
+}
+
+/** One that is just being made or removed is none. */
+async function describeIfThere(runtime: OciRuntime, id: string) {
+  try {
+    return await describe(runtime, runtime.states.read(id));
+  } catch (error) {
+    if (KilnError.from(error).code === 'not-found') return undefined;
+    throw error;
+  }
+}
+
+async function run(runtime: OciRuntime, id: string, options: LaunchOptions): Promise<number> {
+  const foreground = options.detach !== true;
+  const standing = await runtime.create({ ...options, id, foreground });
+  try {
+    await runtime.start(id);
+  } catch (error) {
+    await runtime.delete(id, true);
+    throw error;
+  }
+  if (!foreground) return 0;
+  const status = await follow(standing);
+  if (options.keep !== true) await runtime.delete(id, true);
+  return status;
+}
+
+async function exec(runtime: OciRuntime, id: string, command: string[], options: ExecOptions): Promise<number> {
+  const foreground = options.detach !== true;
+  let standing: StandingProcess;
+  try {
+    refuseDescriptors(options);
+    const wanted = await processFor(runtime, id, command, options);
+    standing = await runtime.exec({ ...options, id, process: wanted, foreground });
+  } catch (error) {
+    process.exitCode = execFailed;
+    throw error;
+  }
+  return foreground ? follow(standing) : 0;
+}
+
+/** Waits for the end of a process in the foreground; the signals that we get are for it. */
+async function follow({ pid, exited }: StandingProcess): Promise<number> {
+  const forwarded: NodeJS.Signals[] = ['SIGTERM', 'SIGHUP', 'SIGQUIT', 'SIGUSR1', 'SIGUSR2'];
+  // What a terminal sends, it sends to both of us.
+  process.on('SIGINT', () => {});
+  for (const signal of forwarded) {
+    process.on(signal, () => {
+      try {
+        process.kill(pid, signal);
+      } catch {
+        // It has just ended.
+      }
+    });
+  }
+  return exited;
+}
+
+async function processFor(runtime: OciRuntime, id: string, command: string[], options: ExecOptions): Promise<Process> {
+  if (options.process !== undefined) return parseProcess(readFileSync(options.process, 'utf8'), options.process);
+  if (command.length === 0)
+    throw new KilnError('invalid-argument', 'exec needs a command, or a process with --process');
+  const base = await runtime.processOf(id);
+  const { cwd = base.cwd, env, user, noNewPrivs, apparmor, tty = false } = options;
+  return {
+    ...base,
+    args: command,
+    cwd,
+    terminal: tty,
+    env: [...(base.env ?? []), ...env],
+    ...(user === undefined ? {} : { user: { ...base.user, ...parseUser(user) } }),
+    ...(noNewPrivs === true ? { noNewPrivileges: true } : {}),
+    ...(apparmor === undefined ? {} : { apparmorProfile: apparmor }),
+  };
+}
+
+function parseUser(text: string): { uid: number; gid?: number } {
+  const match = /^(\d+)(?::(\d+))?$/.exec(text);
+  if (match === null) throw new KilnError('invalid-argument', `--user ${text}: must be UID or UID:GID, as numbers`);
+  const [, uid, gid] = match;
+  return { uid: Number(uid), ...(gid === undefined ? {} : { gid: Number(gid) }) };
+}
+
+function refuseDescriptors({ preserveFds = 0 }: { readonly preserveFds?: number }): void {
+  if (preserveFds === 0) return;
+  throw new KilnError(
+    'unimplemented',
+    `--preserve-fds ${preserveFds}: descriptors of the host cannot be had in a guest`,
+  );
+}
+
+function requireFormat(format: string): void {
+  if (format === 'table' || format === 'json') return;
+  throw new KilnError('invalid-argument', `invalid format option: ${format}`);
+}
+
+function number(text: string): number {
+  if (/^\d+$/.test(text)) return Number(text);
+  throw new InvalidArgumentError('must be a number');
+}
+
+function collect(value: string, before: string[]): string[] {
+  return [...before, value];
+}

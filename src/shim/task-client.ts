@@ -1,0 +1,106 @@
+import { connect } from 'node:net';
+import * as api from '../../gen/containerd/task.ts';
+import { Status } from '../../gen/containerd/task_types.ts';
+import { KilnError } from '../errors.ts';
+import { type MessageCodec, TtrpcClient, TtrpcError } from '../rpc/ttrpc/index.ts';
+
+const service = 'containerd.task.v2.Task';
+
+/** Types of the JSON in Exec and Update. containerd typeurl, runtime-spec. */
+const processType = 'types.containerd.io/opencontainers/runtime-spec/1/Process';
+const resourcesType = 'types.containerd.io/opencontainers/runtime-spec/1/LinuxResources';
+
+export type TaskStatus = 'created' | 'running' | 'paused' | 'stopped';
+
+const statuses: Readonly<Record<number, TaskStatus>> = {
+  [Status.CREATED]: 'created',
+  [Status.RUNNING]: 'running',
+  [Status.PAUSED]: 'paused',
+  [Status.PAUSING]: 'paused',
+};
+
+/** google.protobuf.Empty. */
+const empty: MessageCodec<Record<string, never>> = {
+  encode: () => ({ finish: () => new Uint8Array(0) }),
+  decode: () => ({}),
+};
+
+/** One container's task service, as containerd calls it. */
+export class TaskClient implements Disposable {
+  readonly #client: TtrpcClient;
+
+  /** @param address the path of the container's socket */
+  constructor(address: string) {
+    this.#client = new TtrpcClient(connect(address));
+  }
+
+  create(request: api.CreateTaskRequest): Promise<api.CreateTaskResponse> {
+    return this.#call('Create', api.CreateTaskRequest, api.CreateTaskResponse, request);
+  }
+
+  start(id: string, execId = ''): Promise<api.StartResponse> {
+    return this.#call('Start', api.StartRequest, api.StartResponse, { id, execId });
+  }
+
+  /** runtime-spec, runtime.md "State". */
+  async status(id: string): Promise<TaskStatus> {
+    const { status } = await this.#call('State', api.StateRequest, api.StateResponse, { id, execId: '' });
+    return statuses[status] ?? 'stopped';
+  }
+
+  kill(request: api.KillRequest): Promise<unknown> {
+    return this.#call('Kill', api.KillRequest, empty, request);
+  }
+
+  /** @param process as config.json has it, in JSON */
+  exec(request: Omit<api.ExecProcessRequest, 'spec'>, process: string): Promise<unknown> {
+    const spec = { typeUrl: processType, value: Buffer.from(process) };
+    return this.#call('Exec', api.ExecProcessRequest, empty, { ...request, spec });
+  }
+
+  delete(id: string, execId = ''): Promise<api.DeleteResponse> {
+    return this.#call('Delete', api.DeleteRequest, api.DeleteResponse, { id, execId });
+  }
+
+  pids(id: string): Promise<api.PidsResponse> {
+    return this.#call('Pids', api.PidsRequest, api.PidsResponse, { id });
+  }
+
+  pause(id: string): Promise<unknown> {
+    return this.#call('Pause', api.PauseRequest, empty, { id });
+  }
+
+  resume(id: string): Promise<unknown> {
+    return this.#call('Resume', api.ResumeRequest, empty, { id });
+  }
+
+  stats(id: string): Promise<api.StatsResponse> {
+    return this.#call('Stats', api.StatsRequest, api.StatsResponse, { id });
+  }
+
+  /** @param resources linux.resources as config.json has it, in JSON */
+  update(id: string, resources: string): Promise<unknown> {
+    const given = { typeUrl: resourcesType, value: Buffer.from(resources) };
+    return this.#call('Update', api.UpdateTaskRequest, empty, { id, resources: given, annotations: {} });
+  }
+
+  [Symbol.dispose](): void {
+    this.#client.close();
+  }
+
+  /** @throws KilnError with kilnd's words */
+  async #call<Request, Response>(
+    method: string,
+    requestCodec: Pick<MessageCodec<Request>, 'encode'>,
+    responseCodec: Pick<MessageCodec<Response>, 'decode'>,
+    request: Request,
+  ): Promise<Response> {
+    try {
+      const payload = requestCodec.encode(request).finish();
+      return responseCodec.decode(await this.#client.call(service, method, payload));
+    } catch (error) {
+      if (!(error instanceof TtrpcError)) throw error;
+      throw new KilnError(KilnError.codeOfStatus(error.code), error.message, { cause: error });
+    }
+  }
+}

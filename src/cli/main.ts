@@ -1,6 +1,7 @@
 import path from 'node:path';
 import { Command, Option } from 'commander';
 import { pathsFromEnv } from '../config/paths.ts';
+import { KilnError } from '../errors.ts';
 import { kilnVersion } from '../version.ts';
 import { addOciCommands } from './oci/commands.ts';
 import { type ReportOptions, report } from './oci/report.ts';
@@ -27,11 +28,21 @@ const program = new Command('kiln')
   .option('--rootless <mode>', 'accepted: Kiln needs root')
   .option('--criu <path>', 'accepted, and not used');
 
+const forOperators = [statusCommand(), stopCommand(), timelineCommand(), poolCommand()];
 addOciCommands(program);
-program.addCommand(statusCommand()).addCommand(stopCommand()).addCommand(timelineCommand()).addCommand(poolCommand());
+for (const command of forOperators) program.addCommand(command);
+
+let running: Command | undefined;
+program.hook('preAction', (_program, command) => {
+  running = command;
+});
 
 program.parseAsync().catch((error: unknown) => {
-  const { log, logFormat } = program.opts<{ log?: string; logFormat: ReportOptions['format'] }>();
-  report(error, { log, format: logFormat });
+  if (running !== undefined && forOperators.includes(running)) {
+    process.stderr.write(`kiln: ${KilnError.from(error).userMessage}\n`);
+  } else {
+    const { log, logFormat } = program.opts<{ log?: string; logFormat: ReportOptions['format'] }>();
+    report(error, { log, format: logFormat });
+  }
   process.exitCode ||= 1;
 });

@@ -220,7 +220,7 @@ export function toGuestSpec(given: Spec, options: GuestSpecOptions): GuestSpec {
   };
   const translated = applyRules(specRules, whole, '', translation) as Spec;
   if (liveRoot !== undefined) {
-    volumes.push({ source: liveRoot, destination: '/', readOnly: false, recursive: true, follows: false });
+    volumes.push({ source: liveRoot, destination: '/', readOnly: 'no', recursive: true, follows: false });
   }
   const root = liveRoot === undefined ? {} : { root: { ...translated.root, path: volumePath(volumes.length - 1) } };
   return {

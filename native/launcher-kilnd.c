@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include "launcher.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <libgen.h>
@@ -291,13 +292,40 @@ static int start_kilnd(void)
 	fail("kiln: %s ended during its start without saying why%s%s", path, *tail ? "; its last words: " : "", tail);
 }
 
-int connect_or_start(void)
+/* Sockets, directories and records of containers are gone, or never were; a folder that cannot be read may have some. */
+static bool no_container_is_known(void)
+{
+	static const char *const names[] = {"s", "c", "t"}; /* as in src/daemon/daemon.ts */
+	for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+		char path[PATH_MAX];
+		state_path(path, names[i]);
+		DIR *folder = opendir(path);
+		if (folder == NULL && errno == ENOENT)
+			continue;
+		if (folder == NULL)
+			return false;
+		struct dirent *entry;
+		do {
+			errno = 0;
+			entry = readdir(folder);
+		} while (entry && (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0));
+		bool empty = entry == NULL && errno == 0;
+		closedir(folder);
+		if (!empty)
+			return false;
+	}
+	return true;
+}
+
+int connect_or_start(bool needed)
 {
 	char lock_path[PATH_MAX];
 	waiting_for = "kilnd to accept a connection";
 	int fd = try_connect();
 	if (fd >= 0)
 		return fd;
+	if (!needed && no_container_is_known())
+		return -1;
 	make_state_dir();
 	make_path(lock_path, "%s/launch.lock", state_dir);
 	int lock = open(lock_path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);

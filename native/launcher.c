@@ -17,6 +17,7 @@
  *   reply   = one byte exit code, the path of the socket that a relay shall listen on (or nothing) NUL,
  *             then the bytes for our stdout until EOF
  *   EOF before the first reply byte: that kilnd was stopping; the request goes to a fresh one, at most 3 times.
+ *   delete without a kilnd, and without anything in the state folder that one could know of: answered here.
  * Start of kilnd: KILN_READY_FD=3 names a pipe on which it writes "ready\n", or "error: text", and which it closes.
  */
 #define _GNU_SOURCE
@@ -257,6 +258,21 @@ static void __attribute__((noreturn)) obey(struct bytes *reply, struct relay *re
 	_exit(printed ? (unsigned char)reply->data[0] : 1);
 }
 
+/* A containerd.task.v2.DeleteResponse: what kilnd, too, answers of a container that it does not know (task-service.ts). */
+static void __attribute__((noreturn)) answer_unknown(void)
+{
+	struct timespec now;
+	unsigned char text[16] = {0x10, 137, 1 /* exit_status: 137 */, 0x1a, 0 /* exited_at, its length */, 0x08};
+	size_t length = 6;
+	clock_gettime(CLOCK_REALTIME, &now);
+	unsigned long long seconds = (unsigned long long)now.tv_sec;
+	for (; seconds > 0x7f && length < sizeof text - 1; seconds >>= 7)
+		text[length++] = (unsigned char)(seconds | 0x80);
+	text[length++] = (unsigned char)seconds;
+	text[4] = (unsigned char)(length - 5);
+	_exit(write_all(STDOUT_FILENO, (const char *)text, length) ? 0 : 1);
+}
+
 static void __attribute__((noreturn)) run(const struct options *options, const char *started_ns, char *title,
 					  size_t title_room)
 {
@@ -301,7 +317,10 @@ static void __attribute__((noreturn)) run(const struct options *options, const c
 
 	for (int attempt = 0; attempt <= RETRIES; attempt++) {
 		off_t from = stderr_size();
-		if (exchange(connect_or_start(), &request, &reply)) {
+		int fd = connect_or_start(start);
+		if (fd < 0)
+			answer_unknown();
+		if (exchange(fd, &request, &reply)) {
 			free(request.data);
 			obey(&reply, &relay);
 		}

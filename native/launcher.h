@@ -48,8 +48,11 @@ int lock_folder_of(const char *path);
 /* A connected Unix socket; flags as in socket(2). -1 with errno, which is EPERM for a process of another user. */
 int dial(const char *path, int flags);
 
-/* A socket connected to a kilnd that is ready. Ten launchers at once start one kilnd. */
-int connect_or_start(void);
+/*
+ * A socket connected to a kilnd that is ready. Ten launchers at once start one kilnd. Where it is not needed, -1 when there is
+ * none and nothing of any container either, which a kilnd that is started could know of.
+ */
+int connect_or_start(bool needed);
 
 /* The size of <state>/kilnd.stderr; and what was added since it had the size `from`, at most STDERR_TAIL bytes + NUL. */
 off_t stderr_size(void);

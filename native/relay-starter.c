@@ -39,7 +39,7 @@ void launch_starter(void)
 		if (dup2(ends[1], STDOUT_FILENO) < 0 || syscall(SYS_close_range, 3u, ~0u, 0u) < 0)
 			_exit(1);
 		start_time_limit();
-		connect_or_start();
+		connect_or_start(true);
 		_exit(0);
 	}
 	close(ends[1]);

@@ -16,7 +16,7 @@ import { type ContainerMaker, Endpoints } from './endpoints.ts';
 
 /**
  * How long a kilnd that is to stop keeps an endpoint without a task, in ms. Between the task's end and containerd's
- * `delete`, which would start another kilnd, lie some hundredths of a second; containerd gives the `delete` 5 s.
+ * `delete`, which no other kilnd could answer with the exit, lie some hundredths of a second; containerd gives it 5 s.
  */
 const lingerMs = 5000;
 

@@ -419,7 +419,7 @@ describe('stop', () => {
     ]);
   });
 
-  it('waits for the delete that follows a task, which would start another kilnd', async () => {
+  it('waits for the delete that follows a task, which no other kilnd could answer', async () => {
     const bench = await startedWithEvents();
     const client = await bench.running('c1');
     await client.kill(9);

@@ -1,11 +1,12 @@
 import { ProcessDetails } from '../../gen/containerd/runc_details.ts';
 import * as api from '../../gen/containerd/task.ts';
 import type { Any } from '../../gen/google/protobuf/any.ts';
-import { type ErrorCode, forLog, KilnError } from '../errors.ts';
+import { forLog, KilnError } from '../errors.ts';
 import type { Logger } from '../observe/logger.ts';
 import { parseLimitResources } from '../oci/limits.ts';
-import { type CallContext, type ServiceTable, TtrpcError, unary } from '../rpc/ttrpc/index.ts';
+import { type CallContext, type ServiceTable, unary } from '../rpc/ttrpc/index.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
+import { told } from './answers.ts';
 import { hostCgroupMode, toMetrics } from './metrics.ts';
 import { toTaskStatus, toTimestamp } from './status.ts';
 import {
@@ -45,10 +46,11 @@ const killedStatus = 137;
 
 /** What the shim binary's `delete` prints for a container that nobody knows any more. */
 export function unknownTaskDeleted(): Uint8Array {
-  return deleteReply({ pid: 0, exit: { status: killedStatus, at: new Date() } });
+  return toDeleteReply({ pid: 0, exit: { status: killedStatus, at: new Date() } });
 }
 
-function deleteReply(last: Pick<EndedProcess, 'pid' | 'exit'>): Uint8Array {
+/** What it prints for one whose end is known. */
+export function toDeleteReply(last: Pick<EndedProcess, 'pid' | 'exit'>): Uint8Array {
   return api.DeleteResponse.encode(toDeleteResponse(last)).finish();
 }
 
@@ -57,9 +59,6 @@ const resourcesType = 'runtime-spec/1/LinuxResources';
 
 /** Deletes of execs that can be answered once more when their answers got lost with an earlier kilnd. */
 const deletedExecsKept = 32;
-
-/** Answers that belong to the conversation, such as a Kill that comes after the exit. */
-const ordinary: ReadonlySet<ErrorCode> = new Set(['not-found', 'failed-precondition', 'already-exists', 'canceled']);
 
 /** google.protobuf.Empty. */
 const Empty = { encode: () => ({ finish: () => new Uint8Array(0) }), decode: () => ({}) };
@@ -197,25 +196,16 @@ export class TaskService {
       this.#lastExit = { execId: '', pid: container.pid, exit };
       this.#task = undefined;
     }
-    return this.#lastExit === undefined ? unknownTaskDeleted() : deleteReply(this.#lastExit);
+    return this.#lastExit === undefined ? unknownTaskDeleted() : toDeleteReply(this.#lastExit);
   }
 
-  /** A method whose failures are in our log too: the client may be gone, and keeps only the message anyway. */
   #told<Request, Response>(
     name: string,
     method: (request: Request, context: CallContext) => Promise<Response>,
   ): (request: Request, context: CallContext) => Promise<Response> {
-    return async (request, context) => {
-      try {
-        if (name !== 'State' && name !== 'Connect') await this.#restoring?.done;
-        return await method.call(this, request, context);
-      } catch (error) {
-        const expected = error instanceof TtrpcError || (error instanceof KilnError && ordinary.has(error.code));
-        const level = expected && name !== 'Create' ? 'debug' : 'error';
-        this.#options.logger[level]({ err: forLog(error) }, `${name} failed`);
-        throw error;
-      }
-    };
+    const waits = name !== 'State' && name !== 'Connect';
+    const before = waits ? () => this.#restoring?.done : undefined;
+    return told(name, { logger: this.#options.logger, before }, method.bind(this));
   }
 
   #find(id: string): Task {

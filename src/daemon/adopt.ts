@@ -7,8 +7,11 @@ import { reattachContainer } from '../sandbox/create.ts';
 import { reattachPod } from '../sandbox/create-pod.ts';
 import { EndedContainer, EndedProcess } from '../sandbox/ended.ts';
 import { ContainerHooks } from '../sandbox/hooks.ts';
+import type { PodContainer } from '../sandbox/pod-container.ts';
 import type { Exit } from '../sandbox/process-state.ts';
-import { type ContainerRecord, readContainerRecord } from '../sandbox/record.ts';
+import { type ContainerRecord, type PodRecord, readContainerRecord } from '../sandbox/record.ts';
+import type { SandboxContainer } from '../shim/sandbox-service.ts';
+import { noStdio, type StdioPaths } from '../shim/stdio.ts';
 import { loggerFifosBelow } from '../shim/stdio-logger.ts';
 import type { RestoredTask, TaskProcess } from '../shim/task.ts';
 import { createRequestOf, execRequestsOf, type TaskState } from '../shim/task-record.ts';
@@ -22,38 +25,30 @@ import { vmmNamed } from './vmm.ts';
  * written down of it, what is left of it is a container that has ended. Never rejects.
  */
 export async function adoptContainer(
-  { host, pods, load }: Installation,
+  installation: Installation,
   state: TaskState,
   context: ContainerContext,
   signal: AbortSignal,
 ): Promise<RestoredTask> {
+  const { host, pods, load } = installation;
   const { directory, timeline, logger } = context;
   let record: ContainerRecord | undefined;
   try {
     record = readContainerRecord(directory);
     const request = createRequestOf(state);
     if (record !== undefined && record.exit === undefined && request !== undefined) {
-      const { id, stdin, stdout, stderr, terminal } = request;
-      const openStdio = () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, id, adopt: true });
-      const common = { directory, openStdio, timeline, logger };
-      const means = { logger, parking: host.parking };
       if (record.place === 'pod') {
-        const vmm = vmmNamed(record.vmm, load().config, means);
-        const onGone = () => pods.remove(directory);
-        const adopting = reattachPod(host, { ...common, record, vmm, onGone }, signal);
-        // Before anything is awaited, so that the pod's containers find it.
-        pods.add(
-          directory,
-          adopting.then(({ pod }) => pod),
-        );
-        return { container: (await adopting).container, execs: withEnded(state, new Map(), unknownExit()) };
+        const container = await adoptPod(installation, record, { ...context, stdio: request }, signal);
+        return { container, execs: withEnded(state, new Map(), unknownExit()) };
       }
+      const openStdio = () => openStdioOf(request, { ...context, adopt: true });
+      const common = { directory, openStdio, timeline, logger };
       const execs = [...execRequestsOf(state).values()].map((exec) => prepareExec(exec, { ...context, adopt: true }));
       // All pods are being taken over by then.
       await setImmediate();
       const where =
         record.place === 'alone'
-          ? { record, vmm: vmmNamed(record.vmm, load().config, means) }
+          ? { record, vmm: vmmNamed(record.vmm, load().config, { logger, parking: host.parking }) }
           : { record, pod: await pods.find(record.pod, path.basename(record.pod)) };
       const adopted = await reattachContainer(host, { ...common, ...where, execs }, signal);
       return { container: adopted.container, execs: withEnded(state, adopted.execs, unknownExit()) };
@@ -61,17 +56,52 @@ export async function adoptContainer(
   } catch (error) {
     logger.error({ err: forLog(error) }, 'cannot take the container over: it has ended');
   }
-  return endedTask(state, record, context);
+  return { container: endedContainer(record, context), execs: withEnded(state, new Map(), exitOf(record)) };
+}
+
+/** As `adoptContainer`, of a sandbox. */
+export async function adoptSandbox(
+  installation: Installation,
+  context: ContainerContext,
+  signal: AbortSignal,
+): Promise<SandboxContainer> {
+  let record: ContainerRecord | undefined;
+  try {
+    record = readContainerRecord(context.directory);
+    if (record?.place === 'pod' && record.exit === undefined) {
+      return await adoptPod(installation, record, { ...context, stdio: noStdio }, signal);
+    }
+  } catch (error) {
+    context.logger.error({ err: forLog(error) }, 'cannot take the sandbox over: it has ended');
+  }
+  return endedContainer(record, context);
+}
+
+/** A pod that an earlier kilnd has made, with what stands for it. */
+async function adoptPod(
+  { host, pods, load }: Installation,
+  record: PodRecord,
+  context: ContainerContext & { readonly stdio: StdioPaths },
+  signal: AbortSignal,
+): Promise<PodContainer> {
+  const { directory, timeline, logger, stdio } = context;
+  const vmm = vmmNamed(record.vmm, load().config, { logger, parking: host.parking });
+  const openStdio = () => openStdioOf(stdio, { ...context, adopt: true });
+  const onGone = () => pods.remove(directory);
+  const adopting = reattachPod(host, { directory, openStdio, timeline, logger, record, vmm, onGone }, signal);
+  // Before anything is awaited, so that the pod's containers find it.
+  pods.add(
+    directory,
+    adopting.then(({ pod }) => pod),
+  );
+  return (await adopting).container;
 }
 
 /** What is left of a container whose VM is gone: an exit, and things to be removed. */
-function endedTask(
-  state: TaskState,
+function endedContainer(
   record: ContainerRecord | undefined,
-  { directory, holds, logger }: ContainerContext,
-): RestoredTask {
-  const request = createRequestOf(state);
-  const exit = record?.exit && { status: record.exit.status, at: new Date(record.exit.atMs) };
+  { id, directory, holds, logger }: ContainerContext,
+): EndedContainer {
   const disposal = new AsyncDisposableStack();
   if (record !== undefined) {
     const hooks = new ContainerHooks({ id: record.id, hooks: record.hooks, logger, begun: true });
@@ -84,9 +114,11 @@ function endedTask(
   }
   // Its loggers end with their streams, which the relay holds open beside the processes that are killed then.
   disposal.defer(() => Promise.all(loggerFifosBelow(directory).map((fifo) => holds.releaseFifo(fifo))).then(() => {}));
-  const pid = record?.standIn.pid ?? 0;
-  const container = new EndedContainer(request?.id ?? '', pid, exit ?? unknownExit(), disposal);
-  return { container, execs: withEnded(state, new Map(), exit ?? unknownExit()) };
+  return new EndedContainer(id, record?.standIn.pid ?? 0, exitOf(record), disposal);
+}
+
+function exitOf(record: ContainerRecord | undefined): Exit {
+  return record?.exit === undefined ? unknownExit() : { status: record.exit.status, at: new Date(record.exit.atMs) };
 }
 
 /** The execs that were started and are not there any more, beside those that are. */

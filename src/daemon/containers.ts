@@ -6,16 +6,16 @@ import { findNodes, lookAtDevice } from '../host/block-devices.ts';
 import type { Logger } from '../observe/logger.ts';
 import { possibleNodes } from '../oci/block-devices.ts';
 import { parseProcess, readBundle } from '../oci/bundle.ts';
+import { withPodFiles } from '../oci/cri-pod.ts';
 import { terminalSize, toGuestProcess, toGuestSpec } from '../oci/guest-spec.ts';
 import { hostHooks } from '../oci/hooks.ts';
 import { stringifyJson } from '../oci/json.ts';
 import { podPlace } from '../oci/pod.ts';
-import { guestPodOf, networkNamespaceOf, withPodResources } from '../oci/pod-spec.ts';
+import { networkNamespaceOf } from '../oci/pod-spec.ts';
 import { memoryLimitOf, vmSize } from '../oci/vm-size.ts';
 import { guestRootDirectory, planRootfs } from '../rootfs/index.ts';
 import { mountsNow } from '../rootfs/mountinfo.ts';
 import { bootContainer } from '../sandbox/create.ts';
-import { bootPod } from '../sandbox/create-pod.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
 import type { Pods } from '../sandbox/pod.ts';
 import type { SandboxPool } from '../sandbox/pool.ts';
@@ -26,6 +26,7 @@ import { openStdio, type StdioPaths } from '../shim/stdio.ts';
 import type { ExecTaskRequest, TaskContainer, TaskRequest } from '../shim/task.ts';
 import type { ContainerContext } from './endpoints.ts';
 import { guestFiles } from './installation.ts';
+import { makePod } from './pods.ts';
 import { selectVmm } from './vmm.ts';
 
 /** What belongs to kilnd, not to one container. */
@@ -41,11 +42,12 @@ export interface Installation {
  * anything is acquired.
  */
 export async function createContainer(
-  { host, pods, load }: Installation,
+  installation: Installation,
   request: TaskRequest,
   context: ContainerContext,
   signal: AbortSignal,
 ): Promise<TaskContainer> {
+  const { host, pods, load } = installation;
   const { timeline, logger } = context;
   const { id, stdin, stdout, stderr, terminal } = request;
   timeline.mark('request');
@@ -67,26 +69,10 @@ export async function createContainer(
       hooks,
     },
     ...{ files: guestFiles(config, loaded.paths), terminal, timeline, logger },
-    openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, id }),
+    openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, context),
   };
   const place = podPlace(bundle.spec);
-  if (place.kind === 'sandbox') {
-    const size = vmSize(config, withPodResources(bundle.spec));
-    const networkNamespace = networkNamespaceOf(bundle.spec);
-    const making = bootPod(
-      host,
-      {
-        ...{ ...common, ...size, guestPod: guestPodOf(bundle.spec, id), networkNamespace },
-        onGone: () => pods.remove(context.directory),
-      },
-      signal,
-    );
-    pods.add(
-      context.directory,
-      making.then(({ pod }) => pod),
-    );
-    return (await making).container;
-  }
+  if (place.kind === 'sandbox') return makePod(installation, bundle.spec, common, signal);
   const pod =
     place.kind === 'member'
       ? await pods.findForNew(context.directoryOf(place.sandboxId), place.sandboxId, signal)
@@ -102,7 +88,8 @@ export async function createContainer(
     hasMountsBelow: mountsNow(),
     ...(pod && { pod: { pid: pod.pid } }),
   };
-  const guest = toGuestSpec(bundle.spec, guestOptions);
+  const spec = pod?.filesDirectory === undefined ? bundle.spec : withPodFiles(bundle.spec, pod.filesDirectory);
+  const guest = toGuestSpec(spec, guestOptions);
   for (const warning of guest.warnings) logger.warn(warning);
   const devices = await Promise.all(guest.blockDevices.map(lookAtDevice));
   if (request.options !== undefined && ours === undefined) {
@@ -124,7 +111,7 @@ export async function createContainer(
       spec: (volumeNumbers, deviceNumbers) => {
         // Only volumes and block devices have numbers in it.
         const none = volumeNumbers.length + deviceNumbers.length === 0;
-        const numbered = none ? guest : toGuestSpec(bundle.spec, { ...guestOptions, volumeNumbers, deviceNumbers });
+        const numbered = none ? guest : toGuestSpec(spec, { ...guestOptions, volumeNumbers, deviceNumbers });
         return stringifyJson(numbered.spec);
       },
       volumes: guest.volumes,
@@ -179,7 +166,7 @@ export function prepareExec(request: ExecTaskRequest, context: ExecContext): Exe
     process: stringifyJson(process),
     terminal,
     terminalSize: terminalSize(given),
-    openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, id, directory }),
+    openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, directory }),
   };
 }
 
@@ -189,13 +176,9 @@ interface ExecContext extends Omit<ContainerContext, 'timeline'> {
   readonly adopt?: boolean;
 }
 
-interface StdioContext extends ExecContext {
-  readonly id: string;
-}
-
 export function openStdioOf(
   paths: StdioPaths,
-  { id, namespace, directory, logger, holds, adopt = false }: StdioContext,
+  { id, namespace, directory, logger, holds, adopt = false }: ExecContext,
 ) {
   const onError = (name: string, error: Error) => logger.error({ err: error }, `output to ${name} is being lost`);
   return openStdio(paths, { id, namespace, directory, holds, adopt, onError });

@@ -47,7 +47,10 @@ export async function takeStock(stateDir: string, logger: Logger): Promise<Map<s
   const pooled = new Set([...tasks.keys()].map((key) => vmDirectoryOf(containerDirectory(stateDir, key))));
   const waiting = listDirectory(path.join(stateDir, poolName)).map((name) => path.join(stateDir, poolName, name));
   // A record without a task is of one that was deleted; what lies there then is of the next one's Create.
-  const unknown = listDirectory(path.join(stateDir, 'c')).filter((key) => tasks.get(key)?.state.create === undefined);
+  const unknown = listDirectory(path.join(stateDir, 'c')).filter((key) => {
+    const state = tasks.get(key)?.state;
+    return state?.create === undefined && state?.sandbox === undefined;
+  });
   const left = [
     ...unknown.map((key) => containerDirectory(stateDir, key)),
     ...waiting.filter((directory) => !pooled.has(directory)),

@@ -13,6 +13,8 @@ import type { ControlReply, LauncherContext, StartRequest } from '../shim/contro
 import { Endpoint } from '../shim/endpoint.ts';
 import { EventPublisher } from '../shim/publisher.ts';
 import type { RelayHeader } from '../shim/relay/header.ts';
+import type { SandboxRequest } from '../shim/sandbox-request.ts';
+import type { SandboxContainer } from '../shim/sandbox-service.ts';
 import type { FifoHolds } from '../shim/stdio.ts';
 import type { ExecTaskRequest, RestoredTask, TaskContainer, TaskRequest } from '../shim/task.ts';
 import { removeTaskRecord, type TaskRecord, type TaskState, writeTaskRecord } from '../shim/task-record.ts';
@@ -28,6 +30,7 @@ const lastEventsMs = 2000;
 export interface ContainerContext {
   /** containerd's. */
   readonly namespace: string;
+  readonly id: string;
   /** A directory for the container alone; not yet existing. */
   readonly directory: string;
   /** The directory of another container of the same containerd and namespace. */
@@ -38,13 +41,20 @@ export interface ContainerContext {
   readonly holds: FifoHolds;
 }
 
-/** Makes containers, and takes them over. */
+/** Makes containers and sandboxes, and takes them over. */
 export interface ContainerMaker {
   readonly createContainer: (
     request: TaskRequest,
     context: ContainerContext,
     signal: AbortSignal,
   ) => Promise<TaskContainer>;
+  readonly createSandbox: (
+    request: SandboxRequest,
+    context: ContainerContext,
+    signal: AbortSignal,
+  ) => Promise<SandboxContainer>;
+  /** As `adoptContainer`, of a sandbox. */
+  readonly adoptSandbox: (context: ContainerContext, signal: AbortSignal) => Promise<SandboxContainer>;
   /** Takes over the container of an earlier kilnd, or what is left of it; rejects only when the signal aborts. */
   readonly adoptContainer: (state: TaskState, context: ContainerContext, signal: AbortSignal) => Promise<RestoredTask>;
   readonly prepareExec: (request: ExecTaskRequest, context: Omit<ContainerContext, 'timeline'>) => ExecRequest;
@@ -125,10 +135,13 @@ export class Endpoints {
 
   /** Makes the endpoint of a task that an earlier kilnd has written down, and begins to take its container over. */
   restore(key: string, { context, state }: TaskRecord): Promise<void> {
-    const { adoptContainer } = this.#options;
+    const { adoptContainer, adoptSandbox } = this.#options;
     const endpoint = this.#make(key, context);
     const given = { ...this.#contextOf(key, context, endpoint), timeline: new Timeline() };
-    return endpoint.restore(state, knownOf(given.directory), (signal) => adoptContainer(state, given, signal));
+    return endpoint.restore(state, knownOf(given.directory), {
+      task: (signal) => adoptContainer(state, given, signal),
+      sandbox: (signal) => adoptSandbox(given, signal),
+    });
   }
 
   /** Makes the container's endpoint, or finds it when containerd asks again, and leaves its address in the bundle. */
@@ -168,12 +181,17 @@ export class Endpoints {
     launcher: LauncherContext,
     bootstrap: Bootstrap = readBootstrap(launcher, new Uint8Array(0)),
   ): Endpoint {
-    const { paths, log, createContainer, prepareExec } = this.#options;
+    const { paths, log, timelines, createContainer, createSandbox, prepareExec } = this.#options;
     const { namespace, id, bundle, launcherStartedNs } = launcher;
     const publisher = launcher.ttrpcAddress === '' ? undefined : this.#publisherFor(launcher.ttrpcAddress);
     const taskLog = new TaskLog(bundle, id);
     const logger = log.forTask(taskLog, bootstrap.logLevel).child({ namespace, id });
     logger.debug({ bootstrap }, 'containerd starts a container');
+    const newContext = () => {
+      const timeline = timelines.begin(namespace, id);
+      timeline.mark('launcher', served.launchedAtMs);
+      return { ...this.#contextOf(key, launcher, endpoint), timeline };
+    };
     const endpoint: Endpoint = new Endpoint({
       socketPath: path.join(paths.stateDir, 's', key),
       namespace,
@@ -185,11 +203,8 @@ export class Endpoints {
       onQuiet: () => this.#options.onQuiet(),
       onDeleted: () => taskLog.close(),
       prepareExec: (exec) => prepareExec(exec, this.#contextOf(key, launcher, endpoint)),
-      createContainer: (create, signal) => {
-        const timeline = this.#options.timelines.begin(namespace, id);
-        timeline.mark('launcher', served.launchedAtMs);
-        return createContainer(create, { ...this.#contextOf(key, launcher, endpoint), timeline }, signal);
-      },
+      createContainer: (create, signal) => createContainer(create, newContext(), signal),
+      createSandbox: (create, signal) => createSandbox(create, newContext(), signal),
     });
     const served = { endpoint, madeForNs: launcherStartedNs, launchedAtMs: inMs(launcherStartedNs) };
     this.#served.set(key, served);
@@ -198,10 +213,10 @@ export class Endpoints {
 
   #contextOf(key: string, launcher: LauncherContext, endpoint: Endpoint): Omit<ContainerContext, 'timeline'> {
     const { stateDir } = this.#options.paths;
-    const { namespace, ttrpcAddress } = launcher;
-    const directoryOf = (id: string) => containerDirectory(stateDir, keyOf({ ttrpcAddress, namespace, id }));
+    const { namespace, id, ttrpcAddress } = launcher;
+    const directoryOf = (other: string) => containerDirectory(stateDir, keyOf({ ttrpcAddress, namespace, id: other }));
     return {
-      namespace,
+      ...{ namespace, id },
       directory: containerDirectory(stateDir, key),
       directoryOf,
       logger: endpoint.logger,

@@ -18,13 +18,14 @@ import { flock } from '../sys/lock.ts';
 import { NetworkNamespace } from '../sys/netns.ts';
 import { TemplateStore } from '../template/store.ts';
 import { kilnVersion } from '../version.ts';
-import { adoptContainer } from './adopt.ts';
+import { adoptContainer, adoptSandbox } from './adopt.ts';
 import { createContainer, keepPool, prepareExec } from './containers.ts';
 import { Daemon } from './daemon.ts';
 import { poolName } from './earlier.ts';
 import { fileServers } from './file-servers.ts';
 import { defaultGuestDir, standInProgram } from './installation.ts';
 import { endRemains } from './remains.ts';
+import { createSandbox } from './sandboxes.ts';
 import { firecrackerCounters } from './vmm.ts';
 
 /**
@@ -82,7 +83,9 @@ async function main(): Promise<void> {
     // Who wants virtual machines to wait wants kilnd to.
     idleTimeoutMs: config.pool.min > 0 ? 0 : config.daemon.idleTimeoutS * 1000,
     createContainer: (request, context, signal) => createContainer(installation, request, context, signal),
+    createSandbox: (request, context, signal) => createSandbox(installation, request, context, signal),
     adoptContainer: (state, context, signal) => adoptContainer(installation, state, context, signal),
+    adoptSandbox: (context, signal) => adoptSandbox(installation, context, signal),
     prepareExec,
     onRestoring: (restored) => pods.settleAfter(restored, logger),
     collectGarbage: () => Promise.all([rootfs.collectGarbage(), templates.collectGarbage(config.template)]),

@@ -1,5 +1,8 @@
+import { mkdir, writeFile } from 'node:fs/promises';
+import path from 'node:path';
 import type { GuestPod } from '../guest/guest.ts';
 import { startStandIn } from '../host/stand-in.ts';
+import type { PodFiles } from '../oci/cri-pod.ts';
 import { faultPoint } from './faults.ts';
 import { ContainerHooks } from './hooks.ts';
 import { Pod } from './pod.ts';
@@ -24,6 +27,8 @@ export interface PodRequest
     Pick<ContainerRequest, 'hooks' | 'terminal' | 'openStdio' | 'networkNamespace'> {
   /** What the pod's containers share. */
   readonly guestPod: GuestPod;
+  /** What each container gets in /etc, where their specs do not say it. */
+  readonly podFiles?: PodFiles | undefined;
   /** Called when nothing of the pod is left. */
   readonly onGone: () => void;
 }
@@ -44,6 +49,7 @@ export async function bootPod(
   // Early on the stack, because they run when all the rest is gone.
   stack.defer(() => hooks.poststop());
   await makeDirectory(directory, stack);
+  const filesDirectory = request.podFiles && (await writePodFiles(directory, request.podFiles));
   const { either, guard } = sideBySide(signal);
   const [stdio, standIn, sandbox] = await Promise.allSettled([
     guard(request.openStdio()),
@@ -62,7 +68,15 @@ export async function bootPod(
   timeline.mark('created');
   faultPoint('container-create');
   const parts = { standIn: fulfilled(standIn), sandbox: fulfilled(sandbox), hooks, disposal: stack.move() };
-  return standFor(request, { ...parts, hookPlan: request.hooks, started: false });
+  return standFor(request, { ...parts, hookPlan: request.hooks, started: false, filesDirectory });
+}
+
+/** They belong to the pod's containers, which may write to them. */
+async function writePodFiles(directory: string, files: PodFiles): Promise<string> {
+  const at = path.join(directory, 'etc');
+  await mkdir(at, { mode: 0o755 });
+  for (const [name, text] of Object.entries(files)) await writeFile(path.join(at, name), text, { mode: 0o644 });
+  return at;
 }
 
 /** A pod of an earlier kilnd. When that fails, its VM is ended, and what is left of it on the host stays. */
@@ -74,7 +88,7 @@ export async function reattachPod(
   signal: AbortSignal,
 ): Promise<{ container: PodContainer; pod: Pod }> {
   const { record, directory, vmm, openStdio, logger } = request;
-  const { id, terminal, hooks: hookPlan, started } = record;
+  const { id, terminal, hooks: hookPlan, started, filesDirectory } = record;
   await using stack = new AsyncDisposableStack();
   const hooks = new ContainerHooks({ id, hooks: hookPlan, logger, begun: true });
   const sandbox = stack.use(
@@ -87,7 +101,10 @@ export async function reattachPod(
   const disposal = new AsyncDisposableStack();
   disposal.defer(request.onGone);
   holdAdopted(disposal, directory, { hooks, stdio, others: [standIn, sandbox] });
-  return standFor({ ...request, id, terminal }, { standIn, sandbox, hooks, hookPlan, disposal, started });
+  return standFor(
+    { ...request, id, terminal },
+    { ...{ standIn, sandbox, hooks, hookPlan, disposal }, ...{ started, filesDirectory } },
+  );
 }
 
 type Standing = ConstructorParameters<typeof PodContainer>[0];
@@ -101,12 +118,15 @@ function standFor(
     timeline,
     logger,
   }: Pick<PodRequest, 'id' | 'directory' | 'vmm' | 'terminal' | 'timeline' | 'logger'>,
-  parts: Pick<Standing, 'standIn' | 'hooks' | 'hookPlan' | 'disposal' | 'started'> & { readonly sandbox: Sandbox },
+  parts: Pick<Standing, 'standIn' | 'hooks' | 'hookPlan' | 'disposal' | 'started'> & {
+    readonly sandbox: Sandbox;
+    readonly filesDirectory: string | undefined;
+  },
 ): { container: PodContainer; pod: Pod } {
-  const { sandbox, ...others } = parts;
+  const { sandbox, filesDirectory, ...others } = parts;
   let container: PodContainer | undefined;
   const save = () => container?.save();
-  const pod = new Pod({ directory, sandbox, pid: parts.standIn.pid, save, logger });
+  const pod = new Pod({ directory, sandbox, pid: parts.standIn.pid, save, filesDirectory, logger });
   container = new PodContainer({ ...{ id, directory, pod, terminal, timeline, logger }, vmm: vmm.name, ...others });
   return { container, pod };
 }

@@ -93,6 +93,16 @@ export class EndedContainer extends EndedProcess {
     throw new KilnError('not-found', `${this.#containerName} has ended, and nobody knows what it used`);
   }
 
+  async stop(): Promise<void> {}
+
+  async ping(): Promise<never> {
+    throw new KilnError('failed-precondition', `${this.#containerName} has ended`);
+  }
+
+  describe(): Readonly<Record<string, unknown>> {
+    return { processStatus: this.state.kind };
+  }
+
   override async delete(): Promise<Exit> {
     await this.destroy();
     return super.delete();

@@ -96,6 +96,28 @@ export class PodContainer {
     else if (signal === sigterm || signal === sigint) void this.#end(0);
   }
 
+  /** As the signal at which a pause process ends, but waits for the end, and has a time of its own for it. */
+  stop(graceMs?: number): Promise<void> {
+    return this.#end(0, graceMs);
+  }
+
+  /** @throws KilnError failed-precondition when it has ended, unavailable or deadline-exceeded when the guest is silent */
+  async ping(): Promise<void> {
+    if (this.exit.peek() !== undefined) throw new KilnError('failed-precondition', `${this.#name} has ended`);
+    await this.#parts.pod.sandbox.guest.containers();
+  }
+
+  describe(): Readonly<Record<string, unknown>> {
+    const { pod, vmm } = this.#parts;
+    const { pid, nics } = pod.sandbox.vm;
+    const { kernelRelease, bootId, memoryBytes, vcpus } = pod.sandbox.guest.facts;
+    return {
+      processStatus: this.#state.kind,
+      containers: pod.memberIds,
+      vm: { vmm, pid, memoryBytes, vcpus, kernelRelease, bootId, networkCards: nics.length },
+    };
+  }
+
   /** What all containers of the pod use together. */
   stats(): Promise<ContainerStats> {
     return this.#parts.pod.sandbox.guest.totalStats();
@@ -156,15 +178,15 @@ export class PodContainer {
   }
 
   /** Ends the pod, and then this; the first status counts. Never rejects. */
-  #end(status: number): Promise<void> {
-    this.#ending ??= this.#endAll(status);
+  #end(status: number, graceMs?: number): Promise<void> {
+    this.#ending ??= this.#endAll(status, graceMs);
     return this.#ending;
   }
 
-  async #endAll(status: number): Promise<void> {
+  async #endAll(status: number, graceMs?: number): Promise<void> {
     const { pod, standIn, logger } = this.#parts;
     try {
-      await pod.end();
+      await pod.end(graceMs);
     } catch (error) {
       logger.warn({ err: forLog(error) }, 'cannot end the VM of the pod');
     }
@@ -202,6 +224,7 @@ export class PodContainer {
       standIn: standIn.identity,
       hooks: hookPlan,
       oomKills: 0,
+      filesDirectory: pod.filesDirectory,
       ...(exit === undefined ? {} : { exit: { status: exit.status, atMs: exit.at.getTime() } }),
     };
     try {

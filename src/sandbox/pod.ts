@@ -23,6 +23,8 @@ export interface PodParts {
   readonly pid: number;
   /** Writes down what the next kilnd needs of the VM. */
   readonly save: () => void;
+  /** Where the files are that each container gets in /etc; undefined where its spec says it all. */
+  readonly filesDirectory?: string | undefined;
   readonly logger: Logger;
 }
 
@@ -53,6 +55,15 @@ export class Pod implements AsyncDisposable {
 
   get pid(): number {
     return this.#parts.pid;
+  }
+
+  get filesDirectory(): string | undefined {
+    return this.#parts.filesDirectory;
+  }
+
+  /** The ids of the containers that are there. */
+  get memberIds(): readonly string[] {
+    return Array.from(this.#members, ({ id }) => id);
   }
 
   /** Whoever stands for it has ended it, and its VM has not ended before. */
@@ -118,7 +129,7 @@ export class Pod implements AsyncDisposable {
    */
   async removeUnknown(): Promise<void> {
     const { sandbox, logger } = this.#parts;
-    const known = new Set(Array.from(this.#members, ({ id }) => id));
+    const known = new Set(this.memberIds);
     const unknown = (await sandbox.guest.containers()).filter((id) => !known.has(id));
     const removals = unknown.map((id) => {
       logger.warn({ container: id }, 'removing a container from the guest that no kilnd knows');
@@ -130,14 +141,18 @@ export class Pod implements AsyncDisposable {
     await sandbox.detachUnknown();
   }
 
-  /** Ends the containers, in little time, and the VM in any case. Safe to call twice. */
-  end(): Promise<void> {
+  /**
+   * Ends the containers, in little time, and the VM in any case. Safe to call twice.
+   *
+   * @param graceMs how much time
+   */
+  end(graceMs = destroyGraceMs): Promise<void> {
     this.#wasEnded ||= !this.#vmHasEnded;
-    this.#end ??= this.#endAll();
+    this.#end ??= this.#endAll(graceMs);
     return this.#end;
   }
 
-  async #endAll(): Promise<void> {
+  async #endAll(graceMs: number): Promise<void> {
     const { logger } = this.#parts;
     const quits = Array.from(this.#members, async (member) => {
       try {
@@ -146,7 +161,7 @@ export class Pod implements AsyncDisposable {
         logger.debug({ err: error, container: member.id }, 'a container of the pod ends with its VM');
       }
     });
-    await Promise.race([Promise.all(quits), delay(destroyGraceMs, undefined, { ref: false })]);
+    await Promise.race([Promise.all(quits), delay(graceMs, undefined, { ref: false })]);
     await this.#endVm();
   }
 

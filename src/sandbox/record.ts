@@ -59,7 +59,13 @@ const aloneRecord = z.object({
   /** Of the host's devices that it has. */
   devices: slots.optional(),
 });
-const podRecord = z.object({ place: z.literal('pod'), ...common, ...ofVm });
+const podRecord = z.object({
+  place: z.literal('pod'),
+  ...common,
+  ...ofVm,
+  /** Where the files are that its containers get in /etc. */
+  filesDirectory: z.string().optional(),
+});
 const memberRecord = z.object({
   place: z.literal('member'),
   ...common,

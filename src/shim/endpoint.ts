@@ -5,12 +5,13 @@ import type { Logger } from '../observe/logger.ts';
 import { TtrpcServer } from '../rpc/ttrpc/index.ts';
 import type { Keeper } from './relay/keeper.ts';
 import type { RelaySession } from './relay/server.ts';
-import { toTtrpcStatus } from './status.ts';
+import { type SandboxContainer, SandboxService, type SandboxServiceOptions } from './sandbox-service.ts';
+import { toSandboxBefore, toTtrpcStatus } from './status.ts';
 import type { RestoredTask, TaskBefore } from './task.ts';
-import type { TaskState } from './task-record.ts';
-import { TaskService, type TaskServiceOptions } from './task-service.ts';
+import { noTask, type SandboxState, type TaskState } from './task-record.ts';
+import { TaskService, type TaskServiceOptions, toDeleteReply } from './task-service.ts';
 
-export interface EndpointOptions extends TaskServiceOptions {
+export interface EndpointOptions extends TaskServiceOptions, Pick<SandboxServiceOptions, 'createSandbox'> {
   /** What the relay listens on. */
   readonly socketPath: string;
   /** Called whenever `busy` may have changed to false. */
@@ -26,8 +27,14 @@ export interface EndpointOptions extends TaskServiceOptions {
  */
 const maxConcurrentRequests = 16_384;
 
+/** Takes over what an earlier kilnd has made. */
+export interface Adopting {
+  task(signal: AbortSignal): Promise<RestoredTask>;
+  sandbox(signal: AbortSignal): Promise<SandboxContainer>;
+}
+
 /**
- * What containerd takes for one shim: the task service of one container. It exists from the launcher's `start` to its
+ * What containerd takes for one shim: the task service of one container, or the sandbox service of one pod. It exists from the launcher's `start` to its
  * `delete`; connections may come and go meanwhile (containerd restarts). Its socket, and containerd's connections, belong
  * to a relay, which hands each connection over as a session, so that they outlive this kilnd.
  */
@@ -38,6 +45,9 @@ export class Endpoint {
   readonly #options: EndpointOptions;
   readonly logger: Logger;
   readonly #service: TaskService;
+  readonly #sandbox: SandboxService;
+  #state: TaskState = noTask;
+  #sandboxState: SandboxState | undefined;
   readonly #ttrpc: TtrpcServer;
   readonly #held = new Set<string>();
   #keeper: Keeper | undefined;
@@ -53,12 +63,37 @@ export class Endpoint {
     this.namespace = options.namespace;
     this.id = options.id;
     this.logger = options.logger;
-    this.#service = new TaskService(options);
-    this.#ttrpc = new TtrpcServer(this.#service.table(), {
-      toStatus: toTtrpcStatus,
-      onClose: options.onQuiet,
-      maxConcurrentRequests,
+    const { id, logger, createContainer, createSandbox } = options;
+    this.#service = new TaskService({
+      ...options,
+      createContainer: async (request, signal) => {
+        if (this.#sandbox.busy) throw new KilnError('already-exists', `${id} is a sandbox`);
+        return createContainer(request, signal);
+      },
+      save: (state) => {
+        this.#state = state;
+        this.#save();
+      },
     });
+    this.#sandbox = new SandboxService({
+      ...{ id, logger },
+      createSandbox: async (request, signal) => {
+        if (this.#service.busy) throw new KilnError('already-exists', `${id} is a container`);
+        return createSandbox(request, signal);
+      },
+      save: (state) => {
+        this.#sandboxState = state;
+        this.#save();
+      },
+    });
+    this.#ttrpc = new TtrpcServer(
+      { ...this.#service.table(), ...this.#sandbox.table() },
+      {
+        toStatus: toTtrpcStatus,
+        onClose: options.onQuiet,
+        maxConcurrentRequests,
+      },
+    );
   }
 
   /** What containerd dials. */
@@ -67,7 +102,7 @@ export class Endpoint {
   }
 
   get hasTask(): boolean {
-    return this.#service.busy;
+    return this.#service.busy || this.#sandbox.busy;
   }
 
   get busy(): boolean {
@@ -107,14 +142,18 @@ export class Endpoint {
    *
    * @param before what is known of the task until then
    */
-  async restore(
-    state: TaskState,
-    before: TaskBefore,
-    adopt: (signal: AbortSignal) => Promise<RestoredTask>,
-  ): Promise<void> {
-    const adopting = state.create === undefined ? undefined : adopt(this.#giveUp.signal);
-    await this.#service.restore(state, before, adopting);
+  async restore(state: TaskState, before: TaskBefore, adopt: Adopting): Promise<void> {
+    const { signal } = this.#giveUp;
+    this.#sandboxState = state.sandbox;
+    if (state.sandbox === undefined) {
+      await this.#service.restore(state, before, state.create && adopt.task(signal));
+    } else await this.#sandbox.restore(state.sandbox, toSandboxBefore(before), adopt.sandbox(signal));
     this.#options.onQuiet();
+  }
+
+  #save(): void {
+    const { sandbox: _, ...task } = this.#state;
+    this.#options.save(this.#sandboxState === undefined ? task : { ...task, sandbox: this.#sandboxState });
   }
 
   /** Serves a connection of containerd. */
@@ -149,7 +188,7 @@ export class Endpoint {
     }
   }
 
-  /** Ends the task, if it still lives, and the endpoint; returns what the launcher's `delete` prints. */
+  /** Ends the task or the sandbox, if it still lives, and the endpoint; returns what the launcher's `delete` prints. */
   delete(): Promise<Uint8Array> {
     this.#deletion ??= this.#delete();
     return this.#deletion;
@@ -161,10 +200,10 @@ export class Endpoint {
     // now: a relay that is slow, or dead, must not be found by the next `start` of this container.
     this.#keeper?.end();
     rmSync(this.socketPath, { force: true });
-    const response = await this.#service.forceDelete();
+    const [response, sandbox] = await Promise.all([this.#service.forceDelete(), this.#sandbox.forceDelete()]);
     await this.#ttrpc.close();
     await this.#keeper?.gone();
     this.#options.onDeleted();
-    return response;
+    return sandbox === undefined ? response : toDeleteReply(sandbox);
   }
 }

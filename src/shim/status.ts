@@ -4,6 +4,7 @@ import { grpcStatus, KilnError } from '../errors.ts';
 import type { CallStatus } from '../rpc/ttrpc/index.ts';
 import type { ContainerState } from '../sandbox/process-state.ts';
 import type { ContainerRecord } from '../sandbox/record.ts';
+import type { SandboxBefore } from './sandbox-service.ts';
 import type { TaskBefore } from './task.ts';
 
 /** What containerd is told of a thrown value. */
@@ -40,4 +41,9 @@ export function toTaskBefore(record: ContainerRecord | undefined): TaskBefore {
   if (record === undefined) return { pid: 0, status: Status.UNKNOWN };
   const alive = record.started ? Status.RUNNING : Status.CREATED;
   return { pid: record.standIn.pid, status: record.exit === undefined ? alive : Status.STOPPED };
+}
+
+/** The same of a sandbox, as SandboxStatus has it. */
+export function toSandboxBefore({ pid, status }: TaskBefore): SandboxBefore {
+  return { pid, ready: status === Status.RUNNING };
 }

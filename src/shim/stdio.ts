@@ -31,6 +31,8 @@ export interface StdioPaths {
   readonly terminal: boolean;
 }
 
+export const noStdio: StdioPaths = { stdin: '', stdout: '', stderr: '', terminal: false };
+
 /** Has somebody who outlives kilnd keep FIFOs open; shim/endpoint.ts has it. Neither rejects. */
 export interface FifoHolds {
   holdFifo(path: string): Promise<void>;

@@ -19,9 +19,13 @@ const exit = z.object({ pid: z.int().nonnegative(), status: z.int().min(0).max(2
 
 const execExit = z.object({ ...exit.shape, execId: z.string() });
 
+const sandboxState = z.object({ createdAtMs: z.number() });
+
 const taskState = z.object({
   /** The CreateTaskRequest of the task; absent when it is deleted. */
   create: encoded.optional(),
+  /** Of what CreateSandbox has made; absent when it is shut down. */
+  sandbox: sandboxState.optional(),
   /** The ExecProcessRequests of its execs, by exec id. */
   execs: z.record(z.string(), encoded),
   /** The pid that containerd has for an exec that was started, by exec id. */
@@ -54,12 +58,23 @@ const launcherContext = z.object({
 const taskRecord = z.object({ version: z.literal(1), context: launcherContext, state: taskState });
 
 export type TaskState = z.output<typeof taskState>;
+export type SandboxState = z.output<typeof sandboxState>;
 export type TaskRecord = Omit<z.output<typeof taskRecord>, 'version'>;
 
 /** What the task was created with; undefined when it is deleted. */
 export function createRequestOf({ create }: TaskState): CreateTaskRequest | undefined {
   return create && CreateTaskRequest.decode(create);
 }
+
+/** The state of an endpoint that has never had a task. */
+export const noTask: TaskState = {
+  execs: {},
+  pids: {},
+  stdinClosed: [],
+  announced: [],
+  due: [],
+  deletedExecs: [],
+};
 
 /** What its execs were asked for with, by exec id. */
 export function execRequestsOf({ execs }: TaskState): Map<string, ExecProcessRequest> {

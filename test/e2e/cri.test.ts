@@ -8,22 +8,24 @@ import {
   type ContainerStatusResponse,
   type CreateContainerResponse,
   type ExecSyncResponse,
-  NamespaceMode,
   PodSandboxState,
   type PodSandboxStatusResponse,
   type RunPodSandboxResponse,
 } from '../../gen/kubernetes/cri.ts';
+import { NamespaceMode } from '../../gen/kubernetes/pod.ts';
 import { Cri } from '../support/cri.ts';
 import { busyboxImage, imageArchive } from '../support/images.ts';
 import { TestNetwork } from '../support/network.ts';
-import { cniPlugins, runtime } from '../support/paths.ts';
+import { cniPlugins, runtime, underKiln } from '../support/paths.ts';
 import { useScene } from '../support/use-scene.ts';
 
 // What a kubelet asks of containerd, and containerd's CRI plugin of the runtime.
 
 const gateway = '10.89.0.1';
 
-describe('a pod of CRI under containerd 2.1', () => {
+const sandboxers = underKiln ? (['podsandbox', 'shim'] as const) : (['podsandbox'] as const);
+
+describe.each(sandboxers)('a pod of CRI under containerd 2.1, by the sandboxer %s', (sandboxer) => {
   const network = new TestNetwork();
   const scene = useScene({
     version: '2.1',
@@ -31,6 +33,7 @@ describe('a pod of CRI under containerd 2.1', () => {
     cri: {
       ...{ cniBin: cniPlugins(), cniConfig: join(network.dir, 'net.d') },
       ...{ sandboxImage: busyboxImage.name, handler: 'tested', runtimeType: runtime },
+      sandboxer,
     },
   });
   let cri: Cri;
@@ -56,17 +59,19 @@ describe('a pod of CRI under containerd 2.1', () => {
       network: NamespaceMode.POD,
       pid: NamespaceMode.CONTAINER,
       ipc: NamespaceMode.POD,
+      usernsOptions: undefined,
     };
     const config = {
       ...empty,
       metadata: { name: 'web', uid: scene.id('uid'), namespace: 'default', attempt: 0 },
       hostname: 'web-0',
       logDirectory: join(scene.dir, 'logs'),
-      dnsConfig: { servers: ['10.0.0.53'] },
+      dnsConfig: { servers: ['10.0.0.53'], searches: [], options: [] },
       linux: {
         cgroupParent: `/kt-${scene.id('cri')}`,
+        sysctls: {},
         securityContext: { namespaceOptions },
-        resources: { memoryLimitInBytes: 256n << 20n, cpuPeriod: 100_000n, cpuQuota: 50_000n },
+        resources: { memoryLimitInBytes: 256n << 20n, cpuPeriod: 100_000n, cpuQuota: 50_000n, cpuShares: 0n },
       },
     };
     const { podSandboxId } = await cri.call<RunPodSandboxResponse>((client, done) =>
@@ -79,7 +84,7 @@ describe('a pod of CRI under containerd 2.1', () => {
         command: ['sh', '-c', script],
         logPath: `${name}.log`,
         linux: {
-          resources: { memoryLimitInBytes: 64n << 20n, cpuPeriod: 0n, cpuQuota: 0n },
+          resources: { memoryLimitInBytes: 64n << 20n, cpuPeriod: 0n, cpuQuota: 0n, cpuShares: 0n },
           securityContext: { namespaceOptions },
         },
       };
@@ -115,7 +120,7 @@ describe('a pod of CRI under containerd 2.1', () => {
       client.containerStats({ containerId: two }, done),
     );
     expect(Number(stats?.memory?.workingSetBytes?.value)).toBeGreaterThan(0);
-    const linux = { memoryLimitInBytes: 96n << 20n, cpuPeriod: 0n, cpuQuota: 0n };
+    const linux = { memoryLimitInBytes: 96n << 20n, cpuPeriod: 0n, cpuQuota: 0n, cpuShares: 0n };
     await cri.call((client, done) => client.updateContainerResources({ containerId: two, linux }, done));
     expect(await exec(two, 'cat', '/sys/fs/cgroup/memory.max')).toBe(String(96 << 20));
 

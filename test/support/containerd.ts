@@ -37,6 +37,8 @@ export interface CriOptions {
   /** Name and type of the runtime. */
   readonly handler: string;
   readonly runtimeType: string;
+  /** Who makes pods: CRI's own controller by default, or the runtime. Of containerd 2. */
+  readonly sandboxer?: 'podsandbox' | 'shim';
 }
 
 export interface CtrOptions extends RunOptions {
@@ -126,6 +128,7 @@ function criConfiguration(version: ContainerdVersion, cri: CriOptions): string[]
     `  conf_dir = ${s(cri.cniConfig)}`,
     `[plugins.${s(runtime)}.containerd.runtimes.${cri.handler}]`,
     `  runtime_type = ${s(cri.runtimeType)}`,
+    ...(cri.sandboxer === undefined ? [] : [`  sandboxer = ${s(cri.sandboxer)}`]),
     ...(isOld ? [] : ['[plugins."io.containerd.cri.v1.images".pinned_images]', `  sandbox = ${s(cri.sandboxImage)}`]),
   ];
 }

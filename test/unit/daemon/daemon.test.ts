@@ -74,6 +74,8 @@ class Bench {
         this.containers.push(container);
         return container;
       },
+      createSandbox: () => Promise.reject(new Error('these tests make no sandbox')),
+      adoptSandbox: () => Promise.reject(new Error('these tests leave no sandbox behind')),
       adoptContainer: () => Promise.reject(new Error('these tests leave no task behind')),
       status: () => ({}),
       release: async () => {},

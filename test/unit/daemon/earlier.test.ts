@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import { CreateTaskRequest, ExecProcessRequest } from '../../../gen/containerd/task.ts';
 import { Status } from '../../../gen/containerd/task_types.ts';
-import { adoptContainer } from '../../../src/daemon/adopt.ts';
+import { adoptContainer, adoptSandbox } from '../../../src/daemon/adopt.ts';
 import type { Installation } from '../../../src/daemon/containers.ts';
 import { containerDirectory, knownOf, takeStock, taskFile } from '../../../src/daemon/earlier.ts';
 import type { ContainerContext } from '../../../src/daemon/endpoints.ts';
@@ -14,7 +14,7 @@ import { loggerTo } from '../../../src/observe/logger.ts';
 import { Timeline } from '../../../src/observe/timeline.ts';
 import { Pods } from '../../../src/sandbox/pod.ts';
 import { type AloneRecord, writeContainerRecord } from '../../../src/sandbox/record.ts';
-import { type TaskRecord, type TaskState, writeTaskRecord } from '../../../src/shim/task-record.ts';
+import { noTask, type TaskRecord, type TaskState, writeTaskRecord } from '../../../src/shim/task-record.ts';
 
 interface LogLine {
   readonly level: string;
@@ -90,6 +90,18 @@ describe('the stock that a new kilnd takes', () => {
     expect((await helper.exited).signal).toBe('SIGKILL');
     expect([readdirSync(join(stateDir, 't')), readdirSync(join(stateDir, 'c'))]).toEqual([[], []]);
     expect(log).toMatchObject([{ level: 'warn', killed: [helper.pid], directories: ['aa'] }]);
+  });
+
+  it('are the sandboxes, too, but not one that was just being made or is shut down', async () => {
+    const state = (sandbox?: TaskState['sandbox']) => ({ ...noTask, ...(sandbox && { sandbox }) });
+    writeTaskRecord(taskFile(stateDir, 'aa'), { ...taskRecord(), state: state({ createdAtMs: 1 }) });
+    writeTaskRecord(taskFile(stateDir, 'bb'), { ...taskRecord(), state: state() });
+    const kept = await leave('aa');
+    const left = await leave('bb');
+    expect([...(await takeStock(stateDir, logger)).keys()]).toEqual(['aa', 'bb']);
+    await left.exited;
+    process.kill(kept.pid, 0);
+    expect(readdirSync(join(stateDir, 'c'))).toEqual(['aa']);
   });
 
   it('has nothing of a Create that was under way, beside a task that stays', async () => {
@@ -202,17 +214,43 @@ describe('a container that cannot be taken over has ended', () => {
       ).finish(),
     );
 
+  const context = (): ContainerContext => ({
+    ...{ namespace: 'ns', id: 'c1' },
+    directory: containerDirectory(stateDir, 'aa'),
+    directoryOf: (id) => containerDirectory(stateDir, id),
+    timeline: new Timeline(),
+    logger,
+    holds: { holdFifo: async () => {}, releaseFifo: async (path: string) => void released.push(path) },
+  });
+
   function adopt(state: Partial<TaskState> = {}) {
-    const context: ContainerContext = {
-      namespace: 'ns',
-      directory: containerDirectory(stateDir, 'aa'),
-      directoryOf: (id) => containerDirectory(stateDir, id),
-      timeline: new Timeline(),
-      logger,
-      holds: { holdFifo: async () => {}, releaseFifo: async (path: string) => void released.push(path) },
-    };
-    return adoptContainer(installation, taskRecord(state).state, context, new AbortController().signal);
+    return adoptContainer(installation, taskRecord(state).state, context(), new AbortController().signal);
   }
+
+  it('be it a sandbox', async () => {
+    const helper = await leave('aa');
+    const { disks: _, ...common } = containerRecord(helper);
+    writeContainerRecord(containerDirectory(stateDir, 'aa'), { ...common, place: 'pod' });
+    const sandbox = await adoptSandbox(installation, context(), new AbortController().signal);
+    expect((await sandbox.exit.wait()).status).toBe(255);
+    expect(errors()).toEqual(['cannot take the sandbox over: it has ended']);
+    await sandbox.stop();
+    expect(sandbox.describe()).toEqual({ processStatus: 'stopped' });
+    await expect(sandbox.ping()).rejects.toThrow('container c1 has ended');
+    await sandbox.destroy();
+    expect((await helper.exited).signal).toBe('SIGKILL');
+    expect(existsSync(containerDirectory(stateDir, 'aa'))).toBe(false);
+  });
+
+  it('be it a sandbox whose end is known', async () => {
+    const helper = await leave('aa');
+    const { disks: _, ...common } = containerRecord(helper, { exit: { status: 137, atMs: 1_700_000_000_123 } });
+    writeContainerRecord(containerDirectory(stateDir, 'aa'), { ...common, place: 'pod' });
+    const sandbox = await adoptSandbox(installation, context(), new AbortController().signal);
+    expect(await sandbox.exit.wait()).toEqual({ status: 137, at: new Date(1_700_000_000_123) });
+    expect(errors()).toEqual([]);
+    await sandbox.destroy();
+  });
 
   it('with the exit that was written down, and no error', async () => {
     const helper = await leave('aa');

@@ -2,13 +2,17 @@ import { once } from 'node:events';
 import { existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, expect, it, vi } from 'vitest';
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import { DeleteResponse } from '../../../gen/containerd/task.ts';
+import { Status } from '../../../gen/containerd/task_types.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { Endpoint, type EndpointOptions } from '../../../src/shim/endpoint.ts';
 import type { RelayHeader } from '../../../src/shim/relay/header.ts';
+import { noTask, type TaskState } from '../../../src/shim/task-record.ts';
 import type { TaskEvent } from '../../../src/shim/topics.ts';
+import { SandboxClient } from '../../support/sandbox-client.ts';
 import { headerOf, ScriptedRelay, socketPair } from './relay-pair.ts';
+import { ScriptedSandbox } from './sandbox-bench.ts';
 import { Gate, ScriptedContainer } from './scripted-container.ts';
 import { errorOf, TaskClient } from './task-client.ts';
 
@@ -33,6 +37,7 @@ function make(fields: Partial<EndpointOptions> = {}) {
     namespace: 'ns',
     id: 'c1',
     createContainer: async () => container,
+    createSandbox: () => Promise.reject(new Error('no sandbox is expected')),
     prepareExec: () => {
       throw new Error('no Exec is expected');
     },
@@ -247,4 +252,64 @@ it('a thousand Waits that nobody waits for any more do not keep a Kill away', as
   abort.abort();
   await Promise.all(given);
   expect(await client.kill(9)).toEqual({});
+});
+
+describe('an endpoint of a sandbox', () => {
+  const sandboxOf = (fields: Partial<EndpointOptions> = {}) => {
+    const sandbox = new ScriptedSandbox('s1');
+    const made = make({ id: 's1', createSandbox: async () => sandbox, ...fields });
+    const dial = async () => {
+      const [near, socket] = await socketPair(directory);
+      made.endpoint.serve({ header: headerOf({ role: 'session' }), socket: near.pause() });
+      const client = new SandboxClient(socket, 's1');
+      cleanup.use(client.ttrpc);
+      return client;
+    };
+    return { ...made, sandbox, dialSandbox: dial };
+  };
+
+  it('writes down the sandbox, until it is shut down, and no task', async () => {
+    const saved: TaskState[] = [];
+    const { endpoint, dialSandbox } = sandboxOf({ save: (state) => void saved.push(state) });
+    const client = await dialSandbox();
+    await client.create();
+    expect(saved).toEqual([{ ...noTask, sandbox: { createdAtMs: expect.any(Number) } }]);
+    expect(endpoint.hasTask).toBe(true);
+    await client.shutdown();
+    expect(saved.at(-1)).toEqual(noTask);
+    expect(endpoint.hasTask).toBe(false);
+  });
+
+  it('takes no task of the same name, nor a sandbox in place of a task', async () => {
+    const { dial, dialSandbox } = sandboxOf();
+    const tasks = await dial();
+    await (await dialSandbox()).create();
+    expect(await errorOf(tasks.create({ id: 's1' }))).toBe('AlreadyExists: s1 is a sandbox');
+    const other = sandboxOf();
+    await (await other.dial()).create({ id: 's1' });
+    expect(await errorOf((await other.dialSandbox()).create())).toBe('AlreadyExists: s1 is a container');
+  });
+
+  it('ends the sandbox at its deletion, and prints how it ended', async () => {
+    const { endpoint, dialSandbox, sandbox } = sandboxOf();
+    const client = await dialSandbox();
+    await client.create();
+    await client.start();
+    const waiting = client.wait();
+    // It has arrived when a later call is answered.
+    await client.status();
+    expect(DeleteResponse.decode(await endpoint.delete())).toMatchObject({ pid: 4242, exitStatus: 137 });
+    expect((await waiting).exitStatus).toBe(137);
+    expect(sandbox.calls).toEqual(['start', 'destroy']);
+  });
+
+  it('goes on with the sandbox of an earlier kilnd', async () => {
+    const { endpoint, dialSandbox, sandbox } = sandboxOf();
+    sandbox.state = { kind: 'running' };
+    const adopt = { task: () => Promise.reject(new Error('it is no task')), sandbox: async () => sandbox };
+    const before = { pid: 4242, status: Status.RUNNING };
+    await endpoint.restore({ ...noTask, sandbox: { createdAtMs: 1_600_000_000_000 } }, before, adopt);
+    const { state, createdAt } = await (await dialSandbox()).status();
+    expect([state, createdAt?.seconds]).toEqual(['SANDBOX_READY', 1_600_000_000n]);
+  });
 });

@@ -9,6 +9,7 @@ import {
   execRequestsOf,
   exitRecord,
   lastExitOf,
+  noTask,
   readTaskRecord,
   removeTaskRecord,
   type TaskRecord,
@@ -82,6 +83,13 @@ describe("a task's record", () => {
     expect(exitRecord({ execId: '', pid: 4242, exit: { status: 137, at } })).toEqual({ ...lastExit, execId: '' });
     expect(createRequestOf(state)).toBeUndefined();
     expect(execRequestsOf(state).size).toBe(0);
+  });
+
+  it('of a sandbox has when it was created, and no task', () => {
+    const state = { ...noTask, sandbox: { createdAtMs: 1_700_000_000_123 } };
+    writeTaskRecord(file, { ...record, state });
+    expect(readTaskRecord(file).state).toEqual(state);
+    expect(createRequestOf(readTaskRecord(file).state)).toBeUndefined();
   });
 
   it('is for root alone, replaced as a whole, and gone when removed, also twice', () => {

@@ -1,0 +1,44 @@
+import { guestPodOf, networkNamespaceOf, withPodResources } from '../oci/pod-spec.ts';
+import type { Spec } from '../oci/spec.ts';
+import { vmSize } from '../oci/vm-size.ts';
+import { bootPod, type PodRequest } from '../sandbox/create-pod.ts';
+import type { PodContainer } from '../sandbox/pod-container.ts';
+import type { Installation } from './containers.ts';
+
+/** What a pod's making needs beside what its sandbox's spec says. */
+export type PodMeans = Pick<
+  PodRequest,
+  | 'id'
+  | 'directory'
+  | 'config'
+  | 'vmm'
+  | 'hooks'
+  | 'files'
+  | 'terminal'
+  | 'timeline'
+  | 'logger'
+  | 'openStdio'
+  | 'podFiles'
+>;
+
+/**
+ * Makes a pod as its sandbox's spec says, and what stands for it: a container of CRI's, or a sandbox of containerd's sandbox
+ * API.
+ */
+export async function makePod(
+  { host, pods }: Installation,
+  spec: Spec,
+  means: PodMeans,
+  signal: AbortSignal,
+): Promise<PodContainer> {
+  const { id, directory, config } = means;
+  const size = vmSize(config, withPodResources(spec));
+  const request = { ...means, ...size, guestPod: guestPodOf(spec, id), networkNamespace: networkNamespaceOf(spec) };
+  const making = bootPod(host, { ...request, onGone: () => pods.remove(directory) }, signal);
+  // Before anything is awaited, so that the pod's containers find it.
+  pods.add(
+    directory,
+    making.then(({ pod }) => pod),
+  );
+  return (await making).container;
+}

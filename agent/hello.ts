@@ -21,7 +21,7 @@ import { prepareVolumes } from './volumes.ts';
 const NANOSECONDS_PER_TICK = 10_000_000n;
 
 /** What this agent can do beyond the protocol number. */
-const features: string[] = ['resources', 'identity', 'volumes', 'network', 'devices'];
+const features: string[] = ['resources', 'identity', 'volumes', 'network', 'devices', 'localhost'];
 
 /** What the first Hello called the sandbox's session. */
 let session = '';

@@ -7,7 +7,8 @@
  * panic or reboot ends the virtual machine: the host sees that at once.
  *
  * Environment: KILN_AGENT_SOCKET, a Unix socket to dial instead of vsock (on a host, for tests: then the clock and the
- * hostname are left alone); KILN_AGENT_DIR, for bundles and crun's state, /run/kiln; KILN_CRUN, crun.
+ * hostname are left alone); KILN_AGENT_DIR, for bundles and crun's state, /run/kiln; KILN_CRUN, crun; KILN_LISTENERS,
+ * kiln-listeners.
  */
 import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
@@ -21,6 +22,7 @@ import { hideCards } from './cards.ts';
 import { Containers } from './containers.ts';
 import { Crun } from './crun.ts';
 import { describe } from './errors.ts';
+import { Listeners } from './listeners.ts';
 import { Pod } from './pod.ts';
 import { Reaper } from './reaper.ts';
 import { type Dialled, dialSerialPort } from './serial-port.ts';
@@ -74,6 +76,7 @@ async function main(): Promise<never> {
     KILN_AGENT_SOCKET: socketPath,
     KILN_AGENT_DIR: directory = '/run/kiln',
     KILN_CRUN: command = 'crun',
+    KILN_LISTENERS: listenersProgram = '/usr/lib/kiln/kiln-listeners',
   } = process.env;
   becomeChildSubreaper();
   // Before the host may save the guest: its clones find it done.
@@ -83,6 +86,9 @@ async function main(): Promise<never> {
   const volumes = new Volumes({ directory: join(directory, 'volumes'), reaper, channel: volumesChannel });
   const pod = new Pod({ directory: join(directory, 'pod'), reaper });
   const containers = new Containers({ directory: join(directory, 'containers'), crun, reaper, volumes, pod });
+  const ownsGuest = socketPath === undefined;
+  const cgroup = ownsGuest ? '/sys/fs/cgroup' : undefined;
+  const listeners = new Listeners({ program: listenersProgram, cgroup, reaper });
   let retry = FIRST_RETRY;
   let served: ServedSocket | undefined;
   let dialAtOnce = () => {};
@@ -99,8 +105,7 @@ async function main(): Promise<never> {
       const onHello = () => {
         retry = FIRST_RETRY;
       };
-      const ownsGuest = socketPath === undefined;
-      const service = createService({ containers, pod, ownsGuest, connectedAt: () => connectedAt, onHello });
+      const service = createService({ containers, pod, listeners, ownsGuest, connectedAt: () => connectedAt, onHello });
       // Before it is needed: a clone of a template finds it made.
       const serve = prepareServer(AgentService, service);
       const { socket, at } = await dial();

@@ -14,10 +14,12 @@ import { FramedMessage, framePrefix } from '../src/rpc/grpc/framed-message.ts';
 import { hideCards } from './cards.ts';
 import { allContainers } from './cgroup.ts';
 import type { Containers } from './containers.ts';
+import { relayDial } from './dial.ts';
 import { findDisks } from './disks.ts';
 import { AgentError, grpcStatusOf } from './errors.ts';
 import { adjustClock, hello } from './hello.ts';
 import { sampleRandomness } from './identity.ts';
+import type { Listeners } from './listeners.ts';
 import { applyNetwork } from './network.ts';
 import type { Output, OutputSink } from './output.ts';
 import type { Pod } from './pod.ts';
@@ -48,6 +50,7 @@ export function frameOutput(data: Buffer): FramedMessage {
 export interface ServiceOptions {
   readonly containers: Containers;
   readonly pod: Pod;
+  readonly listeners: Listeners;
   /** See `hello`. */
   readonly ownsGuest: boolean;
   /** When the connection was made: `performance.now()`. */
@@ -57,7 +60,14 @@ export interface ServiceOptions {
 }
 
 /** The service for one connection. Until Hello has succeeded on it, every other call is FAILED_PRECONDITION. */
-export function createService({ containers, pod, ownsGuest, connectedAt, onHello }: ServiceOptions): AgentServer {
+export function createService({
+  containers,
+  pod,
+  listeners,
+  ownsGuest,
+  connectedAt,
+  onHello,
+}: ServiceOptions): AgentServer {
   let greeted = false;
   const greetedFirst = () => {
     if (!greeted) throw new AgentError('failed-precondition', 'the first call on a connection must be Hello');
@@ -83,6 +93,8 @@ export function createService({ containers, pod, ownsGuest, connectedAt, onHello
       try {
         const response = hello(call.request, ownsGuest, connectedAt());
         greeted = true;
+        // Its clones find it running.
+        if (ownsGuest && call.request.becomesTemplate) listeners.start();
         onHello?.();
         done(null, response);
       } catch (error) {
@@ -159,6 +171,29 @@ export function createService({ containers, pod, ownsGuest, connectedAt, onHello
       try {
         greetedFirst();
         containers.controls(call.request.id, 'watch', 'created', 'running', 'stopped').watchOom(call);
+      } catch (error) {
+        call.emit('error', grpcStatusOf(error));
+      }
+    },
+    watchListeners: (call) => {
+      try {
+        greetedFirst();
+        const watch = listeners.watch((ports) => void call.write(ports));
+        // A call that is cancelled or whose connection breaks does not end by itself.
+        call.on('cancelled', () => {
+          watch[Symbol.dispose]();
+          call.destroy();
+        });
+        call.on('error', () => {});
+      } catch (error) {
+        call.emit('error', grpcStatusOf(error));
+      }
+    },
+    dial: async (call) => {
+      try {
+        greetedFirst();
+        await relayDial(call);
+        call.end();
       } catch (error) {
         call.emit('error', grpcStatusOf(error));
       }

@@ -18,6 +18,7 @@ import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transpor
 import { kilnVersion } from '../version.ts';
 import { type CallOptions, toKilnError, type UnaryMethod, unary } from './call.ts';
 import { type ClockReading, mayBeRight, setClock } from './clock.ts';
+import { type ListeningPorts, type LoopbackPort, relayConnection, watchListeners } from './connections.ts';
 import { toNetwork } from './network.ts';
 import { type ContainerStats, toContainerStats } from './stats.ts';
 import { type OutputName, type OutputRequest, pipeOutput, pipeStdin } from './streams.ts';
@@ -390,6 +391,16 @@ export class Guest implements Disposable {
   async removeContainer(id: string, options: { readonly force: boolean; readonly guestEnds: boolean }): Promise<void> {
     const limitMs = Math.max(this.#answerLimitMs, removalLimitMs);
     await this.#call(AgentService.removeContainer, { id, ...options }, { limitMs });
+  }
+
+  /** See `watchListeners` of connections.ts. */
+  watchListeners(onPorts: (ports: ListeningPorts) => void): Promise<void> {
+    return watchListeners(this.#client, onPorts);
+  }
+
+  /** See `relayConnection` of connections.ts. */
+  relayConnection(port: LoopbackPort, socket: net.Socket, signal: AbortSignal): Promise<void> {
+    return relayConnection(this.#client, port, socket, signal);
   }
 
   /** See `pipeOutput` of streams.ts. */

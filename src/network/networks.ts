@@ -10,6 +10,7 @@
  */
 import { readlinkSync } from 'node:fs';
 import { KilnError } from '../errors.ts';
+import { bindLoopback, type LoopbackFamily } from '../sys/loopback.ts';
 import { NetworkNamespace } from '../sys/netns.ts';
 import { deleteLink, type Link, listLinks, setLink } from '../sys/rtnetlink/links.ts';
 import { endRedirect, redirect } from '../sys/rtnetlink/redirect.ts';
@@ -36,7 +37,7 @@ export interface NetworkedVm {
 const largestTapMtu = 65535 - 14;
 
 /** A sandbox's network, as the sandbox sees it. */
-export type ConnectedNetwork = Pick<SandboxNetwork, 'connect' | 'told' | typeof Symbol.dispose>;
+export type ConnectedNetwork = Pick<SandboxNetwork, 'connect' | 'told' | 'bindLoopback' | typeof Symbol.dispose>;
 
 /** What makes the networks of sandboxes. */
 export interface NetworkSource {
@@ -132,6 +133,11 @@ export class SandboxNetwork implements Disposable {
   /** The guest has taken it over. */
   told(config: NetworkConfig): void {
     this.#told = textOf(config);
+  }
+
+  /** As `bindLoopback` of sys/loopback.ts, in the sandbox's namespace. @throws SysError */
+  bindLoopback(family: LoopbackFamily, port: number): number {
+    return this.#namespace.run(() => bindLoopback(family, port));
   }
 
   /** Finds out what an earlier kilnd has connected. @throws SysError */

@@ -15,10 +15,14 @@ import type { SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../vmm/vmm.t
 import { type AttachedDisk, type DiskFile, DiskSlots } from './disk-slots.ts';
 import { faultPoint } from './faults.ts';
 import { consoleLimitMs, guestStopGraceMs } from './limits.ts';
+import { Localhost } from './localhost.ts';
 import { type FileServers, SandboxVolumes, type VolumesRecord } from './volumes.ts';
 
 /** Bytes of guest console that go into an error message. */
 const consoleTailBytes = 2000;
+
+/** How long after its first container's start a sandbox's localhost is looked at, in ms: short containers do not pay for it. */
+const localhostAfterMs = 100;
 
 export interface SandboxOptions {
   readonly vmm: Vmm;
@@ -69,6 +73,9 @@ export class Sandbox implements AsyncDisposable {
   #volumes: SandboxVolumes | undefined;
   #startingVolumes: Promise<SandboxVolumes> | undefined;
   #network: ConnectedNetwork | undefined;
+  #localhost: Localhost | undefined;
+  #localhostTimer: NodeJS.Timeout | undefined;
+  readonly #logger: Logger;
   /** What containers may be promised. */
   #memoryBytes: number;
 
@@ -76,7 +83,7 @@ export class Sandbox implements AsyncDisposable {
     vm: Vm,
     guest: Guest,
     { session, answerLimitMs, vmDirectory }: Omit<SandboxRecord, 'vm' | 'volumes'>,
-    adopted = false,
+    { logger, adopted = false }: { readonly logger: Logger; readonly adopted?: boolean },
   ) {
     this.vm = vm;
     this.guest = guest;
@@ -84,6 +91,7 @@ export class Sandbox implements AsyncDisposable {
     this.#session = session;
     this.#answerLimitMs = answerLimitMs;
     this.#vmDirectory = vmDirectory;
+    this.#logger = logger;
     this.#memoryBytes = guest.facts.memoryBytes;
   }
 
@@ -117,7 +125,7 @@ export class Sandbox implements AsyncDisposable {
         const hello = Guest.connect(socket, { hostname: '', answerLimitMs, session, returning: true });
         const guest = await abortable(hello, either);
         logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is taken over');
-        const sandbox = new Sandbox(vm, guest, record, true);
+        const sandbox = new Sandbox(vm, guest, record, { logger, adopted: true });
         if (record.volumes !== undefined) {
           const volumes = await SandboxVolumes.adopt(fileServers, record.volumes, { directory, logger });
           if (volumes !== undefined) sandbox.useVolumes(volumes);
@@ -185,7 +193,7 @@ export class Sandbox implements AsyncDisposable {
     logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is up');
     stack.move();
     const vmDirectory = ownsDirectory ? config.directory : undefined;
-    return new Sandbox(vm, guest, { session, answerLimitMs: bootTimeoutMs, vmDirectory });
+    return new Sandbox(vm, guest, { session, answerLimitMs: bootTimeoutMs, vmDirectory }, { logger });
   }
 
   /** Puts a file behind a free drive slot; a read-only one that another container has is not put there twice. */
@@ -264,6 +272,16 @@ export class Sandbox implements AsyncDisposable {
     this.#network = network;
   }
 
+  /** Has localhost of its network reach what listens in the guest, from when that is worth it, until it ends. */
+  openLocalhost(afterMs = 0): void {
+    const network = this.#network;
+    if (network === undefined || this.#localhostTimer !== undefined) return;
+    this.#localhostTimer = setTimeout(() => {
+      this.#localhost = new Localhost({ guest: this.guest, network, logger: this.#logger });
+    }, afterMs);
+    this.#localhostTimer.unref();
+  }
+
   /** Has the guest take over, with what it is asked for, the interfaces that have come since it was asked last. */
   async #withNetwork<T>(ask: (network: NetworkConfig | undefined) => Promise<T>): Promise<T> {
     const config = this.#network?.connect();
@@ -280,6 +298,7 @@ export class Sandbox implements AsyncDisposable {
   /** As `Guest.startContainer`, which gets the interfaces that have come since its creation. */
   async startContainer(id: string): Promise<void> {
     await this.#withNetwork((network) => this.guest.startContainer(id, network));
+    this.openLocalhost(localhostAfterMs);
   }
 
   /**
@@ -361,6 +380,8 @@ export class Sandbox implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
+    clearTimeout(this.#localhostTimer);
+    this.#localhost?.[Symbol.dispose]();
     this.guest[Symbol.dispose]();
     // When the VM has ended, but also when something of it could not be released.
     await using others = new AsyncDisposableStack();

@@ -1,7 +1,7 @@
 import { readFileSync } from 'node:fs';
 import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
 import {
   ContainerState,
   type ContainerStatsResponse,
@@ -10,10 +10,11 @@ import {
   type ExecSyncResponse,
   PodSandboxState,
   type PodSandboxStatusResponse,
+  type PortForwardResponse,
   type RunPodSandboxResponse,
 } from '../../gen/kubernetes/cri.ts';
 import { NamespaceMode } from '../../gen/kubernetes/pod.ts';
-import { Cri } from '../support/cri.ts';
+import { Cri, portForwardClient } from '../support/cri.ts';
 import { busyboxImage, imageArchive } from '../support/images.ts';
 import { TestNetwork } from '../support/network.ts';
 import { cniPlugins, runtime, underKiln } from '../support/paths.ts';
@@ -115,6 +116,19 @@ describe.each(sandboxers)('a pod of CRI under containerd 2.1, by the sandboxer %
     expect(status.status?.state).toBe(PodSandboxState.SANDBOX_READY);
     expect(await exec(one, 'ip', '-o', 'addr')).toContain(`${status.status?.network?.ip}/24`);
     expect(readFileSync(join(scene.dir, 'logs', 'one.log'), 'utf8')).toContain('stdout F hello');
+
+    // What is at all addresses of the pod, and so at 127.0.0.1, where port-forward looks.
+    await exec(two, 'sh', '-c', 'nc -ll -p 7 -e cat >/dev/null 2>&1 &');
+    const forward = async (port: number) => {
+      const { url } = await cri.call<PortForwardResponse>((client, done) =>
+        client.portForward({ podSandboxId, port: [port] }, done),
+      );
+      return network.run(process.execPath, ['-e', portForwardClient, `${url}?port=${port}`, 'hello']);
+    };
+    await vi.waitFor(async () => expect(await forward(7)).toMatchObject({ stdout: Buffer.from('hello') }), {
+      timeout: 30_000,
+    });
+    expect((await forward(8)).stderr).toContain('connection refused');
 
     const { stats } = await cri.call<ContainerStatsResponse>((client, done) =>
       client.containerStats({ containerId: two }, done),

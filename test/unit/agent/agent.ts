@@ -33,10 +33,17 @@ export function compileFakeConsole(out: string): void {
   execFileSync('gcc', ['-O1', '-Wall', '-Werror', '-o', out, join(import.meta.dirname, 'fake-console.c')]);
 }
 
+/** The real program, compiled once for each test file that needs it. */
+export function compileListeners(out: string): void {
+  execFileSync('gcc', ['-O1', '-Wall', '-Werror', '-o', out, join(repository, 'native/guest-listeners.c')]);
+}
+
 export class TestAgent implements AsyncDisposable {
   readonly directory = mkdtempSync(join(tmpdir(), 'kiln-agent-'));
   /** What makes the fake crun's terminals; see `compileFakeConsole`. */
   readonly fakeConsole = join(this.directory, 'fake-console');
+  /** kiln-listeners, by a name that no search for leftovers knows; see `compileListeners`. */
+  readonly listenersProgram = join(this.directory, 'listeners');
   readonly #listener: Server;
   readonly #process: ChildProcess;
   #connection: SocketClient<AgentClient> | undefined;
@@ -50,6 +57,7 @@ export class TestAgent implements AsyncDisposable {
         KILN_AGENT_SOCKET: socket,
         KILN_AGENT_DIR: this.directory,
         KILN_CRUN: join(import.meta.dirname, 'fake-crun.sh'),
+        KILN_LISTENERS: this.listenersProgram,
         FAKE_CONSOLE: this.fakeConsole,
       },
       stdio: ['ignore', 'inherit', 'inherit'],

@@ -128,6 +128,8 @@ export class ScriptedAgent {
         call.on('end', () => done(null, {}));
         call.on('error', () => {});
       },
+      watchListeners: (call) => call.on('cancelled', () => call.destroy()),
+      dial: (call) => call.emit('error', failure('FAILED_PRECONDITION', 'nobody listens')),
       readOutput: (call) => {
         call.once('data', ({ execId }: ReadOutputRequest) => void this.exited(execId).then(() => call.end()));
         call.on('error', () => {});

@@ -367,7 +367,7 @@ export class Workbench implements AsyncDisposable {
     const leave = () => {
       this.networksLeft += 1;
     };
-    const none = { connect: () => undefined, told: () => {}, [Symbol.dispose]: leave };
+    const none = { connect: () => undefined, told: () => {}, bindLoopback: () => -1, [Symbol.dispose]: leave };
     const networks = { attach: () => none, adopt: () => none };
     return { rootfs: this.#rootfs(), templates, pool, fileServers: this.fileServers, parking, networks };
   }

@@ -1,0 +1,97 @@
+/** TCP connections to what listens in the guest. The protocol is told in agent.proto, feature "localhost". */
+import type net from 'node:net';
+import { setTimeout as delay } from 'node:timers/promises';
+import type { AgentClient, DialRequest, DialResponse } from '../../gen/kiln/agent/v1/agent.ts';
+import type { LoopbackFamily } from '../sys/loopback.ts';
+import { endSocket, readSocket, resetSocket, writeSocket } from '../sys/socket-bytes.ts';
+import { toKilnError } from './call.ts';
+
+/** The least time between two reports of listeners that are read, in ms: a guest may send as many as it likes. */
+const reportMs = 20;
+
+/** A port of the guest's loopback address of a family. */
+export interface LoopbackPort {
+  readonly family: LoopbackFamily;
+  readonly port: number;
+}
+
+/** The guest's ports with listeners, ascending; the guest may say anything. */
+export interface ListeningPorts {
+  readonly ipv4Ports: readonly number[];
+  readonly ipv6Ports: readonly number[];
+}
+
+/** As the protocol has it: AF_INET and AF_INET6, linux/socket.h. */
+const familyNumbers = { ipv4: 2, ipv6: 10 } as const;
+
+const nothing = Buffer.alloc(0);
+
+/** Calls `onPorts` now and whenever the guest's listeners have changed, until the connection to the guest is lost. */
+export async function watchListeners(client: AgentClient, onPorts: (ports: ListeningPorts) => void): Promise<void> {
+  const call = client.watchListeners({});
+  call.on('error', () => {});
+  try {
+    for await (const ports of call) {
+      onPorts(ports);
+      await delay(reportMs, undefined, { ref: false });
+    }
+  } catch (error) {
+    throw toKilnError(error);
+  } finally {
+    call.cancel();
+  }
+}
+
+/**
+ * Connects a socket with a port of the guest, until both directions have ended. Takes the socket over; it is reset when the
+ * guest refuses the connection, it breaks, or the signal is aborted.
+ *
+ * @throws KilnError failed-precondition when nobody listens there, aborted when either side's connection broke, unavailable
+ *   when the guest is lost
+ */
+export async function relayConnection(
+  client: AgentClient,
+  { family, port }: LoopbackPort,
+  socket: net.Socket,
+  signal: AbortSignal,
+): Promise<void> {
+  const call = client.dial();
+  // The loops below report errors; one that comes after them (the cancellation is one) has nobody else to go to.
+  call.on('error', () => {});
+  socket.on('error', () => {});
+  const abort = () => {
+    resetSocket(socket);
+    call.cancel();
+  };
+  signal.addEventListener('abort', abort, { once: true });
+  try {
+    call.write({ family: familyNumbers[family], port, data: nothing, end: false });
+    const toGuest = async () => {
+      await readSocket(socket, (data) => send(call, { family: 0, port: 0, data, end: false }));
+      await send(call, { family: 0, port: 0, data: nothing, end: true });
+      call.end();
+    };
+    await Promise.all([toGuest(), fromGuest(call, socket)]);
+    socket.destroy();
+  } catch (error) {
+    resetSocket(socket);
+    throw toKilnError(error);
+  } finally {
+    signal.removeEventListener('abort', abort);
+    call.cancel();
+  }
+}
+
+async function fromGuest(call: AsyncIterable<DialResponse>, socket: net.Socket): Promise<void> {
+  for await (const { data, end } of call) {
+    if (data.length > 0) await writeSocket(socket, data);
+    if (end) await endSocket(socket);
+  }
+}
+
+/** Resolves when there is room for more. */
+function send(call: ReturnType<AgentClient['dial']>, message: DialRequest): Promise<void> {
+  return new Promise((resolve, reject) => {
+    call.write(message, (error?: Error | null) => (error ? reject(error) : resolve()));
+  });
+}

@@ -15,6 +15,7 @@ import {
   networkMibPerS,
   vcpus,
   vmm,
+  volumeCache,
   writableSizeGib,
 } from './schema.ts';
 import { closestMatch } from './suggest.ts';
@@ -34,6 +35,8 @@ export interface AnnotationOverrides {
   /** Of each disk; 0 for no limit. */
   readonly diskMibPerS?: number;
   readonly diskOpsPerS?: number;
+  /** What the guest keeps of the host's files. */
+  readonly volumeCache?: 'mmap' | 'none' | 'loose';
   /** Of each network card and direction; 0 for no limit. */
   readonly networkMibPerS?: number;
 }
@@ -97,6 +100,13 @@ const annotations: Readonly<Record<string, { readonly allowed: string; readonly 
       return data === undefined ? undefined : { diskOpsPerS: data };
     },
   },
+  'io.kiln.volume_cache': {
+    allowed: allowed.volumeCache,
+    read: (value) => {
+      const { data } = volumeCache.safeParse(value);
+      return data === undefined ? undefined : { volumeCache: data };
+    },
+  },
   'io.kiln.network_mib_per_s': {
     allowed: allowed.networkMibPerS,
     read: (value) => {
@@ -149,6 +159,7 @@ export function applyAnnotations(config: KilnConfig, given: Readonly<Record<stri
       writableSizeGib: overrides.writableSizeGib ?? config.storage.writableSizeGib,
       diskMibPerS: overrides.diskMibPerS ?? config.storage.diskMibPerS,
       diskOpsPerS: overrides.diskOpsPerS ?? config.storage.diskOpsPerS,
+      volumeCache: overrides.volumeCache ?? config.storage.volumeCache,
     },
   };
 }

@@ -72,6 +72,8 @@ export interface KilnConfig {
     readonly diskMibPerS: number;
     /** How many requests per second it may have; 0 for no limit. */
     readonly diskOpsPerS: number;
+    /** What a guest keeps of the host's files in its volumes. */
+    readonly volumeCache: 'mmap' | 'none' | 'loose';
   };
   readonly daemon: {
     /** Seconds without a container after which kilnd ends; 0 for never. */
@@ -208,6 +210,7 @@ function toConfig({ vm, template, pool, storage, daemon }: ConfigFile): KilnConf
       writableSizeGib: storage.writable_size_gib,
       diskMibPerS: storage.disk_mib_per_s,
       diskOpsPerS: storage.disk_ops_per_s,
+      volumeCache: storage.volume_cache,
     },
     daemon: {
       idleTimeoutS: daemon.idle_timeout_s,

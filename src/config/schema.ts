@@ -34,6 +34,8 @@ export const diskMibPerS = z.int().min(0).max(1_000_000);
 export const diskOpsPerS = z.int().min(0).max(100_000_000);
 /** Rate of each network card and direction; 0 is none. */
 export const networkMibPerS = z.int().min(0).max(1_000_000);
+/** What guests keep of the host's files: docs/volumes.md. */
+export const volumeCache = z.enum(['mmap', 'none', 'loose']);
 export const writableSizeGib = z.int().min(1).max(maxDiskGib);
 
 export const allowed = {
@@ -44,6 +46,7 @@ export const allowed = {
   diskMibPerS: 'an integer from 0 (no limit) to 1000000 (MiB per second)',
   diskOpsPerS: 'an integer from 0 (no limit) to 100000000 (requests per second)',
   networkMibPerS: 'an integer from 0 (no limit) to 1000000 (MiB per second)',
+  volumeCache: '"mmap", "none" or "loose"',
   writableSizeGib: `an integer from 1 to ${maxDiskGib} (GiB)`,
 } as const;
 
@@ -106,6 +109,7 @@ const storage = z.strictObject({
   writable_size_gib: writableSizeGib.default(10).describe(allowed.writableSizeGib),
   disk_mib_per_s: diskMibPerS.default(0).describe(allowed.diskMibPerS),
   disk_ops_per_s: diskOpsPerS.default(0).describe(allowed.diskOpsPerS),
+  volume_cache: volumeCache.default('mmap').describe(allowed.volumeCache),
 });
 
 const daemon = z.strictObject({

@@ -52,7 +52,7 @@ export async function bootContainer(
     mounts: [...guestMounts(rootfs, id, { lower: lower?.serial, writable: writable?.serial }), ...devices.mounts],
     disks: devices.disks,
     stdio: guestStdio(stdio, request.terminal, request.terminalSize),
-    volumeOptions: request.volumes.length === 0 ? undefined : volumeOptions,
+    volumeOptions: request.volumes.length === 0 ? undefined : volumeOptions(sandbox.volumeCache),
   };
   try {
     await sandbox.createContainer(container, signal, () => pod?.save());

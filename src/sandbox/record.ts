@@ -6,6 +6,7 @@ import { identityRecord } from '../host/process-identity.ts';
 import { replaceFile } from '../host/replace-file.ts';
 import type { SlotName } from '../vmm/vmm.ts';
 import type { HookPlan } from './hooks.ts';
+import { volumeCaches } from './volumes.ts';
 
 /*
  * What kilnd writes down of a container, in the container's directory, so that the next kilnd finds it again when this
@@ -39,6 +40,7 @@ const ofVm = {
   /** The VMM's own. */
   vm: z.record(z.string(), z.unknown()),
   vmDirectory: z.string().optional(),
+  volumeCache: z.enum(volumeCaches).optional(),
   /** See VolumesRecord. */
   volumes: z.object({ server: z.record(z.string(), z.unknown()), connected: z.boolean() }).optional(),
 };

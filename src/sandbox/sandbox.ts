@@ -16,7 +16,7 @@ import { type AttachedDisk, type DiskFile, DiskSlots } from './disk-slots.ts';
 import { faultPoint } from './faults.ts';
 import { consoleLimitMs, guestStopGraceMs } from './limits.ts';
 import { Localhost } from './localhost.ts';
-import { type FileServers, SandboxVolumes, type VolumesRecord } from './volumes.ts';
+import { type FileServers, SandboxVolumes, type VolumeCache, type VolumesRecord } from './volumes.ts';
 
 /** Bytes of guest console that go into an error message. */
 const consoleTailBytes = 2000;
@@ -41,6 +41,7 @@ export interface SandboxRecord {
   readonly session: string;
   /** The VM's directory, where it is the sandbox's own and not its container's. */
   readonly vmDirectory?: string | undefined;
+  readonly volumeCache?: VolumeCache | undefined;
   /** Time for each answer of VMM and agent, in ms. */
   readonly answerLimitMs: number;
   readonly vm: VmRecord;
@@ -66,6 +67,8 @@ export interface SandboxEnd extends VmExit {
 export class Sandbox implements AsyncDisposable {
   readonly vm: Vm;
   readonly guest: Guest;
+  /** What the guest keeps of the host's files; looked at when the first of its containers has some. */
+  volumeCache: VolumeCache = 'mmap';
   readonly #disks: DiskSlots;
   readonly #session: string;
   readonly #answerLimitMs: number;
@@ -101,6 +104,7 @@ export class Sandbox implements AsyncDisposable {
       session: this.#session,
       answerLimitMs: this.#answerLimitMs,
       vmDirectory: this.#vmDirectory,
+      volumeCache: this.volumeCache,
       vm: this.vm.record(),
       volumes: this.#volumes?.record(),
     };
@@ -126,6 +130,7 @@ export class Sandbox implements AsyncDisposable {
         const guest = await abortable(hello, either);
         logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is taken over');
         const sandbox = new Sandbox(vm, guest, record, { logger, adopted: true });
+        sandbox.volumeCache = record.volumeCache ?? sandbox.volumeCache;
         if (record.volumes !== undefined) {
           const volumes = await SandboxVolumes.adopt(fileServers, record.volumes, { directory, logger });
           if (volumes !== undefined) sandbox.useVolumes(volumes);

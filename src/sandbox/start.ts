@@ -8,8 +8,15 @@ export type VmRequest = Pick<
   'id' | 'directory' | 'memoryMib' | 'vcpus' | 'files' | 'vmm' | 'timeline' | 'logger' | 'config'
 >;
 
-/** A VM for a container: one that waits for it in the pool, else a clone of a template, else one that boots. */
+/** A VM for a container, set up as its configuration says. */
 export async function startSandbox(host: HostServices, request: VmRequest, signal: AbortSignal): Promise<Sandbox> {
+  const sandbox = await provideSandbox(host, request, signal);
+  sandbox.volumeCache = request.config.storage.volumeCache;
+  return sandbox;
+}
+
+/** One that waits for it in the pool, else a clone of a template, else one that boots. */
+async function provideSandbox(host: HostServices, request: VmRequest, signal: AbortSignal): Promise<Sandbox> {
   const { id, directory, memoryMib, vcpus, files, vmm, timeline, logger, config } = request;
   const shape = { memoryMib, vcpus, networkCards: config.vm.networkCards, ...files };
   const bootTimeoutMs = config.vm.bootTimeoutS * 1000;

@@ -11,11 +11,17 @@ import { guestVolumesDirectory } from '../oci/guest-spec.ts';
 import { fileError } from '../rootfs/file-error.ts';
 import type { Vm } from '../vmm/vmm.ts';
 
+/** What a guest keeps of the host's files. One for all volumes of a VM, since they are one mount of its kernel's. */
+export const volumeCaches = ['mmap', 'none', 'loose'] as const;
+export type VolumeCache = (typeof volumeCaches)[number];
+
 /**
  * v9fs's mount options. See docs/volumes.md for what they were chosen by: with "mmap" files are read from the host at each
  * read, and written there at each write, and yet can be mapped for writing. The messages have at most 128 KiB.
  */
-export const volumeOptions = 'access=client,cache=mmap,msize=131096';
+export function volumeOptions(cache: VolumeCache): string {
+  return `access=client,cache=${cache},msize=131096`;
+}
 
 /** What the file server is told of a volume. */
 export type Volume = Omit<VolumeMount, 'destination'>;

@@ -248,7 +248,7 @@ describe.each(channels)('volumes by %s', (channel) => {
     await scene.remove(id);
   });
 
-  it('on a disk that is full say so', async () => {
+  it('on a disk that is full, or becomes read-only, say so', async () => {
     const dir = folder(scene);
     const image = join(dir, 'disk');
     const mounted = join(dir, 'mounted');
@@ -257,13 +257,60 @@ describe.each(channels)('volumes by %s', (channel) => {
     execFileSync('mkfs.ext4', ['-q', '-O', '^has_journal', image]);
     execFileSync('mount', ['-o', 'loop', image, mounted]);
     try {
+      const id = scene.id();
+      await scene.start(id, ['sleep', '1000'], { flags: bind(mounted, '/data') });
       const script =
         'dd if=/dev/zero of=/data/big bs=64k 2>&1 | grep -o "No space left"; rm /data/big; echo ok > /data/f; cat /data/f';
-      const result = await scene.run(scene.id(), ['sh', '-c', script], { flags: ['--rm', ...bind(mounted, '/data')] });
-      expect(result).toMatchObject({ code: 0, stdout: Buffer.from('No space left\nok\n') });
+      expect(await inside(scene, id, script)).toBe('No space left\nok\n');
+      execFileSync('mount', ['-o', 'remount,ro', mounted]);
+      const denied = 'cat /data/f; for f in f new; do { echo x > /data/$f; } 2>&1 | sed "s/.*: //"; done';
+      expect(await inside(scene, id, denied)).toBe('ok\nRead-only file system\nRead-only file system\n');
+      await scene.remove(id);
     } finally {
       execFileSync('umount', [mounted]);
     }
+  });
+
+  it('show what the host mounts below them later, where their propagation says so', async () => {
+    const dir = folder(scene);
+    // What is mounted in a place that is not shared stays there.
+    execFileSync('mount', ['--bind', dir, dir]);
+    execFileSync('mount', ['--make-shared', dir]);
+    const later = join(dir, 'later');
+    mkdirSync(later);
+    try {
+      const id = scene.id();
+      const flags = ['rslave', 'rprivate'].flatMap((kind) => bind(dir, `/${kind}`, `rbind:rw:${kind}`));
+      await scene.start(id, ['sleep', '1000'], { flags });
+      execFileSync('mount', ['-t', 'tmpfs', 'kiln-test', later]);
+      try {
+        writeFileSync(join(later, 'f'), 'mounted later');
+        expect(await inside(scene, id, 'cat /rslave/later/f; echo; ls /rprivate/later')).toBe('mounted later\n');
+      } finally {
+        execFileSync('umount', [later]);
+      }
+      expect(await inside(scene, id, 'ls /rslave/later')).toBe('');
+      await scene.remove(id);
+    } finally {
+      execFileSync('umount', [dir]);
+    }
+  });
+
+  it.runIf(underKiln)('are kept in the guest as the container says', async () => {
+    const dir = folder(scene);
+    writeFileSync(join(dir, 'f'), 'first');
+    const id = scene.id();
+    await scene.start(id, ['sleep', '1000'], {
+      flags: [...bind(dir, '/data'), '--annotation', 'io.kiln.volume_cache=loose'],
+    });
+    expect(
+      await inside(scene, id, 'cat /data/f; grep -o " /data 9p .*cache=[a-z]*" /proc/mounts | grep -o "[a-z]*$"'),
+    ).toBe('firstloose\n');
+    // That is the price.
+    writeFileSync(join(dir, 'f'), 'other');
+    expect(await inside(scene, id, 'cat /data/f; echo mine > /data/g')).toBe('first');
+    await scene.remove(id);
+    expect(readFileSync(join(dir, 'g'), 'utf8')).toBe('mine\n');
   });
 
   describe.runIf(underKiln)('and their file server', () => {

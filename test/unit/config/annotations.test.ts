@@ -24,6 +24,7 @@ describe('io.kiln.* annotations', () => {
       'io.kiln.disk_mib_per_s': '20',
       'io.kiln.disk_ops_per_s': '300',
       'io.kiln.network_mib_per_s': '7',
+      'io.kiln.volume_cache': 'loose',
     });
     expect(config.vm).toEqual({
       ...defaultConfig.vm,
@@ -34,7 +35,7 @@ describe('io.kiln.* annotations', () => {
       vmm: 'firecracker',
       networkMibPerS: 7,
     });
-    expect(config.storage).toEqual({ writableSizeGib: 3, diskMibPerS: 20, diskOpsPerS: 300 });
+    expect(config.storage).toEqual({ writableSizeGib: 3, diskMibPerS: 20, diskOpsPerS: 300, volumeCache: 'loose' });
   });
 
   test('that are absent leave the configuration as it is', () => {
@@ -54,7 +55,8 @@ describe('io.kiln.* annotations', () => {
     expect(error.message).toBe(
       'unknown annotation io.kiln.memory="512", did you mean io.kiln.memory_mib?; known are ' +
         'io.kiln.memory_mib, io.kiln.memory_max_mib, io.kiln.vcpus, io.kiln.kernel, io.kiln.vmm, ' +
-        'io.kiln.writable_size_gib, io.kiln.disk_mib_per_s, io.kiln.disk_ops_per_s, io.kiln.network_mib_per_s',
+        'io.kiln.writable_size_gib, io.kiln.disk_mib_per_s, io.kiln.disk_ops_per_s, io.kiln.volume_cache, ' +
+        'io.kiln.network_mib_per_s',
     );
     expect(errorOf({ 'io.kiln.constructor': '' }).message).toContain('unknown annotation');
   });
@@ -70,6 +72,7 @@ describe('io.kiln.* annotations', () => {
     ['io.kiln.vcpus', '01', 'an integer from 1 to 255'],
     ['io.kiln.network_mib_per_s', '1 MiB', 'an integer from 0 (no limit) to 1000000 (MiB per second)'],
     ['io.kiln.disk_mib_per_s', '-1', 'an integer from 0 (no limit) to 1000000 (MiB per second)'],
+    ['io.kiln.volume_cache', 'fscache', '"mmap", "none" or "loose"'],
     ['io.kiln.disk_ops_per_s', '1k', 'an integer from 0 (no limit) to 100000000 (requests per second)'],
     ['io.kiln.vmm', 'xen', '"auto", "qemu" or "firecracker"'],
     ['io.kiln.writable_size_gib', '1025', 'an integer from 1 to 1024 (GiB)'],

@@ -60,7 +60,7 @@ describe('the configuration file', () => {
       },
       template: { enabled: true, keepDays: 7, maxTotalMib: 4096 },
       pool: { min: 0, max: 0 },
-      storage: { writableSizeGib: 10, diskMibPerS: 0, diskOpsPerS: 0 },
+      storage: { writableSizeGib: 10, diskMibPerS: 0, diskOpsPerS: 0, volumeCache: 'mmap' },
       daemon: { idleTimeoutS: 300, metricsAddress: '', logLevel: 'info' },
     });
   });
@@ -99,6 +99,7 @@ describe('the configuration file', () => {
       writable_size_gib = 1
       disk_mib_per_s = 20
       disk_ops_per_s = 300
+      volume_cache = "none"
       [daemon]
       idle_timeout_s = 0
       metrics_address = "127.0.0.1:9464"
@@ -128,7 +129,7 @@ describe('the configuration file', () => {
       },
       template: { enabled: false, keepDays: 30, maxTotalMib: 1000 },
       pool: { min: 1, max: 8 },
-      storage: { writableSizeGib: 1, diskMibPerS: 20, diskOpsPerS: 300 },
+      storage: { writableSizeGib: 1, diskMibPerS: 20, diskOpsPerS: 300, volumeCache: 'none' },
       daemon: { idleTimeoutS: 0, metricsAddress: '127.0.0.1:9464', logLevel: 'debug' },
     });
   });
@@ -154,7 +155,7 @@ describe('the configuration file', () => {
     );
     expect(messageFor('[storage]\ncolour = "red"')).toBe(
       '/etc/kiln/config.toml: unknown key storage.colour = "red"; keys of [storage] are writable_size_gib, ' +
-        'disk_mib_per_s, disk_ops_per_s',
+        'disk_mib_per_s, disk_ops_per_s, volume_cache',
     );
   });
 

@@ -1,0 +1,186 @@
+/**
+ * What a volume costs beside runc's bind mount, and beside the two other ways in which a virtual machine can have the host's
+ * files, in the same kind of virtual machine: QEMU's own 9P server and virtiofsd. The host's files are in memory, so that
+ * no disk is measured; so is the guest's own tmpfs, which tells what the guest and its emulation alone cost.
+ */
+import { chmod, mkdir, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { importImage } from '../support/images.ts';
+import type { EditableSpec, Scene } from '../support/scene.ts';
+import { mustRun } from '../support/spawn.ts';
+import { table } from './statistics.ts';
+import { type Measured, readFile, readMeasured, workImage, workloads, workScript } from './volume-work.ts';
+import { runc } from './ways.ts';
+
+/** Where a container has its files, and what came of it. */
+export interface Place {
+  readonly name: string;
+  readonly measured: Measured;
+}
+
+/** The transports of QEMU's microvm that Kiln's own devices leave free, with two network cards. */
+const [ninepTransport, fsTransport] = [3, 2];
+
+/** Debian's qemu-system-common has it. */
+const virtiofsd = '/usr/lib/qemu/virtiofsd';
+
+/** v9fs's options for QEMU's server: as Kiln's own, but for the transport. */
+const ninep = 'trans=virtio,version=9p2000.L,access=client';
+
+interface Way {
+  readonly name: string;
+  /** kiln.toml; without it, runc runs the container. */
+  readonly config?: string;
+  /** Of virtiofsd, in a virtual machine that has it, and QEMU's server. */
+  readonly virtiofsCache?: string;
+  /** Mounts the files at /m; without it they are a volume there. */
+  readonly mount?: string;
+}
+
+const kilnVolume = (channel: string, cache: string): Way => ({
+  name: `Kiln, ${channel}, cache=${cache}`,
+  config: `[vm]\nchannel = "${channel}"\n[storage]\nvolume_cache = "${cache}"\n`,
+});
+const qemus = (name: string, options: string): Way => ({
+  name: `QEMU's 9P, ${name}`,
+  virtiofsCache: 'none',
+  mount: `mount -t 9p -o ${ninep},${options} peer-9p /m`,
+});
+const virtiofs = (cache: string): Way => ({
+  name: `virtiofsd, cache=${cache}`,
+  virtiofsCache: cache,
+  mount: 'mount -t virtiofs peer-fs /m',
+});
+
+const waysToFiles: readonly Way[] = [
+  { name: 'runc, bind mount' },
+  { name: "the guest's own tmpfs", config: '', mount: 'mount -t tmpfs tmpfs /m' },
+  kilnVolume('virtio-serial', 'mmap'),
+  kilnVolume('hybrid-vsock', 'mmap'),
+  kilnVolume('virtio-serial', 'none'),
+  kilnVolume('virtio-serial', 'loose'),
+  qemus("as Kiln's", 'cache=mmap,msize=131096'),
+  qemus('512 KiB', 'cache=mmap,msize=524312'),
+  qemus('loose', 'cache=loose,msize=131096'),
+  virtiofs('none'),
+  virtiofs('auto'),
+  virtiofs('always'),
+];
+
+/** Each way `runs` times in turn, so that what else the machine does meets all. The best of them counts. */
+export async function measureVolumes(scene: Scene, runs: number): Promise<readonly Place[]> {
+  const image = await workImage();
+  await importImage(scene.containerd, image);
+  const folder = join(scene.dir, 'files');
+  await mkdir(folder);
+  await mustRun('mount', ['-t', 'tmpfs', '-o', 'size=512m', 'kiln-bench', folder]);
+  try {
+    const all = new Map<string, Measured[]>();
+    for (let run = 0; run < runs; run += 1) {
+      for (const way of waysToFiles) {
+        const measured = await measure(scene, way, { folder, image: image.name });
+        all.set(way.name, [...(all.get(way.name) ?? []), measured]);
+      }
+    }
+    return Array.from(all, ([name, measured]) => ({ name, measured: best(measured) }));
+  } finally {
+    await scene.configure('');
+    await mustRun('umount', [folder]);
+  }
+}
+
+function best(measured: readonly Measured[]): Measured {
+  const figures = workloads.map(({ name, unit }) => {
+    const values = measured.map((one) => one[name]);
+    return [name, unit === 's' ? Math.min(...values) : Math.max(...values)];
+  });
+  return Object.fromEntries(figures) as Measured;
+}
+
+async function measure(
+  scene: Scene,
+  way: Way,
+  { folder, image }: { readonly folder: string; readonly image: string },
+): Promise<Measured> {
+  const { name, config, virtiofsCache, mount } = way;
+  const source = join(folder, 'source');
+  await mkdir(source);
+  try {
+    await writeFile(join(source, readFile.name), Buffer.alloc(readFile.bytes, 'kiln'));
+    const peers = virtiofsCache === undefined ? undefined : await peersConfig(folder, source, virtiofsCache);
+    if (name !== waysToFiles[0]?.name) await scene.configure(peers ?? config ?? '');
+    const edit = (spec: EditableSpec) => {
+      // mount(2), in a virtual machine of its own.
+      if (mount !== undefined)
+        for (const set of Object.values(spec.process.capabilities ?? {})) set.push('CAP_SYS_ADMIN');
+    };
+    const script = `${mount === undefined ? '' : `${mount} || exit 1; `}
+      [ -e /m/${readFile.name} ] || head -c ${readFile.bytes} /dev/zero > /m/${readFile.name}
+      ${workScript('/m')}`;
+    const flags = mount === undefined ? ['--mount', `type=bind,src=${source},dst=/m,options=rbind:rw`] : [];
+    const options = { image, timeout: 900_000 };
+    const command = ['sh', '-c', script];
+    const result =
+      name === waysToFiles[0]?.name
+        ? await scene.run(scene.id('files'), command, { ...options, runtime: runc, flags: ['--rm', ...flags] })
+        : await scene.runWithSpec(scene.id('files'), command, (spec) => void edit(spec), { ...options, flags });
+    if (result.code !== 0) throw new Error(`${name}: ended with ${result.code}: ${result.stdout}${result.stderr}`);
+    return readMeasured(result.stdout.toString());
+  } finally {
+    await mustRun('rm', ['-rf', source]);
+  }
+}
+
+/** Has QEMU's program be one that gives the virtual machine the two other servers, too; virtiofsd ends with QEMU. */
+async function peersConfig(folder: string, source: string, cache: string): Promise<string> {
+  const program = join(folder, 'qemu-with-peers');
+  const socket = join(folder, 'virtiofsd.sock');
+  const qemu = 'qemu-system-x86_64';
+  await writeFile(
+    program,
+    `#!/bin/sh
+case " $* " in *" -kernel "*) ;; *) exec ${qemu} "$@" ;; esac
+rm -f ${socket}
+# What QEMU inherits, its listening control socket and its taps, is not this one's.
+${virtiofsd} --socket-path=${socket} -o source=${source},cache=${cache} 3>&- 4>&- 5>&- 6>&- 7>&- < /dev/null > ${folder}/virtiofsd.log 2>&1 &
+until [ -S ${socket} ]; do sleep 0.05; kill -0 $! || exit 1; done
+exec ${qemu} "$@" \\
+  -fsdev local,id=peer,path=${source},security_model=passthrough,multidevs=remap \\
+  -device virtio-9p-device,fsdev=peer,mount_tag=peer-9p,bus=virtio-mmio-bus.${ninepTransport} \\
+  -chardev socket,id=peer-fs,path=${socket} \\
+  -device vhost-user-fs-device,chardev=peer-fs,tag=peer-fs,queue-size=1024,bus=virtio-mmio-bus.${fsTransport}
+`,
+  );
+  await chmod(program, 0o755);
+  // Its memory must be shared with virtiofsd, which that of a template's clone is not.
+  return `[vm]\nchannel = "hybrid-vsock"\nqemu = "${program}"\n[template]\nenabled = false\n`;
+}
+
+const shown = (value: number, unit: string): string => value.toFixed(unit === 's' ? 2 : 0);
+
+/** Above 1 is slower, whatever the unit. */
+function ratio(one: Measured, other: Measured, { name, unit }: (typeof workloads)[number]): string {
+  const slower = unit === 's' ? one[name] / other[name] : other[name] / one[name];
+  return slower.toFixed(slower < 10 ? 1 : 0);
+}
+
+export function describeVolumes(places: readonly Place[]): string {
+  const rows = places.map(({ name, measured }) => [
+    name,
+    ...workloads.map((workload) => shown(measured[workload.name], workload.unit)),
+  ]);
+  const head = workloads.map(({ name, unit }) => `${name} ${unit}`);
+  const compared = (base: string | undefined) => {
+    const other = places.find(({ name }) => name === base)?.measured;
+    if (other === undefined) return [];
+    const ratios = places.map(({ name, measured }) => [name, ...workloads.map((each) => ratio(measured, other, each))]);
+    return [`\nhow many times as long as ${base}`, table([['', ...workloads.map(({ name }) => name)], ...ratios])];
+  };
+  return [
+    '\nfiles of the host in a container',
+    table([['', ...head], ...rows]),
+    ...workloads.map(({ name, what }) => `  ${name}: ${what}`),
+    ...compared(places[0]?.name),
+    ...compared("QEMU's 9P, as Kiln's"),
+  ].join('\n');
+}

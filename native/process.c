@@ -1,7 +1,7 @@
 /*
  * kiln-process: the process on the host that is, to whoever calls Kiln as an OCI runtime, a process of a container.
  *
- *   kiln-process fg|bg NETNS_PATH|-|= DIR SOCKET ID EXEC_ID none|own|CONSOLE_SOCKET    fd 3: a socket to the caller
+ *   kiln-process fg|bg NETNS_PATH|-|= ROOT DIR SOCKET ID EXEC_ID none|own|CONSOLE_SOCKET    fd 3: a socket to the caller
  *
  * conmon, Docker's shim and their like start the runtime, and then have the pid that it names for their own child: they
  * wait for it, read its exit code, send it signals, and have given it its stdio. The real one is in a microVM. This one
@@ -10,8 +10,9 @@
  *     or a terminal: its own, or a new one whose master goes to CONSOLE_SOCKET (SCM_RIGHTS, as runc's);
  *   - sends every signal that it gets to the container (Kill), and its terminal's size (ResizePty);
  *   - ends when the container's has ended and its output is written, with the same exit status;
- *   - shows nothing of the host: network namespace, empty root, no capabilities, as kiln-standin (standin.c). "=" leaves
- *     the network namespace as it is: an exec has none of its own.
+ *   - shows nothing of the host: network namespace, no capabilities, as kiln-standin (standin.c). "=" leaves the network
+ *     namespace as it is: an exec has none of its own. Its root is the container's root filesystem, which is on the host
+ *     too: who looks for files through /proc/PID/root, as `podman cp` does, finds them.
  * On fd 3 it says "ready PID\n" or "error: text", and waits for "go": then the process exists in kilnd, and is followed.
  * Without "go" it ends, because its caller has.
  */
@@ -282,13 +283,13 @@ static void wait_for_go(void)
 
 int main(int count, char **arguments)
 {
-	if (count != 8 || fcntl(STATUS_FD, F_GETFD) < 0) {
+	if (count != 9 || fcntl(STATUS_FD, F_GETFD) < 0) {
 		static const char usage[] =
-			"usage: kiln-process fg|bg NETNS_PATH|-|= DIR SOCKET ID EXEC_ID none|own|CONSOLE_SOCKET 3<>STATUS\n";
+			"usage: kiln-process fg|bg NETNS_PATH|-|= ROOT DIR SOCKET ID EXEC_ID none|own|CONSOLE_SOCKET 3<>STATUS\n";
 		(void)!write(STDERR_FILENO, usage, sizeof usage - 1);
 		return 2;
 	}
-	const char *network = arguments[2], *directory = arguments[3];
+	const char *network = arguments[2], *root = arguments[3], *directory = arguments[4];
 	bool background = strcmp(arguments[1], "bg") == 0;
 	if (background) {
 		pid_t child = fork();
@@ -300,23 +301,23 @@ int main(int count, char **arguments)
 	}
 	if (prctl(PR_SET_NAME, "kiln-process", 0, 0, 0) < 0)
 		fail("cannot set the", "process name");
-	task.id = arguments[5];
-	task.exec_id = arguments[6];
+	task.id = arguments[6];
+	task.exec_id = arguments[7];
 	if (strlen(task.id) > 76 || strlen(task.exec_id) > 76) {
 		errno = ENAMETOOLONG;
 		fail("cannot follow", task.id);
 	}
 	int signals = take_signals();
-	task.fd = connect_task(arguments[4]);
+	task.fd = connect_task(arguments[5]);
 	if (task.fd < 0)
-		fail("cannot connect to", arguments[4]);
-	open_stdio(directory, arguments[7]);
+		fail("cannot connect to", arguments[5]);
+	open_stdio(directory, arguments[8]);
 
 	if (strcmp(network, "-") == 0)
 		make_netns();
 	else if (strcmp(network, "=") != 0)
 		join_netns(network);
-	enter_empty_root(directory);
+	enter_container_root(root);
 	drop_privileges();
 	close_others(signals);
 	wait_for_go();

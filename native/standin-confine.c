@@ -58,6 +58,22 @@ void join_netns(const char *path)
 		fail("cannot join the network namespace", path);
 }
 
+static void enter_mount_namespace(void)
+{
+	if (unshare(CLONE_NEWNS) < 0)
+		fail("cannot make a", "mount namespace");
+	/* Before any mount, or the host would see it. */
+	if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
+		fail("cannot make private the mounts below", "/");
+}
+
+/* "." twice: the old root is stacked on the new one, and is what umount2 then finds (pivot_root(2)). */
+static void change_root(const char *path)
+{
+	if (chdir(path) < 0 || syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0 || chdir("/") < 0)
+		fail("cannot change the root to", path);
+}
+
 /*
  * Read-only, so that a copy into /proc/PID/root fails instead of going nowhere. All other mounts are left behind: kept,
  * they would hold the host's filesystems in use after the host has unmounted them.
@@ -65,16 +81,19 @@ void join_netns(const char *path)
 void enter_empty_root(const char *path)
 {
 	const unsigned long flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC;
-	if (unshare(CLONE_NEWNS) < 0)
-		fail("cannot make a", "mount namespace");
-	/* Before the mount, or the host would see it. */
-	if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
-		fail("cannot make private the mounts below", "/");
+	enter_mount_namespace();
 	if (mount("kiln-standin", path, "tmpfs", flags, "mode=0555,nr_inodes=1") < 0)
 		fail("cannot mount the empty root on", path);
-	/* "." twice: the old root is stacked on the new one, and is what umount2 then finds (pivot_root(2)). */
-	if (chdir(path) < 0 || syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0 || chdir("/") < 0)
-		fail("cannot change the root to", path);
+	change_root(path);
+}
+
+void enter_container_root(const char *path)
+{
+	const unsigned long flags = MS_BIND | MS_REMOUNT | MS_NOSUID | MS_NODEV | MS_NOEXEC;
+	enter_mount_namespace();
+	if (mount(path, path, NULL, MS_BIND | MS_REC, NULL) < 0 || mount(NULL, path, NULL, flags, NULL) < 0)
+		fail("cannot mount the root filesystem", path);
+	change_root(path);
 }
 
 void drop_privileges(void)

@@ -17,6 +17,9 @@ void join_netns(const char *path);
 /* An empty read-only filesystem for a root, mounted at path where only we see it. */
 void enter_empty_root(const char *path);
 
+/* The container's own root filesystem for a root, which is at path on the host: seen as it is, with nothing to run in it. */
+void enter_container_root(const char *path);
+
 /* Every capability, for ever. */
 void drop_privileges(void);
 

@@ -13,6 +13,8 @@ export interface ProcessOptions {
   readonly foreground: boolean;
   /** A path, "-" for a new one, "=" to stay in ours. */
   readonly networkNamespace: string;
+  /** The container's root filesystem on the host. */
+  readonly rootfs: string;
   /** Where the FIFOs of its stdio are made. */
   readonly directory: string;
   /** The path of the container's socket. */
@@ -48,8 +50,8 @@ export function stdioPaths({ directory, terminal }: Pick<ProcessOptions, 'direct
 
 /** @throws KilnError failed-precondition with what it could not do */
 export async function startProcess(options: ProcessOptions): Promise<StandingProcess> {
-  const { foreground, networkNamespace, directory, address, id, execId, terminal } = options;
-  const args = [foreground ? 'fg' : 'bg', networkNamespace, directory, address, id, execId, terminal];
+  const { foreground, networkNamespace, rootfs, directory, address, id, execId, terminal } = options;
+  const args = [foreground ? 'fg' : 'bg', networkNamespace, rootfs, directory, address, id, execId, terminal];
   const child = spawn(program, args, { stdio: ['inherit', 'inherit', 'inherit', 'pipe'], detached: !foreground });
   const exited = exitOf(child);
   const status = child.stdio[3] as Duplex;

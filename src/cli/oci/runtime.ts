@@ -62,7 +62,16 @@ export class OciRuntime {
     stack.defer(() => deleteEndpoint(name, bundle.dir));
     const networkNamespace = networkNamespaceOf(spec) ?? '-';
     const where = { directory, terminal };
-    const standing = await startProcess({ ...where, foreground, networkNamespace, address, ...name, execId: '' });
+    const rootfs = bundle.rootPath;
+    const standing = await startProcess({
+      ...where,
+      rootfs,
+      foreground,
+      networkNamespace,
+      address,
+      ...name,
+      execId: '',
+    });
     stack.defer(() => standing.abandon());
     using task = new TaskClient(address);
     await task.create({
@@ -150,13 +159,21 @@ export class OciRuntime {
     const execId = `exec-${randomBytes(8).toString('hex')}`;
     const directory = path.join(this.states.directory(id), execId);
     const name = this.#name(id);
-    const { address } = state;
+    const { address, rootfs } = state;
     using task = new TaskClient(address);
     await using stack = new AsyncDisposableStack();
     mkdirSync(directory, { mode: 0o700 });
     stack.defer(() => rmSync(directory, { recursive: true, force: true }));
     const where = { directory, terminal };
-    const standing = await startProcess({ ...where, foreground, networkNamespace: '=', address, ...name, execId });
+    const standing = await startProcess({
+      ...where,
+      rootfs,
+      foreground,
+      networkNamespace: '=',
+      address,
+      ...name,
+      execId,
+    });
     stack.defer(() => standing.abandon());
     await task.exec({ id: name.id, execId, ...stdioPaths(where) }, stringifyJson(request.process));
     stack.defer(() => task.delete(name.id, execId).then(() => {}));

@@ -22,6 +22,7 @@ import type { SandboxPool } from '../sandbox/pool.ts';
 import type { HostServices } from '../sandbox/resources.ts';
 import { isIdentifier } from '../shim/control/request.ts';
 import { createOptionsOf } from '../shim/create-options.ts';
+import { unheededOptions } from '../shim/runtime-options.ts';
 import { openStdio, type StdioPaths } from '../shim/stdio.ts';
 import type { ExecTaskRequest, TaskContainer, TaskRequest } from '../shim/task.ts';
 import type { ContainerContext } from './endpoints.ts';
@@ -92,8 +93,9 @@ export async function createContainer(
   const guest = toGuestSpec(spec, guestOptions);
   for (const warning of guest.warnings) logger.warn(warning);
   const devices = await Promise.all(guest.blockDevices.map(lookAtDevice));
-  if (request.options !== undefined && ours === undefined) {
-    logger.warn(`runtime options (${request.options.typeUrl}) are not looked at: Kiln is configured by config.toml`);
+  const unheeded = ours === undefined ? unheededOptions(request) : undefined;
+  if (unheeded !== undefined) {
+    logger.warn(`runtime options (${unheeded}) are not looked at: Kiln is configured by config.toml`);
   }
   requireSameTerminal(`container ${id}`, terminal, bundle.spec.process.terminal);
   const rootfs = ours

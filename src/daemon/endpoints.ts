@@ -21,6 +21,7 @@ import { removeTaskRecord, type TaskRecord, type TaskState, writeTaskRecord } fr
 import { unknownTaskDeleted } from '../shim/task-service.ts';
 import { containerDirectory, knownOf, taskFile } from './earlier.ts';
 import { Endings } from './endings.ts';
+import { isOfPod } from './pods.ts';
 import { Turns } from './turns.ts';
 
 /** How long events may still take to reach containerd when kilnd stops, in ms. */
@@ -162,9 +163,12 @@ export class Endpoints {
       const { address, socketPath } = made ?? (known as Served).endpoint;
       // containerd 1.6 and 1.7 find the endpoint again by this file after their own restart.
       writeFileSync(path.join(request.bundle, 'address'), address, { mode: 0o600 });
+      // Where version 3 is answered for a pod, containerd has all its containers served there, and cleans up after none.
+      const isThirdOfPod = bootstrap.taskVersion === 3 && (await isOfPod(request.bundle));
+      const answered = isThirdOfPod ? { ...bootstrap, taskVersion: 2 as const } : bootstrap;
       // Stopping removes this endpoint, too: the address would be good for nothing.
       return this.#options.intake() !== 'stopped'
-        ? { exitCode: 0, stdout: encodeStartAnswer(bootstrap, address), relaySocket: socketPath }
+        ? { exitCode: 0, stdout: encodeStartAnswer(answered, address), relaySocket: socketPath }
         : null;
     } catch (error) {
       // containerd never learns of it, so it would not ask for its removal either.

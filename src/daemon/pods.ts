@@ -1,3 +1,7 @@
+import { existsSync } from 'node:fs';
+import path from 'node:path';
+import { readBundle } from '../oci/bundle.ts';
+import { podPlace } from '../oci/pod.ts';
 import { guestPodOf, networkNamespaceOf, withPodResources } from '../oci/pod-spec.ts';
 import type { Spec } from '../oci/spec.ts';
 import { vmSize } from '../oci/vm-size.ts';
@@ -41,4 +45,14 @@ export async function makePod(
     making.then(({ pod }) => pod),
   );
   return (await making).container;
+}
+
+/** Whether a bundle is of what stands for a pod: a container of CRI's, or a sandbox, whose bundle has no config.json. */
+export async function isOfPod(bundle: string): Promise<boolean> {
+  if (!existsSync(path.join(bundle, 'config.json'))) return true;
+  try {
+    return podPlace((await readBundle(bundle)).spec).kind === 'sandbox';
+  } catch {
+    return false; // Create tells what is wrong with it.
+  }
 }

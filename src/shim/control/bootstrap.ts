@@ -14,7 +14,8 @@
  *
  * The version is that of the task service: 2 or 3, the same methods under two names. containerd says in MAX_SHIM_VERSION
  * the highest that it wants; 1.6 does not set it, and knows no JSON. All that set it so far say 2 (1.7 refuses 3), but
- * from 2.0 on the `env` of its plugin io.containerd.shim.v1.manager can say 3.
+ * from 2.0 on the `env` of its plugin io.containerd.shim.v1.manager can say 3. What stands for a pod is answered with 2 then, too
+ * (daemon/endpoints.ts).
  */
 import { BootstrapParams, BootstrapResult, LogLevel } from '../../../gen/containerd/bootstrap.ts';
 import type { TaskLogLevel } from '../../observe/task-log.ts';

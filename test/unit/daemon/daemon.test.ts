@@ -222,6 +222,20 @@ describe('start', () => {
     expect([code, JSON.parse(json)]).toEqual([0, { version: 2, address, protocol: 'ttrpc' }]);
   });
 
+  it.each([
+    ['a container', {}, 3],
+    ["a pod's container", { 'io.kubernetes.cri.container-type': 'container', 'io.kubernetes.cri.sandbox-id': 'p' }, 3],
+    ['what stands for a pod', { 'io.kubernetes.cri.container-type': 'sandbox' }, 2],
+    ['a sandbox, whose bundle has no spec', undefined, 2],
+  ])('answers for %s with the version that keeps each container an endpoint', async (_what, annotations, version) => {
+    const bench = await startedWithEvents();
+    const { bundle } = bench.context('c1');
+    const spec = { ociVersion: '1.2.0', process: { args: ['sh'], cwd: '/' }, root: { path: 'rootfs' }, annotations };
+    if (annotations !== undefined) writeFileSync(join(bundle, 'config.json'), JSON.stringify(spec));
+    const [, json] = await bench.start('c1', { maxShimVersion: 3 });
+    expect(JSON.parse(json)).toMatchObject({ version });
+  });
+
   it('again gives the same address, and the timeline of the next Create begins with the latest launcher', async () => {
     const bench = await startedWithEvents();
     const [, first] = await bench.start('c1');

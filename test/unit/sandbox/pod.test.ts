@@ -1,3 +1,5 @@
+import { existsSync, readFileSync, statSync } from 'node:fs';
+import { join } from 'node:path';
 import { afterEach, describe, expect, it, vi } from 'vitest';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { Pod, Pods } from '../../../src/sandbox/pod.ts';
@@ -109,6 +111,46 @@ describe.skipIf(!canMakeNetns)('the container that stands for a pod', () => {
     expect(gone).toBe(false);
     await container.delete();
     expect(gone).toBe(true);
+  });
+
+  it("answers for the guest until it is stopped, which is nobody's failure", async () => {
+    await using bench = new Workbench({ preparePod: (_call, done) => done(null, {}) });
+    const { container } = await bench.createPod(() => {});
+    await container.start();
+    await container.ping();
+    expect(bench.agent.calls).toContain('listContainers');
+    expect(container.describe()).toMatchObject({ processStatus: 'running', containers: [], vm: { vcpus: 2 } });
+    await container.stop(100);
+    await container.stop();
+    expect((await container.exit.wait()).status).toBe(0);
+    expect(container.describe()).toMatchObject({ processStatus: 'stopped' });
+    await expect(container.ping()).rejects.toMatchObject({ code: 'failed-precondition' });
+    await container.destroy();
+  });
+
+  it('does not answer for a guest that does not', async () => {
+    await using bench = new Workbench({
+      preparePod: (_call, done) => done(null, {}),
+      listContainers: (_call, done) => done({ code: 14, details: 'no' }),
+    });
+    const { container } = await bench.createPod(() => {});
+    await expect(container.ping()).rejects.toMatchObject({ code: 'unavailable' });
+    await container.destroy();
+  });
+
+  it('has the files of the pod, which are written down, and go with it', async () => {
+    await using bench = new Workbench({ preparePod: (_call, done) => done(null, {}) });
+    const files = { hostname: 'web-0\n', hosts: '127.0.0.1 localhost\n', 'resolv.conf': '' };
+    const { container, pod } = await bench.createPod(() => {}, files);
+    const at = join(bench.directory, 'etc');
+    expect(pod.filesDirectory).toBe(at);
+    expect((readContainerRecord(bench.directory) as PodRecord).filesDirectory).toBe(at);
+    for (const [name, text] of Object.entries(files)) {
+      expect(readFileSync(join(at, name), 'utf8')).toBe(text);
+      expect(statSync(join(at, name)).mode & 0o777).toBe(0o644);
+    }
+    await container.destroy();
+    expect(existsSync(bench.directory)).toBe(false);
   });
 
   it('has written down that the guest has its volumes before a container has them', async () => {

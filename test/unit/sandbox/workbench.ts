@@ -14,6 +14,7 @@ import { startStandIn } from '../../../src/host/stand-in.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { Timeline } from '../../../src/observe/timeline.ts';
 import type { VolumeMount } from '../../../src/oci/binds.ts';
+import type { PodFiles } from '../../../src/oci/cri-pod.ts';
 import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
 import type { ContainerDevices } from '../../../src/sandbox/block-devices.ts';
 import { BootSlots } from '../../../src/sandbox/boot-slots.ts';
@@ -268,10 +269,10 @@ export class Workbench implements AsyncDisposable {
   }
 
   /** A pod, with the container that stands for it. */
-  createPod(onGone: () => void) {
+  createPod(onGone: () => void, podFiles?: PodFiles) {
     return bootPod(
       { ...this.#host(), standInProgram: this.#standIn(), bootSlots: new BootSlots(1) },
-      { ...this.#request(), guestPod: { hostname: '', domainname: '', sysctl: {}, shmBytes: 0 }, onGone },
+      { ...this.#request(), guestPod: { hostname: '', domainname: '', sysctl: {}, shmBytes: 0 }, podFiles, onGone },
       new AbortController().signal,
     );
   }

@@ -6,13 +6,16 @@ import type { Namespace } from './spec.ts';
 /** Namespaces that crun 1.8 knows by these names. */
 const known = new Set(['pid', 'network', 'mount', 'ipc', 'uts', 'user', 'cgroup', 'time']);
 
-/** Without these the container would share with the host what a virtual machine cannot share. */
-const required: Readonly<Record<string, string>> = {
-  network: "the host's network",
-  pid: "the host's processes",
-  ipc: "the host's IPC objects",
-  uts: "the host's hostname",
-  mount: "the host's mounts",
+/**
+ * Without these the container would share with the host what a virtual machine cannot share. `asked`: the words by which
+ * most people will have asked for that, of Kubernetes and of nerdctl.
+ */
+const required: Readonly<Record<string, { readonly shared: string; readonly asked?: string }>> = {
+  network: { shared: "the host's network", asked: 'hostNetwork or --network=host' },
+  pid: { shared: "the host's processes", asked: 'hostPID or --pid=host' },
+  ipc: { shared: "the host's IPC objects", asked: 'hostIPC or --ipc=host' },
+  uts: { shared: "the host's hostname", asked: '--uts=host' },
+  mount: { shared: "the host's mounts" },
 };
 
 /**
@@ -52,10 +55,10 @@ export function translateNamespaces(
     const reason = 'crun in the guest can make a time namespace only together with a user namespace';
     throw new KilnError('unimplemented', `${path}[${time}]: ${reason}`);
   }
-  for (const [type, shared] of Object.entries(required)) {
+  for (const [type, { shared, asked }] of Object.entries(required)) {
     if (types.has(type)) continue;
     throw new KilnError('invalid-argument', `${path}: a container in a virtual machine cannot share ${shared}`, {
-      hint: `the spec has no ${type} namespace`,
+      hint: `the spec has no ${type} namespace${asked === undefined ? '' : `, as ${asked} asks for`}`,
     });
   }
   const guestNamespaces = namespaces

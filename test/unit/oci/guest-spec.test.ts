@@ -285,8 +285,12 @@ describe('refused', () => {
     namespaces(...all.filter((type) => type !== missing).map((type) => ({ type })));
 
   test.each<[string, object, string]>([
-    ['network', without('network'), "the host's network (the spec has no network namespace)"],
-    ['pid', without('pid'), "the host's processes (the spec has no pid namespace)"],
+    [
+      'network',
+      without('network'),
+      "the host's network (the spec has no network namespace, as hostNetwork or --network=host asks for)",
+    ],
+    ['pid', without('pid'), "the host's processes (the spec has no pid namespace, as hostPID or --pid=host asks for)"],
     ['ipc', without('ipc'), "the host's IPC objects"],
     ['uts', without('uts'), "the host's hostname"],
     ['mount', without('mount'), "the host's mounts"],

@@ -50,6 +50,12 @@ export class KilnError extends Error {
     return this.hint === undefined ? this.message : `${this.message} (${this.hint})`;
   }
 
+  /** The same error, with what failed by it before its message. */
+  after(what: string): KilnError {
+    const hint = this.hint === undefined ? {} : { hint: this.hint };
+    return new KilnError(this.code, `${what}: ${this.message}`, { ...hint, cause: this });
+  }
+
   /**
    * Any thrown value as a KilnError; what is not one already becomes `internal`. Where a clean-up failed as well, the
    * code is that of what went wrong first, and the message tells both.

@@ -1,48 +1,33 @@
-import path from 'node:path';
-import { Command, Option } from 'commander';
-import { pathsFromEnv } from '../config/paths.ts';
+import type { Command } from 'commander';
 import { KilnError } from '../errors.ts';
-import { kilnVersion } from '../version.ts';
-import { addOciCommands } from './oci/commands.ts';
-import { type ReportOptions, report } from './oci/report.ts';
-import { poolCommand } from './pool.ts';
-import { statusCommand } from './status.ts';
-import { stopCommand } from './stop.ts';
-import { timelineCommand } from './timeline.ts';
+import { openLog, report } from './oci/report.ts';
+import { isOfRuntime, makeProgram } from './program.ts';
+import { throwUsageErrors, UsageError } from './usage.ts';
 
-const { stateDir } = pathsFromEnv({ env: process.env, guestDir: '/' });
+const program = makeProgram();
+throwUsageErrors(program);
 
-const program = new Command('kiln')
-  .description(
-    'Kiln runs every container in a microVM of its own. This is its OCI runtime command line, for podman, Docker, conmon ' +
-      'and bundles by hand; with containerd, containers are started by containerd. See the README.',
-  )
-  .version(kilnVersion, '-v, --version')
-  .showHelpAfterError()
-  .enablePositionalOptions()
-  .option('--root <dir>', 'where the state of containers is kept', path.join(stateDir, 'oci'))
-  .option('--log <file>', 'a file that errors are written to, beside stderr')
-  .addOption(new Option('--log-format <format>', 'of that file').choices(['text', 'json']).default('text'))
-  .option('--debug', 'accepted for the sake of callers; kilnd has a log level of its own')
-  .option('--systemd-cgroup', 'accepted: cgroupsPath is then slice:prefix:name')
-  .option('--rootless <mode>', 'accepted: Kiln needs root')
-  .option('--criu <path>', 'accepted, and not used');
-
-const forOperators = [statusCommand(), stopCommand(), timelineCommand(), poolCommand()];
-addOciCommands(program);
-for (const command of forOperators) program.addCommand(command);
-
-let running: Command | undefined;
+let running: Command = program;
 program.hook('preAction', (_program, command) => {
   running = command;
+  openLog(program.opts());
 });
 
-program.parseAsync().catch((error: unknown) => {
-  if (running !== undefined && forOperators.includes(running)) {
-    process.stderr.write(`kiln: ${KilnError.from(error).userMessage}\n`);
-  } else {
-    const { log, logFormat } = program.opts<{ log?: string; logFormat: ReportOptions['format'] }>();
-    report(error, { log, format: logFormat });
-  }
-  process.exitCode ||= 1;
+/** Whoever types a command wrongly is shown how it is meant, as runc does: on stdout, for the error is on stderr. */
+function showUsage({ command, message }: UsageError): void {
+  running = command;
+  const output = isOfRuntime(command) ? process.stdout : process.stderr;
+  output.write(`Incorrect Usage: ${message}\n\n${command.helpInformation()}\n`);
+}
+
+async function run(): Promise<void> {
+  if (process.argv.length === 2) program.outputHelp();
+  else await program.parseAsync();
+}
+
+run().catch((error: unknown) => {
+  if (error instanceof UsageError) showUsage(error);
+  if (isOfRuntime(running)) report(error, program.opts());
+  else process.stderr.write(`kiln: ${KilnError.from(error).userMessage}\n`);
+  process.exitCode ||= error instanceof UsageError ? error.exitCode : 1;
 });

@@ -121,6 +121,9 @@ const processRules: Rules = {
 
 const propagations = ['shared', 'slave', 'private', 'unbindable'];
 
+/** They ask for what the guest does anyway, as it has one memory node. */
+export const memoryPolicyModes = ['MPOL_DEFAULT', 'MPOL_LOCAL'];
+
 const linuxRules: Rules = {
   uidMappings: keep,
   gidMappings: keep,
@@ -145,9 +148,8 @@ const linuxRules: Rules = {
   mountLabel: drop('not applied: SELinux is not active in the guest'),
   intelRdt: refuse('cache and memory bandwidth are shared out by the host, not in the guest'),
   memoryPolicy: translate<{ readonly mode?: string }>((policy, path, translation) => {
-    // What the guest does anyway, as it has one memory node.
     const { mode = '' } = policy;
-    if (['MPOL_DEFAULT', 'MPOL_LOCAL'].includes(mode)) return undefined;
+    if (memoryPolicyModes.includes(mode)) return undefined;
     return refuse('names memory nodes of the host').apply(policy, path, translation);
   }),
   personality: translate<{ readonly domain?: unknown; readonly flags?: readonly string[] }>((personality, path) => {

@@ -4,7 +4,8 @@ import { podNamespace } from './pod.ts';
 import type { Namespace } from './spec.ts';
 
 /** Namespaces that crun 1.8 knows by these names. */
-const known = new Set(['pid', 'network', 'mount', 'ipc', 'uts', 'user', 'cgroup', 'time']);
+export const namespaceTypes = ['cgroup', 'ipc', 'mount', 'network', 'pid', 'time', 'user', 'uts'];
+const known = new Set(namespaceTypes);
 
 /**
  * Without these the container would share with the host what a virtual machine cannot share. `asked`: the words by which

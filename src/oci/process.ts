@@ -7,7 +7,7 @@ import type { Integer } from './json.ts';
 export const userRules: Rules = { uid: keep, gid: keep, umask: keep, additionalGids: keep, username: drop() };
 
 /** capabilities(7), in the order of their numbers, up to Linux 5.9; there has been none since. */
-const capabilities = new Set(
+export const capabilities: ReadonlySet<string> = new Set(
   [
     ...['CHOWN', 'DAC_OVERRIDE', 'DAC_READ_SEARCH', 'FOWNER', 'FSETID', 'KILL', 'SETGID', 'SETUID', 'SETPCAP'],
     ...['LINUX_IMMUTABLE', 'NET_BIND_SERVICE', 'NET_BROADCAST', 'NET_ADMIN', 'NET_RAW', 'IPC_LOCK', 'IPC_OWNER'],

@@ -3,11 +3,26 @@ import { drop, keep, type Rules, translate } from './field-rules.ts';
 
 const notify = 'SCMP_ACT_NOTIFY';
 
+const flagsWithoutAgent = ['SECCOMP_FILTER_FLAG_TSYNC', 'SECCOMP_FILTER_FLAG_LOG', 'SECCOMP_FILTER_FLAG_SPEC_ALLOW'];
+
 /** Flags of seccomp(2) that crun 1.8 knows. */
-const flags = [
-  ...['SECCOMP_FILTER_FLAG_TSYNC', 'SECCOMP_FILTER_FLAG_LOG', 'SECCOMP_FILTER_FLAG_SPEC_ALLOW'],
-  'SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV',
-];
+const flags = [...flagsWithoutAgent, 'SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV'];
+
+/** What of seccomp can be asked for: crun 1.8 with libseccomp 2.5, on the guest's kernel. */
+export const seccompFeatures = {
+  enabled: true,
+  actions: ['ALLOW', 'ERRNO', 'KILL', 'KILL_PROCESS', 'KILL_THREAD', 'LOG', 'TRACE', 'TRAP'].map(
+    (action) => `SCMP_ACT_${action}`,
+  ),
+  operators: ['EQ', 'GE', 'GT', 'LE', 'LT', 'MASKED_EQ', 'NE'].map((operator) => `SCMP_CMP_${operator}`),
+  archs: [
+    ...['AARCH64', 'ARM', 'MIPS', 'MIPS64', 'MIPS64N32', 'MIPSEL', 'MIPSEL64', 'MIPSEL64N32', 'PARISC', 'PARISC64'],
+    ...['PPC', 'PPC64', 'PPC64LE', 'RISCV64', 'S390', 'S390X', 'X32', 'X86', 'X86_64'],
+  ].map((architecture) => `SCMP_ARCH_${architecture}`),
+  knownFlags: flags,
+  // The other one is for filters with an agent, and refused by the kernel without.
+  supportedFlags: flagsWithoutAgent,
+} as const;
 
 /** Actions are crun's to judge, but for the one that asks an agent on the host, which cannot see the guest's processes. */
 function refuseNotify(action: unknown, path: string): void {

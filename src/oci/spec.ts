@@ -27,7 +27,15 @@ export interface Process {
   readonly env?: readonly string[] | undefined;
   /** Absolute path in the container. */
   readonly cwd: string;
-  readonly user?: { readonly uid?: Integer | undefined; readonly gid?: Integer | undefined } | undefined;
+  readonly user?:
+    | {
+        readonly uid?: Integer | undefined;
+        readonly gid?: Integer | undefined;
+        readonly additionalGids?: readonly Integer[] | undefined;
+      }
+    | undefined;
+  /** By their set: bounding, effective, inheritable, permitted, ambient. */
+  readonly capabilities?: Readonly<Record<string, readonly string[] | undefined>> | undefined;
   readonly apparmorProfile?: string | undefined;
   readonly selinuxLabel?: string | undefined;
 }

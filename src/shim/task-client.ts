@@ -3,6 +3,7 @@ import * as api from '../../gen/containerd/task.ts';
 import { Status } from '../../gen/containerd/task_types.ts';
 import { KilnError } from '../errors.ts';
 import { type MessageCodec, TtrpcClient, TtrpcError } from '../rpc/ttrpc/index.ts';
+import { type TaskStats, taskStatsOf } from './runtime-stats.ts';
 
 const service = 'containerd.task.v2.Task';
 
@@ -74,8 +75,15 @@ export class TaskClient implements Disposable {
     return this.#call('Resume', api.ResumeRequest, empty, { id });
   }
 
-  stats(id: string): Promise<api.StatsResponse> {
-    return this.#call('Stats', api.StatsRequest, api.StatsResponse, { id });
+  /** Resolves when the container has ended. */
+  async wait(id: string): Promise<void> {
+    await this.#call('Wait', api.WaitRequest, api.WaitResponse, { id, execId: '' });
+  }
+
+  /** What the container uses, or has used. */
+  async stats(id: string): Promise<TaskStats> {
+    const { stats } = await this.#call('Stats', api.StatsRequest, api.StatsResponse, { id });
+    return taskStatsOf(stats);
   }
 
   /** @param resources linux.resources as config.json has it, in JSON */

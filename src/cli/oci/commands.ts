@@ -2,18 +2,22 @@
  * The commands of an OCI runtime, with runc's flags and answers: what calls runc can call `kiln`.
  * Sources: runc 1.1 and 1.2 (man/runc-*.8.md, *.go), the OCI runtime command line interface.
  */
-import { readFileSync } from 'node:fs';
 import { type Command, InvalidArgumentError } from 'commander';
 import { KilnError } from '../../errors.ts';
-import { parseProcess } from '../../oci/bundle.ts';
-import type { Process } from '../../oci/spec.ts';
+import { addEvents } from './events-command.ts';
+import { execProcess, type ProcessOptions, readProcess } from './exec-process.ts';
+import { addFeatures } from './features-command.ts';
 import { describe, table } from './listing.ts';
 import type { StandingProcess } from './process.ts';
 import { OciRuntime } from './runtime.ts';
 import { parseSignal } from './signal.ts';
+import { addSpec } from './spec-command.ts';
+import { addUpdate } from './update-command.ts';
 
 /** runc's answer when an exec could not be made. */
 const execFailed = 255;
+const execInCgroup =
+  '--cgroup: a process of a container runs in the control group that the guest has for the container';
 
 interface GlobalOptions {
   readonly root: string;
@@ -28,18 +32,11 @@ interface LaunchOptions {
   readonly keep?: boolean;
 }
 
-interface ExecOptions {
-  readonly process?: string;
+interface ExecOptions extends ProcessOptions {
   readonly consoleSocket?: string;
   readonly pidFile?: string;
   readonly detach?: boolean;
-  readonly tty?: boolean;
-  readonly cwd?: string;
-  readonly env: string[];
-  readonly user?: string;
-  readonly cap: string[];
-  readonly noNewPrivs?: boolean;
-  readonly apparmor?: string;
+  readonly cgroup?: string[];
   readonly preserveFds?: number;
   readonly ignorePaused?: boolean;
 }
@@ -47,9 +44,13 @@ interface ExecOptions {
 /** Adds the commands to the program; all of them heed its `--root`. */
 export function addOciCommands(program: Command): void {
   const runtime = () => new OciRuntime(program.opts<GlobalOptions>().root);
+  addSpec(program);
   addLaunching(program, runtime);
   addLiving(program, runtime);
+  addUpdate(program, runtime);
   addLooking(program, runtime);
+  addEvents(program, runtime);
+  addFeatures(program);
 }
 
 function addLaunching(program: Command, runtime: () => OciRuntime): void {
@@ -66,7 +67,7 @@ function addLaunching(program: Command, runtime: () => OciRuntime): void {
   launch('create', 'create a container; its program runs with "start"').action(
     async (id: string, options: LaunchOptions) => {
       refuseDescriptors(options);
-      await runtime().create({ ...options, id, foreground: false });
+      await creating('create', runtime().create({ ...options, id, foreground: false }));
     },
   );
   program
@@ -93,12 +94,14 @@ function addLaunching(program: Command, runtime: () => OciRuntime): void {
     .option('--console-socket <path>', 'a socket that gets the master of its terminal')
     .option('--pid-file <path>', 'a file for the pid')
     .option('--cwd <dir>', 'its working directory')
-    .option('-e, --env <name=value>', 'one more variable', collect, [])
+    .option('-e, --env <name=value>', 'one more variable', collect)
     .option('-u, --user <uid[:gid]>', 'who it runs as')
-    .option('-g, --additional-gids <gid>', 'one more group', collect, [])
-    .option('-c, --cap <capability>', 'one more capability', collect, [])
+    .option('-g, --additional-gids <gid>', 'one more group', collect)
+    .option('-c, --cap <capability>', 'one more capability', collect)
+    .option('--cgroup <path>', 'refused: it runs in the container’s control group', collect)
     .option('--no-new-privs', 'it gains no privileges by what it executes')
-    .option('--apparmor <profile>', 'its AppArmor profile')
+    .option('--apparmor <profile>', 'its AppArmor profile, which is not applied in the guest')
+    .option('--process-label <label>', 'its SELinux label, which is not applied in the guest')
     .option('--preserve-fds <n>', 'descriptors that it gets beside its stdio; none is possible', number)
     .option('--ignore-paused', 'also in a paused container')
     .action(async (id: string, command: string[], options: ExecOptions) => {
@@ -112,7 +115,9 @@ function addLiving(program: Command, runtime: () => OciRuntime): void {
     .description('send a signal to the container’s first process')
     .option('-a, --all', 'to all of its processes')
     .action(async (id: string, signal = 'SIGTERM', { all = false }: { all?: boolean }) => {
-      await runtime().kill(id, parseSignal(signal), all);
+      const found = runtime();
+      found.states.read(id);
+      await found.kill(id, parseSignal(signal), all);
     });
   program
     .command('delete <id>')
@@ -157,7 +162,7 @@ function addLooking(program: Command, runtime: () => OciRuntime): void {
     .action(async ({ format, quiet = false }: { format: string; quiet?: boolean }) => {
       requireFormat(format);
       const found = runtime();
-      const states = await Promise.all(found.states.ids().map((id) => describeIfThere(found, id)));
+      const states = await Promise.all(found.states.ids().map((id) => describeIfWhole(found, id)));
       const there = states.filter((state) => state !== undefined);
       if (quiet) process.stdout.write(there.map(({ id }) => `${id}\n`).join(''));
       else if (format === 'json') process.stdout.write(JSON.stringify(there.length === 0 ? null : there));
@@ -167,9 +172,10 @@ function addLooking(program: Command, runtime: () => OciRuntime): void {
     .command('ps <id> [options...]')
     .description('list the processes of a container, by their pids in the guest')
     .option('-f, --format <format>', '"table" or "json"', 'table')
+    .passThroughOptions()
     .action(async (id: string, _options: string[], { format }: { format: string }) => {
-      requireFormat(format);
       const { processes } = await runtime().withTask(id, (task, kilndId) => task.pids(kilndId));
+      requireFormat(format);
       const pids = processes.map(({ pid }) => pid);
       process.stdout.write(
         format === 'json' ? JSON.stringify(pids) : ['PID', ...pids].map((pid) => `${pid}\n`).join(''),
@@ -177,21 +183,31 @@ function addLooking(program: Command, runtime: () => OciRuntime): void {
     });
 }
 
-/** One that is just being made or removed is none. */
-async function describeIfThere(runtime: OciRuntime, id: string) {
+/** One that is just being made or removed is none; of one that is damaged, nothing but that is told. */
+async function describeIfWhole(runtime: OciRuntime, id: string) {
   try {
     return await describe(runtime, runtime.states.read(id));
   } catch (error) {
-    if (KilnError.from(error).code === 'not-found') return undefined;
-    throw error;
+    const { code, message } = KilnError.from(error);
+    if (code !== 'not-found') process.stderr.write(`load container ${id}: ${message}\n`);
+    return undefined;
+  }
+}
+
+/** runc's words for what went wrong with it. */
+async function creating<T>(verb: 'create' | 'run', step: Promise<T>): Promise<T> {
+  try {
+    return await step;
+  } catch (error) {
+    throw KilnError.from(error).after(`kiln ${verb} failed`);
   }
 }
 
 async function run(runtime: OciRuntime, id: string, options: LaunchOptions): Promise<number> {
   const foreground = options.detach !== true;
-  const standing = await runtime.create({ ...options, id, foreground });
+  const standing = await creating('run', runtime.create({ ...options, id, foreground }));
   try {
-    await runtime.start(id);
+    await creating('run', runtime.start(id));
   } catch (error) {
     await runtime.delete(id, true);
     throw error;
@@ -207,11 +223,14 @@ async function exec(runtime: OciRuntime, id: string, command: string[], options:
   let standing: StandingProcess;
   try {
     refuseDescriptors(options);
-    const wanted = await processFor(runtime, id, command, options);
+    runtime.states.read(id);
+    if (options.cgroup !== undefined) throw new KilnError('unimplemented', execInCgroup);
+    const file = options.process;
+    const wanted = file === undefined ? execProcess(await runtime.processOf(id), command, options) : readProcess(file);
     standing = await runtime.exec({ ...options, id, process: wanted, foreground });
   } catch (error) {
     process.exitCode = execFailed;
-    throw error;
+    throw KilnError.from(error).after('exec failed');
   }
   return foreground ? follow(standing) : 0;
 }
@@ -233,31 +252,6 @@ async function follow({ pid, exited }: StandingProcess): Promise<number> {
   return exited;
 }
 
-async function processFor(runtime: OciRuntime, id: string, command: string[], options: ExecOptions): Promise<Process> {
-  if (options.process !== undefined) return parseProcess(readFileSync(options.process, 'utf8'), options.process);
-  if (command.length === 0)
-    throw new KilnError('invalid-argument', 'exec needs a command, or a process with --process');
-  const base = await runtime.processOf(id);
-  const { cwd = base.cwd, env, user, noNewPrivs, apparmor, tty = false } = options;
-  return {
-    ...base,
-    args: command,
-    cwd,
-    terminal: tty,
-    env: [...(base.env ?? []), ...env],
-    ...(user === undefined ? {} : { user: { ...base.user, ...parseUser(user) } }),
-    ...(noNewPrivs === true ? { noNewPrivileges: true } : {}),
-    ...(apparmor === undefined ? {} : { apparmorProfile: apparmor }),
-  };
-}
-
-function parseUser(text: string): { uid: number; gid?: number } {
-  const match = /^(\d+)(?::(\d+))?$/.exec(text);
-  if (match === null) throw new KilnError('invalid-argument', `--user ${text}: must be UID or UID:GID, as numbers`);
-  const [, uid, gid] = match;
-  return { uid: Number(uid), ...(gid === undefined ? {} : { gid: Number(gid) }) };
-}
-
 function refuseDescriptors({ preserveFds = 0 }: { readonly preserveFds?: number }): void {
   if (preserveFds === 0) return;
   throw new KilnError(
@@ -268,7 +262,7 @@ function refuseDescriptors({ preserveFds = 0 }: { readonly preserveFds?: number 
 
 function requireFormat(format: string): void {
   if (format === 'table' || format === 'json') return;
-  throw new KilnError('invalid-argument', `invalid format option: ${format}`);
+  throw new KilnError('invalid-argument', `invalid format option: ${format}; it is table or json`);
 }
 
 function number(text: string): number {
@@ -276,6 +270,6 @@ function number(text: string): number {
   throw new InvalidArgumentError('must be a number');
 }
 
-function collect(value: string, before: string[]): string[] {
+function collect(value: string, before: string[] = []): string[] {
   return [...before, value];
 }

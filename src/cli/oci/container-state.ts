@@ -33,6 +33,7 @@ const idPattern = /^[\w+.-]{1,255}$/;
 
 /** @throws KilnError invalid-argument, in runc's words */
 export function requireId(id: string): void {
+  if (id === '') throw new KilnError('invalid-argument', 'container id cannot be empty');
   if (idPattern.test(id) && id !== '.' && id !== '..') return;
   throw new KilnError('invalid-argument', `invalid container ID format: ${JSON.stringify(id.slice(0, 80))}`, {
     hint: 'it has 1 to 255 letters, digits, "_", "+", "-" or "."',

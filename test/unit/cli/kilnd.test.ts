@@ -223,9 +223,9 @@ describe('kiln', () => {
   });
 
   it('with a verb that it does not know shows the ones that it does', async () => {
-    const { code, stderr } = await kiln('strat');
-    expect(code).toBe(1);
+    const { code, stdout, stderr } = await kiln('strat');
+    expect(code).toBe(3);
     expect(stderr).toContain("unknown command 'strat'");
-    expect(stderr).toContain('status');
+    expect(stdout).toContain('status');
   });
 });

@@ -143,7 +143,9 @@ export class Containers {
     writeFileSync(join(bundle, 'config.json'), request.spec, { mode: 0o600 });
     const stdio = undo.use(this.#stdio(request.stdio));
     // From here on an init can exist: it must be found when it ends, and killed when anything below fails.
-    pod.provideFor(request.spec);
+    pod.provideFor(request.spec, (other) => {
+      return this.#get(other).state.expect('join the process namespace of', 'created', 'running').pid;
+    });
     using _held = reaper.hold();
     undo.defer(async () => {
       if (!container.guestEnds) await crun.delete(id, bundle);
@@ -357,6 +359,7 @@ export class Containers {
     await made.init.ended;
     state.become({ kind: 'removing' });
     for (const process of execs.values()) process?.[Symbol.dispose]();
+    this.#options.pod.forget(container.id);
     await made.undo.disposeAsync();
     this.#containers.delete(container.id);
   }

@@ -1,13 +1,14 @@
 /**
  * What the containers of a pod share beside the guest itself: an IPC and a UTS namespace, a filesystem for /dev/shm and, for
- * those that want it, a PID namespace. All are files in one directory, which a container's spec names.
+ * those that want it, a PID namespace. All are files in one directory, which a container's spec names. A container can also
+ * join the PID namespace of another one alone.
  *
  * The network is the guest's own. The pod's PID namespace has an init that collects what the containers leave behind, as a
  * pod's pause process does; the others live by their mounts alone.
  */
 import { type ChildProcess, spawn } from 'node:child_process';
-import { mkdirSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { mkdirSync, rmSync, writeFileSync } from 'node:fs';
+import { basename, dirname, join } from 'node:path';
 import type { PreparePodRequest } from '../gen/kiln/agent/v1/agent.ts';
 import * as sys from '../src/sys/mount.ts';
 import { inNewNamespaces, setdomainname } from '../src/sys/namespaces.ts';
@@ -21,10 +22,15 @@ export interface PodOptions {
   readonly reaper: Reaper;
 }
 
+/** Where the PID namespaces of certain containers are, below the directory. src/oci/pod.ts has the same name. */
+const pidOf = 'pid-of';
+
 export class Pod {
   readonly #options: PodOptions;
   #prepared = false;
   #init: ChildProcess | undefined;
+  /** By containers whose PID namespace others have joined, the names of the files. */
+  readonly #joined = new Map<string, string>();
 
   constructor(options: PodOptions) {
     this.#options = options;
@@ -46,11 +52,42 @@ export class Pod {
     this.#prepared = true;
   }
 
-  /** Makes the PID namespace, if the spec joins it and it is not there, or is dead. */
-  provideFor(spec: Uint8Array): void {
+  /**
+   * Makes the PID namespaces that a spec joins be there.
+   *
+   * @param initOf the process id of another container's init; throws when it has none
+   */
+  provideFor(spec: Uint8Array, initOf: (container: string) => number): void {
+    const { directory } = this.#options;
+    for (const path of joinedBy(spec)) {
+      if (path === join(directory, 'pid')) this.#provideShared();
+      else if (dirname(path) === join(directory, pidOf)) this.#provideOf(basename(path), initOf);
+    }
+  }
+
+  /** To be called when a container is removed. */
+  forget(container: string): void {
+    const name = this.#joined.get(container);
+    if (name === undefined) return;
+    this.#joined.delete(container);
+    const path = join(this.#options.directory, name);
+    sys.umount2(path, sys.MNT_DETACH);
+    rmSync(path);
+  }
+
+  #provideOf(container: string, initOf: (container: string) => number): void {
+    const pid = initOf(container);
+    if (this.#joined.has(container)) return;
+    const name = join(pidOf, container);
+    mkdirSync(join(this.#options.directory, pidOf), { recursive: true, mode: 0o755 });
+    this.#bind(`/proc/${pid}/ns/pid`, name);
+    this.#joined.set(container, name);
+  }
+
+  /** The pod's own, if it is not there, or is dead. */
+  #provideShared(): void {
     if (this.#init?.exitCode === null && this.#init.signalCode === null) return;
     const path = join(this.#options.directory, 'pid');
-    if (!joins(spec, path)) return;
     const init = inNewNamespaces(['pid'], () => {
       const child = spawn('tini-static', ['--', 'tail', '-f', '/dev/null'], { stdio: 'ignore', cwd: '/' });
       this.#options.reaper.leaveToNode(child);
@@ -70,12 +107,13 @@ export class Pod {
   }
 }
 
-function joins(spec: Uint8Array, path: string): boolean {
+/** The paths of the namespaces that a spec joins. */
+function joinedBy(spec: Uint8Array): string[] {
   try {
     const { linux } = JSON.parse(Buffer.from(spec).toString()) as { linux?: { namespaces?: { path?: string }[] } };
-    return linux?.namespaces?.some((namespace) => namespace.path === path) ?? false;
+    return linux?.namespaces?.flatMap(({ path }) => path ?? []) ?? [];
   } catch {
-    return false; // crun has the word for that.
+    return []; // crun has the word for that.
   }
 }
 

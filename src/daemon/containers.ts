@@ -87,7 +87,7 @@ export async function createContainer(
     bundle: bundle.dir,
     nodeAt,
     hasMountsBelow: mountsNow(),
-    ...(pod && { pod: { pid: pod.pid } }),
+    ...(pod && { pod: { pid: pod.pid, containerAt: (at: number) => pod.containerAt(at) } }),
   };
   const spec = pod?.filesDirectory === undefined ? bundle.spec : withPodFiles(bundle.spec, pod.filesDirectory);
   const guest = toGuestSpec(spec, guestOptions);

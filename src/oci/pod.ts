@@ -44,19 +44,26 @@ export const guestPodDirectory = '/run/kiln/pod';
 export interface PodOfSpec {
   /** Of the process that stands for the pod on the host. */
   readonly pid: number;
+  /** The id of the pod's container for which a process of the host stands; undefined where it stands for none. */
+  readonly containerAt?: (pid: number) => string | undefined;
 }
 
 /** The names of namespaces in /proc/<pid>/ns, by the spec's. namespaces(7) */
 const shared: Readonly<Record<string, string>> = { ipc: 'ipc', uts: 'uts', pid: 'pid' };
 
 /**
- * The guest's path of a pod's namespace that a spec names by the host's; undefined for any other.
+ * The guest's path of a pod's namespace, or of one of its containers', that a spec names by the host's; undefined for any
+ * other.
  *
  * A path outside of /proc is one that CRI-O has given the namespace of a pod, and of nothing else.
  */
-export function podNamespace(type: string, path: string, { pid }: PodOfSpec): string | undefined {
+export function podNamespace(type: string, path: string, { pid, containerAt }: PodOfSpec): string | undefined {
   const name = shared[type];
   if (name === undefined) return undefined;
+  // CRI's NamespaceMode TARGET, by which `kubectl debug --target` sees the processes of a container.
+  const ofProcess = type === 'pid' ? /^\/proc\/(\d+)\/ns\/pid$/.exec(path)?.[1] : undefined;
+  const container = ofProcess === undefined ? undefined : containerAt?.(Number(ofProcess));
+  if (container !== undefined) return `${guestPodDirectory}/pid-of/${container}`;
   if (path !== `/proc/${pid}/ns/${name}` && path.startsWith('/proc/')) return undefined;
   return `${guestPodDirectory}/${type}`;
 }

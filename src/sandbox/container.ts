@@ -111,7 +111,7 @@ export class Container {
       report: this.#report,
     });
     this.#save();
-    resources.tenancy.enter({ id, quit: () => this.#endInGuest() });
+    resources.tenancy.enter({ id, pid: this.pid, quit: () => this.#endInGuest() });
     void this.#watchOom();
     void this.#supervise();
     void this.#followStandIn();

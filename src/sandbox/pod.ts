@@ -11,6 +11,8 @@ const clearLookMs = 50;
 /** A container that runs in a pod's VM, as the pod sees it. */
 export interface PodMember {
   readonly id: string;
+  /** Of the process that stands for it on the host. */
+  readonly pid: number;
   /** Ends it, so that what it wrote is on its disk. Rejects when the guest cannot be asked. */
   quit(): Promise<void>;
 }
@@ -84,6 +86,11 @@ export class Pod implements AsyncDisposable {
   /** To be called when anything about the VM has changed that the next kilnd has to know. */
   save(): void {
     if (!this.#vmHasEnded) this.#parts.save();
+  }
+
+  /** The id of the container for which a process of the host stands; undefined for none. */
+  containerAt(pid: number): string | undefined {
+    return Array.from(this.#members).find((member) => member.pid === pid)?.id;
   }
 
   remove(member: PodMember): void {

@@ -21,7 +21,8 @@ function spec(fields: Partial<Spec> = {}): Spec {
   };
 }
 
-const translate = (given: Spec) => toGuestSpec(given, { id: 'c', rootfsPath: '/r', pod: { pid } }).spec;
+const containerAt = (at: number) => (at === 4712 ? 'web' : undefined);
+const translate = (given: Spec) => toGuestSpec(given, { id: 'c', rootfsPath: '/r', pod: { pid, containerAt } }).spec;
 
 describe("a container's place in a pod", () => {
   it.each([
@@ -66,6 +67,17 @@ describe("a pod's container in the guest", () => {
     const [, ...others] = spec().linux?.namespaces ?? [];
     const given = spec({ linux: { namespaces: [{ type: 'pid', path: `/proc/${pid}/ns/pid` }, ...others] } });
     expect(translate(given).linux?.namespaces?.[0]).toEqual({ type: 'pid', path: '/run/kiln/pod/pid' });
+  });
+
+  it('sees the processes of another container of the pod where the spec says so, and joins nothing else of it', () => {
+    const joining = (type: string) => {
+      const namespaces = spec().linux?.namespaces?.map((namespace) =>
+        namespace.type === type ? { type, path: `/proc/4712/ns/${type}` } : namespace,
+      );
+      return spec({ linux: { namespaces: namespaces ?? [] } });
+    };
+    expect(translate(joining('pid')).linux?.namespaces?.[0]).toEqual({ type: 'pid', path: '/run/kiln/pod/pid-of/web' });
+    expect(() => translate(joining('ipc'))).toThrow('joining a ipc namespace is not supported yet: /proc/4712/ns/ipc');
   });
 
   it("joins nobody else's", () => {

@@ -23,8 +23,10 @@ export interface AttachedDisk {
 export interface DiskHost {
   /** Slots that have no file, as far as the VM knows. */
   readonly free: readonly SlotName[];
-  /** Returns the serial. */
+  /** Returns the serial. It goes on when nobody waits for it any more. */
   readonly attach: (slot: SlotName, file: string) => Promise<string>;
+  /** Waits for what `attach` returns as long as whoever wants the disk does. */
+  readonly answer: (attached: Promise<string>) => Promise<string>;
   readonly detach: (slot: SlotName) => Promise<void>;
   /** Takes a device of the host for this VM alone. */
   readonly claim: (file: string) => Promise<AsyncDisposable>;
@@ -49,6 +51,8 @@ export class DiskSlots implements AsyncDisposable {
   readonly #occupied = new Map<SlotName, Occupied>();
   /** What is behind these is not known: an attempt failed, or an earlier kilnd was at it. */
   readonly #doubtful: Set<SlotName>;
+  /** By file, what is still to be taken away since nobody wants it any more. */
+  readonly #late = new Map<string, Promise<void>>();
 
   /** @param adopted true where an earlier kilnd may have put files behind any slot */
   constructor(adopted = false) {
@@ -71,13 +75,7 @@ export class DiskSlots implements AsyncDisposable {
           `${file} cannot be ${kind}: another container of the VM has it otherwise`,
         );
       }
-      occupied.users += 1;
-      try {
-        return { slot, serial: await occupied.serial, file, device };
-      } catch {
-        // Whoever put it there may have given up, which is no reason here.
-        return this.attach(disk, vm);
-      }
+      return this.#use(slot, occupied, disk, vm);
     }
     const slot = vm.free.find((name) => isReadOnly(name) === readOnly && !this.#occupied.has(name));
     if (slot === undefined) {
@@ -85,24 +83,60 @@ export class DiskSlots implements AsyncDisposable {
         hint: 'docs/vmm.md has how many there are: of the writable ones each container takes one for its own changes',
       });
     }
-    const put = async () => {
+    const { promise, resolve } = Promise.withResolvers<string>();
+    const occupied: Occupied = { file, serial: promise, users: 0, leaving: false };
+    this.#occupied.set(slot, occupied);
+    resolve(this.#put(slot, occupied, disk, vm));
+    return this.#use(slot, occupied, disk, vm);
+  }
+
+  /** Whoever gives up waiting leaves no file behind: what the VM has put there nevertheless is taken away again. */
+  async #use(slot: SlotName, occupied: Occupied, { file, device }: DiskFile, vm: DiskHost): Promise<AttachedDisk> {
+    occupied.users += 1;
+    try {
+      return { slot, serial: await vm.answer(occupied.serial), file, device };
+    } catch (error) {
+      occupied.users -= 1;
+      if (occupied.users === 0 && this.#occupied.get(slot) === occupied) this.#takeLate(slot, occupied, vm.detach);
+      throw error;
+    }
+  }
+
+  async #put(slot: SlotName, occupied: Occupied, { file, readOnly, device }: DiskFile, vm: DiskHost): Promise<string> {
+    try {
       if (device && !readOnly) occupied.claim = await vm.claim(file);
       if (this.#doubtful.has(slot)) await vm.detach(slot);
       this.#doubtful.delete(slot);
-      return vm.attach(slot, file);
-    };
-    const { promise, resolve } = Promise.withResolvers<string>();
-    const occupied: Occupied = { file, serial: promise, users: 1, leaving: false };
-    this.#occupied.set(slot, occupied);
-    resolve(put());
-    try {
-      return { slot, serial: await promise, file, device };
+      return await vm.attach(slot, file);
     } catch (error) {
       this.#occupied.delete(slot);
       this.#doubtful.add(slot);
       await occupied.claim?.[Symbol.asyncDispose]();
       throw error;
     }
+  }
+
+  /** After everybody has given up. What cannot be taken away keeps its slot. */
+  #takeLate(slot: SlotName, occupied: Occupied, detach: DiskHost['detach']): void {
+    const { file } = occupied;
+    occupied.leaving = true;
+    const take = async () => {
+      await detach(slot);
+      this.#occupied.delete(slot);
+      await occupied.claim?.[Symbol.asyncDispose]();
+    };
+    const gone = occupied.serial.then(take, () => {});
+    const forget = () => {
+      if (this.#late.get(file) === gone) this.#late.delete(file);
+    };
+    // A failure stays to be told.
+    gone.then(forget, () => {});
+    this.#late.set(file, gone);
+  }
+
+  /** Resolves when a file that nobody waits for any more is behind no slot. @throws what `detach` throws */
+  async gone(file: string): Promise<void> {
+    await this.#late.get(file);
   }
 
   /**

@@ -206,7 +206,8 @@ export class Sandbox implements AsyncDisposable {
     try {
       return await this.#disks.attach(disk, {
         free: this.vm.freeSlots,
-        attach: (slot, file) => this.#vmm(`attach ${file}`, () => this.vm.attachDisk(slot, file), signal),
+        attach: (slot, file) => this.vm.attachDisk(slot, file),
+        answer: (attached) => this.#vmm(`attach ${disk.file}`, () => attached, signal),
         detach: (slot) => this.#detach(slot),
         claim: claimDevice,
       });
@@ -215,6 +216,11 @@ export class Sandbox implements AsyncDisposable {
       if (!(error instanceof KilnError && error.code === 'unavailable')) throw error;
       throw await this.#lostWhile(`${disk.file} was attached`, error);
     }
+  }
+
+  /** Resolves when the VM has nothing of a file whose attaching was given up. */
+  diskGone(file: string): Promise<void> {
+    return this.#vmm(`give up ${file}`, () => this.#disks.gone(file));
   }
 
   /** The opposite, for a container that was removed from a guest that goes on. */

@@ -70,6 +70,8 @@ export class PlaceInPod implements Tenancy {
   readonly #id: string;
   readonly #rootfs: PreparedRootfs;
   readonly #disks: AttachedDisk[];
+  /** Files that the VM may be about to open. */
+  readonly #givenUp: string[] = [];
   readonly #volumeNumbers: readonly number[];
   #member: PodMember | undefined;
   #left: Promise<void> | undefined;
@@ -100,10 +102,15 @@ export class PlaceInPod implements Tenancy {
   }
 
   async attachDisk(disk: DiskFile, signal: AbortSignal): Promise<AttachedDisk> {
-    const attached = await this.sandbox.attachDisk(disk, signal);
-    this.#disks.push(attached);
-    this.#pod.save();
-    return attached;
+    try {
+      const attached = await this.sandbox.attachDisk(disk, signal);
+      this.#disks.push(attached);
+      this.#pod.save();
+      return attached;
+    } catch (error) {
+      this.#givenUp.push(disk.file);
+      throw error;
+    }
   }
 
   record(): MemberFields {
@@ -132,6 +139,7 @@ export class PlaceInPod implements Tenancy {
       if (!this.#pod.vmHasEnded) {
         await this.#pod.clear(this.#id);
         for (const disk of this.#disks) await this.sandbox.detachDisk(disk);
+        for (const file of this.#givenUp) await this.sandbox.diskGone(file);
         await this.sandbox.removeVolumes(this.#volumeNumbers);
         this.#pod.save();
       }

@@ -13,6 +13,7 @@ const vm = {
     events.push(`${slot} has ${file}`);
     return `serial-${slot}`;
   },
+  answer: (attached: Promise<string>) => attached,
   detach,
   claim: async (file: string) => {
     events.push(`${file} taken`);
@@ -35,17 +36,42 @@ describe('the drive slots of a VM', () => {
 
   it('have a file for who still wants it when who put it there has given up', async () => {
     const slots = new DiskSlots();
-    const given = new AbortController();
-    const never = () =>
-      new Promise<string>((_, reject) => given.signal.addEventListener('abort', () => reject(given.signal.reason)));
-    const first = slots.attach(image, { ...vm, attach: never });
+    const given = Promise.reject(new Error('nobody wants it'));
+    const first = slots.attach(image, { ...vm, answer: () => given });
     const second = slots.attach(image, vm);
-    given.abort(new Error('nobody wants it'));
     await expect(first).rejects.toThrow('nobody wants it');
     const disk = await second;
-    expect(events).toEqual(['ro0 emptied', 'ro0 has /image']);
+    expect(events).toEqual(['ro0 has /image']);
     await slots.release(disk, detach);
     expect(events.at(-1)).toBe('ro0 emptied');
+  });
+
+  it('are free again when what nobody waits for any more has come late', async () => {
+    const slots = new DiskSlots();
+    const late = Promise.withResolvers<string>();
+    const device = { file: '/dev/loop7', readOnly: false, device: true };
+    const attaching = slots.attach(device, {
+      ...vm,
+      attach: () => late.promise,
+      answer: () => Promise.reject(new Error('nobody wants it')),
+    });
+    await expect(attaching).rejects.toThrow('nobody wants it');
+    // Meanwhile it is nobody else's.
+    expect((await slots.attach({ file: '/other', readOnly: false }, vm)).slot).toBe('rw1');
+    late.resolve('serial');
+    await slots.gone('/dev/loop7');
+    expect(events).toEqual(['/dev/loop7 taken', 'rw1 has /other', 'rw0 emptied', '/dev/loop7 given back']);
+    expect((await slots.attach({ file: '/more', readOnly: false }, vm)).slot).toBe('rw0');
+    await slots.gone('/dev/loop7');
+  });
+
+  it('stay used when what has come late cannot be taken away', async () => {
+    const slots = new DiskSlots();
+    const giveUp = { ...vm, answer: () => Promise.reject(new Error('nobody wants it')) };
+    const attaching = slots.attach(image, { ...giveUp, detach: () => Promise.reject(new Error('stuck')) });
+    await expect(attaching).rejects.toThrow('nobody wants it');
+    await expect(slots.gone('/image')).rejects.toThrow('stuck');
+    expect((await slots.attach(image, vm)).slot).toBe('ro1');
   });
 
   it('are used again and again', async () => {

@@ -5,6 +5,7 @@
 import { realpath, stat } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
+import { SingleFlight } from '../host/single-flight.ts';
 import type { Logger } from '../observe/logger.ts';
 import { guestsOwn, type VolumeMount } from '../oci/binds.ts';
 import { guestVolumesDirectory } from '../oci/guest-spec.ts';
@@ -108,7 +109,8 @@ export class SandboxVolumes implements AsyncDisposable {
   readonly #logger: Logger;
   readonly #vmEnded = new AbortController();
   #connected: boolean;
-  #connecting: Promise<void> | undefined;
+  /** Containers of a pod that are made at once wait for the same, and each may give up alone. */
+  readonly #connecting = new SingleFlight();
   #disposed = false;
 
   private constructor(server: FileServer, logger: Logger, connected: boolean) {
@@ -169,11 +171,7 @@ export class SandboxVolumes implements AsyncDisposable {
 
   /** Hands the guest's channel to the server, if it does not have it yet. The guest may dial before or after. */
   connect(vm: Pick<Vm, 'acceptFiles'>, signal: AbortSignal): Promise<void> {
-    this.#connecting ??= this.#connect(vm, signal).catch((error: unknown) => {
-      this.#connecting = undefined;
-      throw error;
-    });
-    return this.#connecting;
+    return this.#connecting.run('', signal, (flight) => this.#connect(vm, flight));
   }
 
   async #connect(vm: Pick<Vm, 'acceptFiles'>, signal: AbortSignal): Promise<void> {

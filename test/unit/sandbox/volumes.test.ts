@@ -9,6 +9,7 @@ import { KilnError } from '../../../src/errors.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import type { VolumeMount } from '../../../src/oci/binds.ts';
 import { checkVolumes, type FileServer, inHostsWords, SandboxVolumes } from '../../../src/sandbox/volumes.ts';
+import { abortable } from '../../../src/vmm/abortable.ts';
 
 const mount = (source: string): VolumeMount => ({
   ...{ source, destination: '/data', readOnly: 'no', recursive: true, follows: false },
@@ -111,6 +112,21 @@ describe('the volumes of a sandbox', () => {
     expect(volumes.record()).toEqual({ server: { pid: 7 }, connected: true });
     await using adopted = await SandboxVolumes.adopt(servers, volumes.record(), { directory: '/d', logger });
     await adopted?.connect(vm, signal);
+    expect(served).toEqual([12]);
+  });
+
+  it('reach the guest for a container that is made beside another one, which is given up', async () => {
+    const { served, servers } = scripted();
+    await using volumes = await SandboxVolumes.start(servers, { directory: '/d', logger });
+    const dialled = Promise.withResolvers<number>();
+    const vm = { acceptFiles: (given: AbortSignal) => abortable(dialled.promise, given) };
+    const given = new AbortController();
+    const first = volumes.connect(vm, given.signal);
+    const second = volumes.connect(vm, new AbortController().signal);
+    given.abort(new Error('nobody wants it'));
+    await expect(first).rejects.toThrow('nobody wants it');
+    dialled.resolve(12);
+    await second;
     expect(served).toEqual([12]);
   });
 

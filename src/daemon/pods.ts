@@ -4,7 +4,7 @@ import { readBundle } from '../oci/bundle.ts';
 import { podPlace } from '../oci/pod.ts';
 import { guestPodOf, networkNamespaceOf, withPodResources } from '../oci/pod-spec.ts';
 import type { Spec } from '../oci/spec.ts';
-import { vmSize } from '../oci/vm-size.ts';
+import { podVmSize } from '../oci/vm-size.ts';
 import { bootPod, type PodRequest } from '../sandbox/create-pod.ts';
 import type { PodContainer } from '../sandbox/pod-container.ts';
 import type { Installation } from './containers.ts';
@@ -36,8 +36,11 @@ export async function makePod(
   signal: AbortSignal,
 ): Promise<PodContainer> {
   const { id, directory, config } = means;
-  const size = vmSize(config, withPodResources(spec));
-  const request = { ...means, ...size, guestPod: guestPodOf(spec, id), networkNamespace: networkNamespaceOf(spec) };
+  const size = podVmSize(config, withPodResources(spec));
+  const request = {
+    ...{ ...means, ...size, guestPod: guestPodOf(spec, id), networkNamespace: networkNamespaceOf(spec) },
+    groupPlan: planControlGroup(spec.linux?.cgroupsPath),
+  };
   const making = bootPod(host, { ...request, onGone: () => pods.remove(directory) }, signal);
   // Before anything is awaited, so that the pod's containers find it.
   pods.add(

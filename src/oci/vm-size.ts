@@ -21,6 +21,9 @@ export interface HostSize {
 /** What the guest's kernel, agent and page tables need beside the container's own limit. */
 export const guestOverheadMib = 128;
 
+/** Of a pod with small limits, so that its containers' programs have some page cache. */
+const leastPodMib = 192;
+
 const mib = 1024 * 1024;
 
 /** The kernel's default of cpu.max: 100 ms. Documentation/admin-guide/cgroup-v2.rst. */
@@ -41,6 +44,18 @@ export function vmSize(config: KilnConfig, spec: Spec, host: HostSize = thisHost
     memoryMib: memory(config, spec, annotations.memoryMib, host),
     vcpus: cpus(config, spec, annotations.vcpus, host),
   };
+}
+
+/**
+ * As `vmSize`, of a pod's VM. kubelet holds the pod's control group to the limits of its containers and the RuntimeClass's
+ * overhead, and a guest comes to touch all the memory that it has. So with a limit the VM is no larger than that and what
+ * the guest needs, whatever the configuration says.
+ */
+export function podVmSize(config: KilnConfig, spec: Spec, host: HostSize = thisHost()): VmSize {
+  const size = vmSize(config, spec, host);
+  const limitMib = memoryLimitMib(spec);
+  if (limitMib === undefined || parseAnnotations(spec.annotations).memoryMib !== undefined) return size;
+  return { ...size, memoryMib: Math.max(limitMib + guestOverheadMib, leastPodMib) };
 }
 
 export function thisHost(): HostSize {

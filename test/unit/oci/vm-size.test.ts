@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest';
 import { defaultConfig, parseConfig } from '../../../src/config/config.ts';
-import { thisHost, vmSize } from '../../../src/oci/vm-size.ts';
+import { podVmSize, thisHost, vmSize } from '../../../src/oci/vm-size.ts';
 import { ctrSpec, errorOf, withLinux } from './specs.ts';
 
 const host = { memoryMib: 8192, cpus: 4 };
@@ -22,6 +22,16 @@ describe("the virtual machine's memory", () => {
     ["as configured for v1's number for no limit", { memory: { limit: 9223372036854771712n } }, 512],
   ])('is %s', (_name, resources, expected) => {
     expect(vmSize(defaultConfig, limits(resources), host).memoryMib).toBe(expected);
+  });
+
+  test.each<[string, object, number]>([
+    ['as configured without a limit', {}, 512],
+    ['limit and overhead, and no more', { memory: { limit: 300 * mib } }, 428],
+    ['not too small for the guest', { memory: { limit: 10 * mib } }, 192],
+  ])('of a pod is %s', (_name, resources, expected) => {
+    expect(podVmSize(defaultConfig, limits(resources), host).memoryMib).toBe(expected);
+    const spec = annotated({ 'io.kiln.memory_mib': '1000' }, resources);
+    expect(podVmSize(defaultConfig, spec, host).memoryMib).toBe(1000);
   });
 
   test('is limit and overhead where the host has less than the power of two', () => {

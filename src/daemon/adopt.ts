@@ -3,6 +3,7 @@ import { rm } from 'node:fs/promises';
 import path from 'node:path';
 import { setImmediate } from 'node:timers/promises';
 import { forLog } from '../errors.ts';
+import { clearControlGroup } from '../host/control-group.ts';
 import { reattachContainer } from '../sandbox/create.ts';
 import { reattachPod } from '../sandbox/create-pod.ts';
 import { EndedContainer, EndedProcess } from '../sandbox/ended.ts';
@@ -110,6 +111,7 @@ function endedContainer(
   for (const left of [directory, record?.place === 'member' ? undefined : record?.vmDirectory]) {
     if (left === undefined) continue;
     disposal.defer(() => rm(left, { recursive: true, force: true }));
+    disposal.defer(() => clearControlGroup(left, logger));
     disposal.defer(() => endRemains(left).then(() => {}));
   }
   // Its loggers end with their streams, which the relay holds open beside the processes that are killed then.

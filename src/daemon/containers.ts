@@ -3,6 +3,7 @@ import { applyAnnotations } from '../config/annotations.ts';
 import type { LoadedConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
 import { findNodes, lookAtDevice } from '../host/block-devices.ts';
+import { planControlGroup } from '../host/control-group.ts';
 import type { Logger } from '../observe/logger.ts';
 import { possibleNodes } from '../oci/block-devices.ts';
 import { parseProcess, readBundle } from '../oci/bundle.ts';
@@ -106,6 +107,7 @@ export async function createContainer(
     {
       ...common,
       ...(pod === undefined ? vmSize(config, bundle.spec) : { memoryMib: 0, vcpus: 0 }),
+      groupPlan: pod === undefined ? planControlGroup(bundle.spec.linux?.cgroupsPath) : undefined,
       memoryBytes: memoryLimitOf(bundle.spec),
       networkNamespace: pod === undefined ? networkNamespaceOf(bundle.spec) : `/proc/${pod.pid}/ns/net`,
       standInPid: ours?.processPid,

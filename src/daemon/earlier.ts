@@ -1,6 +1,7 @@
 /** What an earlier kilnd of the same state folder has left: tasks to take over, and the remains of what is no task. */
 import { existsSync, readdirSync, rmSync } from 'node:fs';
 import path from 'node:path';
+import { clearControlGroup } from '../host/control-group.ts';
 import type { Logger } from '../observe/logger.ts';
 import { readContainerRecord } from '../sandbox/record.ts';
 import { toTaskBefore } from '../shim/status.ts';
@@ -56,12 +57,22 @@ export async function takeStock(stateDir: string, logger: Logger): Promise<Map<s
     ...waiting.filter((directory) => !pooled.has(directory)),
   ];
   const killed: number[] = [];
+  const ended: string[] = [];
   for (const directory of left) {
     try {
       killed.push(...(await endRemains(directory)));
-      rmSync(directory, { recursive: true, force: true });
+      ended.push(directory);
     } catch (error) {
       // One that cannot be removed is in the way of one container, and no reason to serve none.
+      logger.error({ err: error, directory }, 'cannot end what an earlier kilnd left behind');
+    }
+  }
+  // Afterwards, since a control group has processes of several directories: of a pod's containers, of a VM from the pool.
+  for (const directory of ended) {
+    await clearControlGroup(directory, logger);
+    try {
+      rmSync(directory, { recursive: true, force: true });
+    } catch (error) {
       logger.error({ err: error, directory }, 'cannot remove what an earlier kilnd left behind');
     }
   }

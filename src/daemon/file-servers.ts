@@ -3,6 +3,6 @@ import { VolumeServer } from '../volume/server.ts';
 import { volumesProgram as program } from './installation.ts';
 
 export const fileServers: FileServers = {
-  start: ({ directory }) => VolumeServer.start({ program, directory }),
-  adopt: (record, { directory }) => VolumeServer.adopt(record, { program, directory }),
+  start: ({ directory, controlGroup }) => VolumeServer.start({ program, directory, controlGroup }),
+  adopt: (record, { directory, controlGroup }) => VolumeServer.adopt(record, { program, directory, controlGroup }),
 };

@@ -1,5 +1,6 @@
 import { existsSync } from 'node:fs';
 import path from 'node:path';
+import { planControlGroup } from '../host/control-group.ts';
 import { readBundle } from '../oci/bundle.ts';
 import { podPlace } from '../oci/pod.ts';
 import { guestPodOf, networkNamespaceOf, withPodResources } from '../oci/pod-spec.ts';

@@ -9,6 +9,7 @@ import { ProcessHandle } from '../sys/pidfd.ts';
 import { pipe2, socketFromFd } from '../sys/pipe.ts';
 import { waitpid } from '../sys/process.ts';
 import { posixSpawn } from '../sys/spawn.ts';
+import type { ControlGroup } from './control-group.ts';
 import { limitLog } from './log-limit.ts';
 import { resetOomScore } from './oom-score.ts';
 import { lastLines, printable } from './printable.ts';
@@ -62,6 +63,8 @@ export interface HelperOptions {
   readonly workingDirectory?: string;
   /** The network namespace that it runs in; ours where it is absent. */
   readonly network?: Pick<NetworkNamespace, 'run'>;
+  /** The control group that it is moved to at once; ours where it is absent. */
+  readonly controlGroup?: Pick<ControlGroup, 'add'> | undefined;
 }
 
 /** The variable in a helper's environment that says which sandbox's directory it works for. */
@@ -105,6 +108,13 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
     handle.kill(SIGKILL);
     await exited;
   };
+  try {
+    await options.controlGroup?.add(pid);
+  } catch (error) {
+    unknown.move();
+    await kill();
+    throw error;
+  }
   const identity = identityOf(pid);
   const limit = limitLog(logFile);
   void exited.then(() => limit[Symbol.dispose]());

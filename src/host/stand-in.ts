@@ -1,5 +1,6 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
+import type { ControlGroup } from './control-group.ts';
 import { adoptHelper, type HelperProcess, startHelper } from './helper-process.ts';
 import type { ProcessIdentity } from './process-identity.ts';
 
@@ -24,6 +25,8 @@ export interface StandInOptions {
   readonly directory: string;
   /** An existing network namespace to join, by its path; without it, a new one is made. */
   readonly networkNamespace?: string | undefined;
+  /** The control group that it is in. */
+  readonly controlGroup?: ControlGroup | undefined;
 }
 
 /**
@@ -41,6 +44,7 @@ export async function startStandIn(options: StandInOptions): Promise<HelperProce
     title: 'the stand-in',
     hint: 'run `npm run build`',
     statusPipe: true,
+    controlGroup: options.controlGroup,
   });
   const status = (await standIn.status).trim();
   if (status === 'ready') return standIn;

@@ -1,6 +1,7 @@
 import { mkdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import type { GuestPod } from '../guest/guest.ts';
+import { HostControlGroup } from '../host/control-group.ts';
 import { startStandIn } from '../host/stand-in.ts';
 import type { PodFiles } from '../oci/cri-pod.ts';
 import { faultPoint } from './faults.ts';
@@ -16,6 +17,7 @@ import {
   holdAdopted,
   joinNetwork,
   makeDirectory,
+  provideGroup,
   rejoinNetwork,
   sideBySide,
 } from './resources.ts';
@@ -24,7 +26,7 @@ import { startSandbox, type VmRequest } from './start.ts';
 
 export interface PodRequest
   extends VmRequest,
-    Pick<ContainerRequest, 'hooks' | 'terminal' | 'openStdio' | 'networkNamespace'> {
+    Pick<ContainerRequest, 'hooks' | 'terminal' | 'openStdio' | 'networkNamespace' | 'groupPlan'> {
   /** What the pod's containers share. */
   readonly guestPod: GuestPod;
   /** What each container gets in /etc, where their specs do not say it. */
@@ -50,11 +52,12 @@ export async function bootPod(
   stack.defer(() => hooks.poststop());
   await makeDirectory(directory, stack);
   const filesDirectory = request.podFiles && (await writePodFiles(directory, request.podFiles));
+  const controlGroup = await provideGroup(request, stack);
   const { either, guard } = sideBySide(signal);
   const [stdio, standIn, sandbox] = await Promise.allSettled([
     guard(request.openStdio()),
-    guard(startStandIn({ program: host.standInProgram, id, directory, networkNamespace })),
-    guard(startSandbox(host, request, either)),
+    guard(startStandIn({ program: host.standInProgram, id, directory, networkNamespace, controlGroup })),
+    guard(startSandbox(host, { ...request, controlGroup }, either)),
   ]);
   if (stdio.status === 'fulfilled') stack.defer(() => stdio.value.dispose());
   if (standIn.status === 'fulfilled') stack.use(standIn.value);
@@ -68,7 +71,7 @@ export async function bootPod(
   timeline.mark('created');
   faultPoint('container-create');
   const parts = { standIn: fulfilled(standIn), sandbox: fulfilled(sandbox), hooks, disposal: stack.move() };
-  return standFor(request, { ...parts, hookPlan: request.hooks, started: false, filesDirectory });
+  return standFor(request, { ...parts, hookPlan: request.hooks, controlGroup, started: false, filesDirectory });
 }
 
 /** They belong to the pod's containers, which may write to them. */
@@ -94,16 +97,17 @@ export async function reattachPod(
   const sandbox = stack.use(
     await Sandbox.adopt({ vmm, fileServers: host.fileServers, record, directory, logger }, signal),
   );
+  const controlGroup = HostControlGroup.adopt(directory, logger);
   const stdio = stack.adopt(await openStdio(), (opened) => opened.dispose());
   const standIn = stack.use(adoptStandIn(record, directory));
   rejoinNetwork(host, id, { sandbox, standIn });
   stack.move();
   const disposal = new AsyncDisposableStack();
   disposal.defer(request.onGone);
-  holdAdopted(disposal, directory, { hooks, stdio, others: [standIn, sandbox] });
+  holdAdopted(disposal, directory, { hooks, controlGroup, stdio, others: [standIn, sandbox] });
   return standFor(
     { ...request, id, terminal },
-    { ...{ standIn, sandbox, hooks, hookPlan, disposal }, ...{ started, filesDirectory } },
+    { ...{ standIn, sandbox, hooks, hookPlan, controlGroup, disposal }, ...{ started, filesDirectory } },
   );
 }
 
@@ -121,12 +125,13 @@ function standFor(
   parts: Pick<Standing, 'standIn' | 'hooks' | 'hookPlan' | 'disposal' | 'started'> & {
     readonly sandbox: Sandbox;
     readonly filesDirectory: string | undefined;
+    readonly controlGroup: HostControlGroup | undefined;
   },
 ): { container: PodContainer; pod: Pod } {
-  const { sandbox, filesDirectory, ...others } = parts;
+  const { sandbox, filesDirectory, controlGroup, ...others } = parts;
   let container: PodContainer | undefined;
   const save = () => container?.save();
-  const pod = new Pod({ directory, sandbox, pid: parts.standIn.pid, save, filesDirectory, logger });
+  const pod = new Pod({ directory, sandbox, pid: parts.standIn.pid, controlGroup, save, filesDirectory, logger });
   container = new PodContainer({ ...{ id, directory, pod, terminal, timeline, logger }, vmm: vmm.name, ...others });
   return { container, pod };
 }

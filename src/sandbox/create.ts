@@ -1,3 +1,4 @@
+import { HostControlGroup } from '../host/control-group.ts';
 import { guestMounts } from '../rootfs/index.ts';
 import { attachDevices } from './block-devices.ts';
 import { Container } from './container.ts';
@@ -83,7 +84,8 @@ export async function reattachContainer(
   if (guest.started) resources.stdio.startStdin({ clientMayReturn: true });
   stack.move();
   const hooks = new ContainerHooks({ id, hooks: hookPlan, logger, begun: true });
-  const disposal = disposalOf(directory, resources, hooks);
+  const controlGroup = HostControlGroup.adopt(directory, logger);
+  const disposal = disposalOf(directory, resources, { hooks, controlGroup });
   const running: ContainerState = { kind: guest.paused ? 'paused' : 'running' };
   const state: ContainerState = guest.started ? running : { kind: 'created' };
   const parts = { id, directory, terminal, resources, disposal, hooks, hookPlan, state, timeline, logger };
@@ -119,11 +121,11 @@ async function sandboxOf(
 function disposalOf(
   directory: string,
   { tenancy, standIn, rootfs, stdio }: Resources,
-  hooks: ContainerHooks,
+  { hooks, controlGroup }: { readonly hooks: ContainerHooks; readonly controlGroup: HostControlGroup | undefined },
 ): AsyncDisposableStack {
   const stack = new AsyncDisposableStack();
   // A place in a pod releases its root filesystem itself.
   const others = tenancy.shared ? [standIn, tenancy] : [standIn, rootfs, tenancy];
-  holdAdopted(stack, directory, { hooks, stdio, others });
+  holdAdopted(stack, directory, { hooks, controlGroup, stdio, others });
   return stack;
 }

@@ -6,6 +6,7 @@ import { KilnError } from '../errors.ts';
  */
 export const faultPoints = [
   'sandbox-directory',
+  'control-group',
   'stdio',
   'stand-in',
   'rootfs',

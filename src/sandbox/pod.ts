@@ -1,5 +1,6 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
+import type { HostControlGroup } from '../host/control-group.ts';
 import type { Logger } from '../observe/logger.ts';
 import { abortable } from '../vmm/abortable.ts';
 import { clearLimitMs, destroyGraceMs } from './limits.ts';
@@ -23,6 +24,8 @@ export interface PodParts {
   readonly sandbox: Sandbox;
   /** Of the process that stands for the pod on the host. */
   readonly pid: number;
+  /** For what the pod has on the host. */
+  readonly controlGroup?: HostControlGroup | undefined;
   /** Writes down what the next kilnd needs of the VM. */
   readonly save: () => void;
   /** Where the files are that each container gets in /etc; undefined where its spec says it all. */
@@ -57,6 +60,10 @@ export class Pod implements AsyncDisposable {
 
   get pid(): number {
     return this.#parts.pid;
+  }
+
+  get controlGroup(): HostControlGroup | undefined {
+    return this.#parts.controlGroup;
   }
 
   get filesDirectory(): string | undefined {

@@ -2,6 +2,7 @@ import { mkdir, rm } from 'node:fs/promises';
 import type { KilnConfig } from '../config/config.ts';
 import { forLog, KilnError } from '../errors.ts';
 import type { TerminalSize } from '../guest/guest.ts';
+import { type ControlGroup, type GroupPlan, HostControlGroup } from '../host/control-group.ts';
 import { adoptHelper, type HelperProcess } from '../host/helper-process.ts';
 import { identityOf } from '../host/process-identity.ts';
 import { adoptCallersStandIn, type StandIn, standInLogName, startStandIn } from '../host/stand-in.ts';
@@ -69,6 +70,8 @@ export interface ContainerRequest {
   readonly openStdio: () => Promise<ContainerStdio>;
   /** The pid of a process that is to stand for the container, instead of one that is started for it. */
   readonly standInPid?: number | undefined;
+  /** The host's control group for what it has on the host; of a pod's container, its pod has it. */
+  readonly groupPlan?: GroupPlan | undefined;
   /** A network namespace of the host to be in; without it, the container gets a new one. */
   readonly networkNamespace?: string | undefined;
   /** What its limits let it use of a pod's memory; undefined for no limit. */
@@ -110,13 +113,14 @@ export async function acquire(
   stack: AsyncDisposableStack,
 ): Promise<NewResources> {
   const { id, pod, vmm } = request;
+  const controlGroup = await provideGroup(request, stack);
   const { either, guard } = sideBySide(signal);
   const [stdio, standIn, rootfs, volumes, sandbox] = await Promise.allSettled([
     guard(request.openStdio()),
-    guard(findStandIn(host, request)),
+    guard(findStandIn(host, request, controlGroup)),
     guard(prepareRootfs(host, request, either)),
-    guard(prepareVolumes(host, request)),
-    guard(pod === undefined ? startSandbox(host, request, either) : Promise.resolve(pod.sandbox)),
+    guard(prepareVolumes(host, request, controlGroup)),
+    guard(pod === undefined ? startSandbox(host, { ...request, controlGroup }, either) : Promise.resolve(pod.sandbox)),
   ]);
   if (stdio.status === 'fulfilled') stack.defer(() => stdio.value.dispose());
   if (standIn.status === 'fulfilled') stack.use(standIn.value);
@@ -193,9 +197,14 @@ async function prepareRootfs(host: HostServices, request: ContainerRequest, sign
   return prepared;
 }
 
-async function findStandIn({ standInProgram: program }: HostServices, request: ContainerRequest): Promise<StandIn> {
+async function findStandIn(
+  { standInProgram: program }: HostServices,
+  request: ContainerRequest,
+  controlGroup: ControlGroup | undefined,
+): Promise<StandIn> {
   const { id, directory, networkNamespace, standInPid } = request;
-  if (standInPid === undefined) return startStandIn({ program, id, directory, networkNamespace });
+  if (standInPid === undefined) return startStandIn({ program, id, directory, networkNamespace, controlGroup });
+  await controlGroup?.add(standInPid);
   const identity = identityOf(standInPid);
   const found = identity && adoptCallersStandIn(identity, directory);
   if (found !== undefined) return found;
@@ -203,16 +212,20 @@ async function findStandIn({ standInProgram: program }: HostServices, request: C
 }
 
 /** A file server with the container's volumes, if it has any; a pod's own, once it has one. */
-async function prepareVolumes(host: HostServices, { volumes: mounts, directory, pod, logger }: ContainerRequest) {
+async function prepareVolumes(
+  host: HostServices,
+  { volumes: mounts, directory, pod, logger }: ContainerRequest,
+  controlGroup: ControlGroup | undefined,
+) {
   if (mounts.length === 0) return { volumes: undefined, numbers: [] };
   const wanted = await checkVolumes(mounts);
   if (pod !== undefined) {
-    const options = { directory: pod.directory, logger };
+    const options = { directory: pod.directory, controlGroup: pod.controlGroup, logger };
     const shared = await pod.sandbox.volumes(() => SandboxVolumes.start(host.fileServers, options));
     return { volumes: undefined, numbers: await shared.add(wanted) };
   }
   await using stack = new AsyncDisposableStack();
-  const volumes = stack.use(await SandboxVolumes.start(host.fileServers, { directory, logger }));
+  const volumes = stack.use(await SandboxVolumes.start(host.fileServers, { directory, controlGroup, logger }));
   const numbers = await volumes.add(wanted);
   stack.move();
   return { volumes, numbers };
@@ -226,14 +239,41 @@ export async function makeDirectory(directory: string, stack: AsyncDisposableSta
   faultPoint('sandbox-directory');
 }
 
+/**
+ * The control group for what a container has on the host, which goes with the stack: its pod's, or one of its own, or none
+ * where none is asked for.
+ */
+export async function provideGroup(
+  { directory, groupPlan, pod, logger }: Pick<ContainerRequest, 'directory' | 'groupPlan' | 'pod' | 'logger'>,
+  stack: AsyncDisposableStack,
+): Promise<HostControlGroup | undefined> {
+  const plan = groupPlan;
+  const own = () => plan && HostControlGroup.make({ directory, plan, logger });
+  const group = pod === undefined ? await own() : pod.controlGroup?.share(directory);
+  if (group !== undefined) stack.use(group);
+  faultPoint('control-group');
+  return group;
+}
+
 /** Puts on the stack what a container of an earlier kilnd has, in the order in which one that is made new has it there. */
 export function holdAdopted(
   stack: AsyncDisposableStack,
   directory: string,
-  { hooks, stdio, others }: { hooks: ContainerHooks; stdio: ContainerStdio; others: readonly AsyncDisposable[] },
+  {
+    hooks,
+    controlGroup,
+    stdio,
+    others,
+  }: {
+    readonly hooks: ContainerHooks;
+    readonly controlGroup: HostControlGroup | undefined;
+    readonly stdio: ContainerStdio;
+    readonly others: readonly AsyncDisposable[];
+  },
 ): void {
   stack.defer(() => hooks.poststop());
   stack.defer(() => rm(directory, { recursive: true, force: true }));
+  if (controlGroup !== undefined) stack.use(controlGroup);
   stack.defer(() => stdio.dispose());
   for (const resource of others) stack.use(resource);
 }

@@ -1,3 +1,4 @@
+import { type ControlGroup, ControlGroupError } from '../host/control-group.ts';
 import type { Template } from '../template/store.ts';
 import type { ContainerRequest, HostServices } from './resources.ts';
 import { Sandbox, type SandboxOptions } from './sandbox.ts';
@@ -6,7 +7,10 @@ import { Sandbox, type SandboxOptions } from './sandbox.ts';
 export type VmRequest = Pick<
   ContainerRequest,
   'id' | 'directory' | 'memoryMib' | 'vcpus' | 'files' | 'vmm' | 'timeline' | 'logger' | 'config'
->;
+> & {
+  /** Where the VMM and its helpers go. */
+  readonly controlGroup?: ControlGroup | undefined;
+};
 
 /** A VM for a container, set up as its configuration says. */
 export async function startSandbox(host: HostServices, request: VmRequest, signal: AbortSignal): Promise<Sandbox> {
@@ -17,12 +21,12 @@ export async function startSandbox(host: HostServices, request: VmRequest, signa
 
 /** One that waits for it in the pool, else a clone of a template, else one that boots. */
 async function provideSandbox(host: HostServices, request: VmRequest, signal: AbortSignal): Promise<Sandbox> {
-  const { id, directory, memoryMib, vcpus, files, vmm, timeline, logger, config } = request;
+  const { id, directory, memoryMib, vcpus, files, vmm, timeline, logger, config, controlGroup } = request;
   const shape = { memoryMib, vcpus, networkCards: config.vm.networkCards, ...files };
   const bootTimeoutMs = config.vm.bootTimeoutS * 1000;
   const options: SandboxOptions = {
     vmm,
-    vm: { id, directory, ...shape },
+    vm: { id, directory, controlGroup, ...shape },
     bootTimeoutMs,
     logger,
     mark: (name, atMs) => timeline.mark(name, atMs),
@@ -32,6 +36,7 @@ async function provideSandbox(host: HostServices, request: VmRequest, signal: Ab
     const template = await host.templates.provide(wanted, signal);
     const waiting = template && (await host.pool.take(template, wanted, config.pool));
     if (waiting !== undefined) {
+      await enter(waiting, controlGroup);
       timeline.mark('vm-taken');
       logger.info({ vmmPid: waiting.vm.pid, ...waiting.guest.facts }, 'sandbox is taken from the pool');
       return waiting;
@@ -41,6 +46,15 @@ async function provideSandbox(host: HostServices, request: VmRequest, signal: Ab
   }
   using _slot = await host.bootSlots.take(signal);
   return await Sandbox.boot(options, signal);
+}
+
+/** One that cannot be put there is ended. */
+async function enter(sandbox: Sandbox, group: ControlGroup | undefined): Promise<void> {
+  if (group === undefined) return;
+  await using stack = new AsyncDisposableStack();
+  stack.use(sandbox);
+  await sandbox.vm.enter(group);
+  stack.move();
 }
 
 /** Undefined when the template is not good for it, which is noted. */
@@ -59,6 +73,8 @@ async function restore(
     return sandbox;
   } catch (error) {
     signal.throwIfAborted();
+    // Which is nothing that the template could do anything about.
+    if (error instanceof ControlGroupError) throw error;
     host.templates.noteFailure(template, error);
     return undefined;
   }

@@ -5,6 +5,7 @@
 import { realpath, stat } from 'node:fs/promises';
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
+import type { ControlGroup } from '../host/control-group.ts';
 import { SingleFlight } from '../host/single-flight.ts';
 import type { Logger } from '../observe/logger.ts';
 import { guestsOwn, type VolumeMount } from '../oci/binds.ts';
@@ -46,6 +47,8 @@ export interface FileServer extends AsyncDisposable {
 export interface FileServerOptions {
   /** A private directory that is the sandbox's; the server's process is known by it. */
   readonly directory: string;
+  /** The control group that the server is in. */
+  readonly controlGroup?: ControlGroup | undefined;
   readonly logger: Logger;
 }
 

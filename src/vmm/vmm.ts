@@ -1,4 +1,5 @@
 import type net from 'node:net';
+import type { ControlGroup } from '../host/control-group.ts';
 
 /**
  * The seam between Kiln and a virtual machine monitor. Only the folders below `vmm/` know a VMM; everything else sees
@@ -33,6 +34,8 @@ export interface VmConfig {
   readonly guestImage: string;
   /** Network cards that the VM has from its start, without a network: 0 to `maxNetworkCards`. */
   readonly networkCards: number;
+  /** Where the VMM and its helpers run; where kilnd does, without it. */
+  readonly controlGroup?: ControlGroup | undefined;
 }
 
 export const maxNetworkCards = 4;
@@ -51,7 +54,7 @@ export function cardMac(index: number): string {
 }
 
 /** What all clones of a template have in common. */
-export type VmShape = Omit<VmConfig, 'id' | 'directory'>;
+export type VmShape = Omit<VmConfig, 'id' | 'directory' | 'controlGroup'>;
 
 export interface VmExit {
   /** The VMM's exit code, or null when a signal ended it. */
@@ -114,6 +117,8 @@ export interface Vm extends AsyncDisposable {
    * Throws `internal` with the VMM's words; `unimplemented` where a slot cannot be emptied.
    */
   detachDisk(slot: SlotName): Promise<void>;
+  /** Moves the VMM and its helpers to another control group. What they have of memory stays counted where they got it. */
+  enter(group: ControlGroup): Promise<void>;
   /** Resolves when nobody can reach the agent any more although the VM lives on; else never. */
   readonly channelLost: Promise<void>;
   /** Resolves when the VM has ended, for whatever reason; never rejects. */

@@ -7,6 +7,7 @@
 import { closeSync, openSync, readdirSync } from 'node:fs';
 import { z } from 'zod';
 import { KilnError } from '../errors.ts';
+import type { ControlGroup } from '../host/control-group.ts';
 import { adoptHelper, describeExit, type HelperProcess, startHelper } from '../host/helper-process.ts';
 import { identityRecord, isAlive } from '../host/process-identity.ts';
 
@@ -31,6 +32,8 @@ export interface VolumeServerOptions {
   readonly program: string;
   /** The sandbox's private directory. */
   readonly directory: string;
+  /** The sandbox's control group. */
+  readonly controlGroup?: ControlGroup | undefined;
 }
 
 /** What the server says, in the sandbox's directory; and what those say that change its volumes. */
@@ -154,7 +157,7 @@ export class VolumeServer implements AsyncDisposable {
   }
 
   async #startProcess(connection: number): Promise<HelperProcess> {
-    const { program, directory } = this.#options;
+    const { program, directory, controlGroup } = this.#options;
     let process: HelperProcess;
     try {
       process = await startHelper({
@@ -166,6 +169,7 @@ export class VolumeServer implements AsyncDisposable {
         hint,
         statusPipe: true,
         inherit: [connection],
+        controlGroup,
       });
     } finally {
       closeSync(connection);
@@ -188,7 +192,7 @@ export class VolumeServer implements AsyncDisposable {
 
   /** Runs a program that works in the server's mount namespace. */
   async #change(args: readonly string[]): Promise<void> {
-    const { program, directory } = this.#options;
+    const { program, directory, controlGroup } = this.#options;
     const namespace = this.#openNamespace();
     let change: HelperProcess;
     try {
@@ -201,6 +205,7 @@ export class VolumeServer implements AsyncDisposable {
         hint,
         statusPipe: true,
         inherit: [namespace],
+        controlGroup,
       });
     } finally {
       closeSync(namespace);

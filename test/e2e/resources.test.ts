@@ -1,10 +1,12 @@
 import { once } from 'node:events';
+import { readFileSync } from 'node:fs';
 import { readdir } from 'node:fs/promises';
 import { connect } from 'node:net';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import * as v1 from '../../gen/containerd/metrics_v1.ts';
 import * as v2 from '../../gen/containerd/metrics_v2.ts';
+import { hierarchiesIn, hostMounts, wordsOf } from '../../src/host/cgroups.ts';
 import { containerdVersions, underKiln } from '../support/paths.ts';
 import type { Scene } from '../support/scene.ts';
 import { Lines, type RunningProgram, run } from '../support/spawn.ts';
@@ -73,6 +75,14 @@ describe.runIf(underKiln).each(containerdVersions)('the resources of a container
     const shell = new Shell(program);
     await shell.lines.waitFor((line) => line === 'up', 'up');
     const client = await taskClient(scene, id);
+
+    // What it takes of the host counts for the group that ctr has named.
+    const groups = hierarchiesIn(hostMounts).map(({ directory }) => join(directory, 'default', id));
+    expect(groups.length).toBeGreaterThan(0);
+    for (const group of groups) {
+      const programs = wordsOf(group, 'cgroup.procs').map((pid) => readFileSync(`/proc/${pid}/comm`, 'utf8').trim());
+      expect(programs.sort()).toEqual(['kiln-standin', 'qemu-system-x86']);
+    }
 
     // Stats.
     const table = await scene.ctr(['task', 'metrics', id]);

@@ -31,10 +31,11 @@ import { stat } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../../errors.ts';
+import { type GroupLimits, hostMounts } from '../../host/cgroups.ts';
 import type { HelperProcess } from '../../host/helper-process.ts';
 import type { Parking } from '../cards.ts';
 import type { SlotName } from '../vmm.ts';
-import { type CgroupLimits, hostMounts, removeCgroups } from './jail-cgroup.ts';
+import { removeCgroups } from './jail-cgroup.ts';
 import { type JailKernel, realKernel } from './jail-kernel.ts';
 import { claimUid, hostClaims, releaseUid, type UidRange, uidsOf } from './jail-uids.ts';
 import { startJailer } from './jailer.ts';
@@ -57,7 +58,7 @@ export interface JailOptions {
   /** Absolute path of Firecracker. */
   readonly program: string;
   readonly uids: UidRange;
-  readonly limits: CgroupLimits;
+  readonly limits: GroupLimits;
   /** The VM's name for the process list. */
   readonly id: string;
   /** The network namespace that Firecracker runs in. */

@@ -2,13 +2,14 @@
 import { readFileSync } from 'node:fs';
 import path from 'node:path';
 import { KilnError } from '../../errors.ts';
+import type { GroupLimits } from '../../host/cgroups.ts';
 import { adoptHelper, describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
 import { resetOomScore } from '../../host/oom-score.ts';
 import { identityOf } from '../../host/process-identity.ts';
 import { abortable } from '../abortable.ts';
 import type { Parking } from '../cards.ts';
 import { withExitStatus } from './exit-status.ts';
-import { type CgroupLimits, cgroupArguments } from './jail-cgroup.ts';
+import { cgroupArguments } from './jail-cgroup.ts';
 import { logName } from './place.ts';
 
 export interface JailerOptions {
@@ -23,7 +24,7 @@ export interface JailerOptions {
   /** The folder below which jails lie, --chroot-base-dir, and what the jailer makes of it for this one. */
   readonly base: string;
   readonly root: string;
-  readonly limits: CgroupLimits;
+  readonly limits: GroupLimits;
   /** The host's table of mounts, for its cgroups. */
   readonly mounts: string;
   readonly directory: string;

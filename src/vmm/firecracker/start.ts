@@ -1,4 +1,5 @@
 import { KilnError } from '../../errors.ts';
+import type { GroupLimits } from '../../host/cgroups.ts';
 import type { HelperProcess } from '../../host/helper-process.ts';
 import { findProgram } from '../../host/program.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
@@ -12,14 +13,13 @@ import { filesOf, listenForAgent } from './agent-call.ts';
 import { FirecrackerApi } from './api.ts';
 import { requireHugePages, roomFor } from './huge-pages.ts';
 import { makeJail } from './jail.ts';
-import type { CgroupLimits } from './jail-cgroup.ts';
 import { guestMemory, memoryGrowth } from './memory.ts';
 import type { FirecrackerHost, FirecrackerOptions } from './options.ts';
 import { firecrackerTitle, openPlace, type Place } from './place.ts';
 import { holdSocket } from './socket-path.ts';
 import { Telemetry } from './telemetry.ts';
 import { isAtLeast, requireSameVersion, requireSupportedVersion } from './version.ts';
-import { describeFirecrackerExit, type FirecrackerParts, withExitCode } from './vm.ts';
+import { describeFirecrackerExit, enterGroup, type FirecrackerParts, withExitCode } from './vm.ts';
 
 /** How long Firecracker may take until the guest runs: tens of milliseconds in fact, so this only bounds a wrong program. */
 const startLimitMs = 30_000;
@@ -88,6 +88,8 @@ export async function startFirecracker(
   const limit = AbortSignal.timeout(startLimitMs);
   const either = AbortSignal.any([signal, limit]);
   const firecracker = stack.use(await place.start([...args, ...(options.bootTimer ? ['--boot-timer'] : [])], either));
+  const limits = place.uid === undefined ? undefined : limitsOf(config, options.memoryMaxMib);
+  if (config.controlGroup !== undefined) await enterGroup(config.controlGroup, { firecracker, limits });
   const { api, memory } = await whileItStarts({ firecracker, telemetry, when }, { signal, limit }, async (ended) => {
     await awaited.answering(either, ended);
     const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
@@ -99,7 +101,7 @@ export async function startFirecracker(
   });
   const growth = memoryGrowth(api, memory, roomFor(options, host.devices));
   const files = stack.use(filesOf(place));
-  return { firecracker, api, place, telemetry, agent, files, nics, memory, growth, resources: stack.move() };
+  return { firecracker, api, place, telemetry, agent, files, nics, memory, growth, limits, resources: stack.move() };
 }
 
 function requireHost({ vcpus }: VmConfig, devices: HostDevices): void {
@@ -140,7 +142,7 @@ async function placeFor(
  * what it may grow by, that
  * is the page cache of its disks and KVM's page tables; beside its CPUs' threads a few of Firecracker's and the kernel's.
  */
-function limitsOf({ memoryMib, vcpus }: VmConfig, memoryMaxMib: number): CgroupLimits {
+function limitsOf({ memoryMib, vcpus }: VmConfig, memoryMaxMib: number): GroupLimits {
   const mostMib = Math.max(memoryMib, memoryMaxMib);
   return { memoryBytes: (mostMib + Math.ceil(mostMib / 16) + 512) * 2 ** 20, pids: vcpus + 16 };
 }

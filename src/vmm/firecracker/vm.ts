@@ -1,5 +1,7 @@
 import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
+import type { GroupLimits } from '../../host/cgroups.ts';
+import type { ControlGroup } from '../../host/control-group.ts';
 import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
 import { abortable } from '../abortable.ts';
 import type { FirstConnection } from '../channel.ts';
@@ -14,6 +16,9 @@ import type { Telemetry } from './telemetry.ts';
 
 /** Bytes of console kept for an exit report: what fits an error message. */
 const consoleTailBytes = 4096;
+
+/** Containers of a pod have one process each on the host, in the pod's control group. */
+const standInsAtMost = 1024;
 
 /** Exit codes that are no guest's doing: v1.16 src/vmm/src/lib.rs, FcExitCode. */
 const exitReasons: Readonly<Record<number, string>> = {
@@ -40,6 +45,18 @@ export function withExitCode({ code, signal }: ProcessExit, { log }: Pick<Teleme
   return { code: code ?? (signal === null ? log.exitCode : null), signal };
 }
 
+/**
+ * Moves Firecracker to a control group. One that was in a jail's leaves the limits there behind, so the new one gets them,
+ * with as many processes more as may stand for containers.
+ */
+export async function enterGroup(
+  group: ControlGroup,
+  { firecracker, limits }: Pick<FirecrackerParts, 'firecracker' | 'limits'>,
+): Promise<void> {
+  if (limits !== undefined) group.limit({ ...limits, pids: limits.pids + standInsAtMost });
+  await group.add(firecracker.pid);
+}
+
 /** What a running VM is made of. */
 export interface FirecrackerParts {
   readonly firecracker: HelperProcess;
@@ -55,6 +72,8 @@ export interface FirecrackerParts {
   readonly growth: MemoryGrowth | null;
   /** Drive slots that have a file already. */
   readonly usedSlots?: readonly SlotName[];
+  /** Of a VM in a jail: what it may take of the host. */
+  readonly limits?: GroupLimits | undefined;
   /** Releases all of the above. */
   readonly resources: AsyncDisposableStack;
 }
@@ -137,6 +156,10 @@ export class FirecrackerVm implements Vm {
       const { api, place } = this.#parts;
       await api.call('PATCH /drives', { drive_id: slot, path_on_host: place.clear(slot) });
     });
+  }
+
+  enter(group: ControlGroup): Promise<void> {
+    return enterGroup(group, this.#parts);
   }
 
   wait(): Promise<VmExit> {

@@ -171,6 +171,7 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
         hint: 'install the package qemu-system-x86, or run `npm run setup`',
         inherit: [listener, ...taps.fds, ...(state === undefined ? [] : [state])],
         network: options.parking,
+        controlGroup: config.controlGroup,
       }),
     );
   } finally {
@@ -223,10 +224,11 @@ async function openChannel(
     const files = { port: filesPort, ...stack.use(serialFiles(filesSocket)) };
     return { agent, device: { kind: 'serial', socket, filesSocket }, backend: undefined, files };
   }
-  const udsPath = udsPathIn(config.directory);
+  const { directory, controlGroup } = config;
+  const udsPath = udsPathIn(directory);
   const agent = stack.use(await listenHybrid(udsPath, agentPort));
   const backend = stack.use(
-    await startVsockBackend({ program: options.vsockBackend, directory: config.directory, udsPath }, signal),
+    await startVsockBackend({ program: options.vsockBackend, directory, controlGroup, udsPath }, signal),
   );
   const files = { port: filesPort, ...stack.use(hybridFiles(udsPath)) };
   return { agent, device: { kind: 'vhost-user', socket: backend.socket }, backend: backend.process, files };

@@ -1,6 +1,7 @@
 import { stat } from 'node:fs/promises';
 import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
+import type { ControlGroup } from '../../host/control-group.ts';
 import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
 import type { FirstConnection } from '../channel.ts';
 import { DriveSlots, isReadOnly } from '../drive-slots.ts';
@@ -194,6 +195,11 @@ export class QemuVm implements Vm {
       await qmp.execute('blockdev-reopen', { options: [slotNode(slot, isReadOnly(slot), emptyNode(slot))] });
       await qmp.execute('blockdev-del', { 'node-name': fileNode(slot) });
     });
+  }
+
+  async enter(group: ControlGroup): Promise<void> {
+    const { qemu, backend } = this.#parts;
+    for (const helper of [backend, qemu]) if (helper !== undefined) await group.add(helper.pid);
   }
 
   wait(): Promise<VmExit> {

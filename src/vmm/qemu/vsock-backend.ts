@@ -1,6 +1,7 @@
 import { rm } from 'node:fs/promises';
 import path from 'node:path';
 import { KilnError } from '../../errors.ts';
+import type { ControlGroup } from '../../host/control-group.ts';
 import { describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
 import { AwaitedSocket } from '../socket-file.ts';
@@ -21,6 +22,7 @@ export interface VsockBackendOptions {
   readonly directory: string;
   /** Hybrid vsock path; see hybrid-vsock.ts. */
   readonly udsPath: string;
+  readonly controlGroup?: ControlGroup | undefined;
 }
 
 /** A running backend. Disposing ends it and removes its sockets. */
@@ -36,7 +38,7 @@ export interface VsockBackend extends AsyncDisposable {
  * Throws `failed-precondition` when the program cannot be run, `internal` with its last words when it ends at once.
  */
 export async function startVsockBackend(options: VsockBackendOptions, signal: AbortSignal): Promise<VsockBackend> {
-  const { program, directory, udsPath } = options;
+  const { program, directory, udsPath, controlGroup } = options;
   const socket = path.join(directory, vsockSocketName);
   requireSocketPath(socket);
   signal.throwIfAborted();
@@ -51,6 +53,7 @@ export async function startVsockBackend(options: VsockBackendOptions, signal: Ab
       args: ['--guest-cid', String(guestCid), '--socket', socket, '--uds-path', udsPath],
       directory,
       logName: vsockLogName,
+      controlGroup,
       title: 'the vsock backend',
       hint: 'run `npm run setup`, or install the package vhost-device-vsock',
     }),

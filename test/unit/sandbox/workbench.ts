@@ -65,6 +65,8 @@ export class ScriptedVm implements Vm {
   readonly config: VmConfig;
   readonly agent: ScriptedAgent;
   readonly disks: [SlotName, string][] = [];
+  /** It was moved to another control group. */
+  entered = false;
   readonly #log: string[];
   readonly #exit = Promise.withResolvers<VmExit>();
   readonly #channelLost = Promise.withResolvers<void>();
@@ -112,6 +114,10 @@ export class ScriptedVm implements Vm {
 
   record(): VmRecord {
     return { pid: this.pid };
+  }
+
+  async enter(): Promise<void> {
+    this.entered = true;
   }
 
   wait(): Promise<VmExit> {

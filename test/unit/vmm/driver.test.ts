@@ -3,6 +3,7 @@ import { chmodSync, closeSync, existsSync, mkdirSync, readFileSync, rmSync } fro
 import net from 'node:net';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
+import type { ControlGroup } from '../../../src/host/control-group.ts';
 import { isAlive, type ProcessIdentity } from '../../../src/host/process-identity.ts';
 import { createQemu, type QemuOptions } from '../../../src/vmm/qemu/driver.ts';
 import { readOnlySlots, type Vm, type VmConfig, type VmRecord, writableSlots } from '../../../src/vmm/vmm.ts';
@@ -55,6 +56,25 @@ function expectNothingLeft(): void {
   expect(workspace.processes()).toEqual([]);
   expect(workspace.files()).toEqual([]);
 }
+
+describe('the control group of a container', () => {
+  test('has QEMU and its backend, from their start or later', async () => {
+    const pids: number[] = [];
+    const group: ControlGroup = { add: async (pid) => void pids.push(pid), limit: () => {} };
+    const vm = await boot('running', { config: { controlGroup: group } });
+    expect(pids).toHaveLength(2);
+    expect(pids[1]).toBe(vm.pid);
+    await vm.enter(group);
+    expect(pids.slice(2)).toEqual(pids.slice(0, 2));
+  });
+
+  test('that cannot have them lets the start fail, and leaves nothing', async () => {
+    const refusing = (pid: number) => Promise.reject(new Error(`no room for ${pid}`));
+    const group: ControlGroup = { add: refusing, limit: () => {} };
+    await expect(boot('running', { config: { controlGroup: group } })).rejects.toThrow(/^no room for \d+$/);
+    expectNothingLeft();
+  });
+});
 
 describe('a start that fails', () => {
   test.each([

@@ -3,6 +3,7 @@ import { closeSync, existsSync, mkdirSync, readdirSync, readFileSync, statSync, 
 import net from 'node:net';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import type { ControlGroup } from '../../../../src/host/control-group.ts';
 import { CounterSums } from '../../../../src/observe/counter-sums.ts';
 import { loggerTo } from '../../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../../src/vmm/firecracker/driver.ts';
@@ -100,6 +101,44 @@ function serialOf(file: string): string {
   const { dev, rdev, ino } = statSync(file, { bigint: true });
   return `${dev}${rdev}${ino}`.slice(0, 20);
 }
+
+/** A control group that notes what is done to it. */
+function notingGroup() {
+  const done: unknown[] = [];
+  const group: ControlGroup = {
+    add: async (pid) => void done.push(pid),
+    limit: (limits) => void done.push(limits),
+  };
+  return { done, group };
+}
+
+describe('the control group of a container', () => {
+  test('has Firecracker, from its start or later', async () => {
+    const { done, group } = notingGroup();
+    const vm = await boot('running', { config: { controlGroup: group } });
+    expect(done).toEqual([vm.pid]);
+    const other = notingGroup();
+    await vm.enter(other.group);
+    expect(other.done).toEqual([vm.pid]);
+  });
+
+  test('has a jailed one with the limits of the jail, whose own groups it leaves, and room for more processes', async () => {
+    const { done, group } = notingGroup();
+    const config = { memoryMib: 256, vcpus: 2, controlGroup: group };
+    const vm = await boot('running', { jailer: 'jail', config });
+    const limits = { memoryBytes: (256 + 16 + 512) * 2 ** 20, pids: 2 + 16 + 1024 };
+    expect(done).toEqual([limits, vm.pid]);
+    const other = notingGroup();
+    await vm.enter(other.group);
+    expect(other.done).toEqual([limits, vm.pid]);
+  });
+
+  test('that cannot have it lets the start fail, and leaves nothing', async () => {
+    const group = { ...notingGroup().group, add: () => Promise.reject(new Error('no such group')) };
+    await expect(boot('running', { config: { controlGroup: group } })).rejects.toThrow('no such group');
+    expectNothingLeft();
+  });
+});
 
 describe('a start', () => {
   test('configures the VM, drives and vsock included, and starts it; the agent calls', async () => {

@@ -1,0 +1,283 @@
+/**
+ * The host's control group of a sandbox: what its OCI spec calls linux.cgroupsPath. The VMM with its helpers and the
+ * processes that stand for containers are in it, so that the limits and the accounting of whoever made its parent (kubelet
+ * for a pod) hold for the virtual machine. See docs/resources.md.
+ *
+ * A group is a directory of the same path in each hierarchy: one hierarchy where the host has cgroup v2 alone, one for each
+ * controller with v1, and both kinds on a hybrid host.
+ */
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import path from 'node:path';
+import { z } from 'zod';
+import { forLog, KilnError } from '../errors.ts';
+import type { Logger } from '../observe/logger.ts';
+import {
+  type GroupLimits,
+  type Hierarchy,
+  hierarchiesIn,
+  hostMounts,
+  limitFiles,
+  removalLimitMs,
+  removeGroup,
+  wordsOf,
+} from './cgroups.ts';
+import { replaceFile } from './replace-file.ts';
+import { requireSystemd, type ScopeName, type SystemdHost, scopeOf, startScope, systemdHost } from './systemd-scope.ts';
+
+/** A process could not be put into a control group. */
+export class ControlGroupError extends KilnError {}
+
+/** Where helpers of a sandbox go. */
+export interface ControlGroup {
+  /** Moves a process there, with all its threads. One that has ended is none of an error. */
+  add(pid: number): Promise<void>;
+  /** Limits all that is in it together, where the host has the controllers. */
+  limit(limits: GroupLimits): void;
+}
+
+export interface ControlGroupHost {
+  readonly mounts: string;
+  readonly systemd: SystemdHost;
+}
+
+export const controlGroupHost: ControlGroupHost = { mounts: hostMounts, systemd: systemdHost };
+
+/** A group that is asked for. */
+export interface GroupPlan {
+  /** From the root of a hierarchy. */
+  readonly group: string;
+  /** Of one that systemd has to make. */
+  readonly scope?: ScopeName | undefined;
+}
+
+/**
+ * What a spec's linux.cgroupsPath asks for: an absolute path, one below the hierarchies' roots too, or systemd's
+ * "slice:prefix:name". Undefined for none: then the processes stay where kilnd is.
+ *
+ * @throws KilnError invalid-argument for what is no slice, failed-precondition for systemd's name where it does not run
+ */
+export function planControlGroup(
+  cgroupsPath: string | undefined,
+  { systemd }: Pick<ControlGroupHost, 'systemd'> = controlGroupHost,
+): GroupPlan | undefined {
+  if (!cgroupsPath) return undefined;
+  const scope = scopeOf(cgroupsPath);
+  if (scope === undefined) return { group: path.posix.join('/', cgroupsPath) };
+  requireSystemd(cgroupsPath, systemd);
+  return { group: scope.group, scope };
+}
+
+const scopeName = z.object({ slice: z.string(), unit: z.string(), group: z.string() });
+const groupRecord = z.object({
+  group: z.string(),
+  scope: scopeName.optional(),
+  /** Directories that are ours to remove. */
+  made: z.array(z.string()),
+});
+type GroupRecord = Readonly<z.infer<typeof groupRecord>>;
+
+/** In the directory of each container that has the group. */
+const recordName = 'control-group.json';
+
+/** How many containers of this kilnd have a group, by its path: the last one removes it. */
+const holders = new Map<string, number>();
+
+interface MakeOptions {
+  /** Of the container that has it. */
+  readonly directory: string;
+  readonly plan: GroupPlan;
+  readonly logger: Logger;
+}
+
+export class HostControlGroup implements ControlGroup, AsyncDisposable {
+  readonly #record: GroupRecord;
+  readonly #host: ControlGroupHost;
+  readonly #logger: Logger;
+  readonly #hierarchies: readonly Hierarchy[];
+  /** Of a scope: settled when systemd has made it. */
+  #entered: Promise<void> | undefined;
+
+  private constructor(record: GroupRecord, logger: Logger, host: ControlGroupHost, entered?: Promise<void>) {
+    this.#record = record;
+    this.#logger = logger;
+    this.#host = host;
+    this.#hierarchies = hierarchiesIn(host.mounts);
+    this.#entered = entered;
+    holders.set(record.group, (holders.get(record.group) ?? 0) + 1);
+  }
+
+  /**
+   * Makes the group. Those above it stay, as with other runtimes, and so does one that is there already.
+   *
+   * @throws KilnError internal when the kernel refuses, and then leaves none
+   */
+  static async make(
+    { directory, plan, logger }: MakeOptions,
+    host: ControlGroupHost = controlGroupHost,
+  ): Promise<HostControlGroup> {
+    const made = hierarchiesIn(host.mounts)
+      .map((hierarchy) => path.join(hierarchy.directory, plan.group))
+      .filter((group) => !existsSync(group));
+    const record = { ...plan, made };
+    // Before the groups, so that they are found whenever this kilnd is killed.
+    writeRecord(directory, record);
+    await using stack = new AsyncDisposableStack();
+    const group = stack.use(new HostControlGroup(record, logger, host));
+    // Else systemd makes it, with the first process.
+    if (plan.scope === undefined) group.#makeDirectories();
+    stack.move();
+    return group;
+  }
+
+  /** That of a container of an earlier kilnd; undefined for one that has none. */
+  static adopt(
+    directory: string,
+    logger: Logger,
+    host: ControlGroupHost = controlGroupHost,
+  ): HostControlGroup | undefined {
+    const record = readRecord(directory);
+    // systemd has made its scope long ago.
+    return record && new HostControlGroup(record, logger, host, Promise.resolve());
+  }
+
+  /** The same group for one more container, which may outlive the others. */
+  share(directory: string): HostControlGroup {
+    writeRecord(directory, this.#record);
+    return new HostControlGroup(this.#record, this.#logger, this.#host, this.#entered);
+  }
+
+  async add(pid: number): Promise<void> {
+    const { scope, group } = this.#record;
+    if (scope !== undefined) {
+      this.#entered ??= this.#enterScope(scope, pid);
+      await this.#entered;
+    }
+    for (const { directory } of this.#hierarchies) put(pid, path.join(directory, group));
+  }
+
+  limit(limits: GroupLimits): void {
+    for (const { version, directory } of this.#hierarchies) {
+      for (const [name, value] of Object.entries(limitFiles[version](limits))) {
+        const file = path.join(directory, this.#record.group, name);
+        if (existsSync(file)) attempt(`write ${value} to ${file}`, () => writeFileSync(file, String(value)));
+      }
+    }
+  }
+
+  async #enterScope(scope: ScopeName, pid: number): Promise<void> {
+    try {
+      await startScope(scope, pid, this.#host.systemd);
+    } catch (cause) {
+      const { code, message, hint } = KilnError.from(cause);
+      throw new ControlGroupError(code, message, { ...(hint === undefined ? {} : { hint }), cause });
+    }
+    // systemd knows not all of v1's hierarchies.
+    this.#makeDirectories();
+  }
+
+  #makeDirectories(): void {
+    const { group } = this.#record;
+    // Beside v1, it has no controller that counts.
+    const delegates = this.#hierarchies.every(({ version }) => version === 2);
+    for (const { directory, controllers } of this.#hierarchies) {
+      attempt(`make the control group ${group} in ${directory}`, () => {
+        let parent = directory;
+        for (const name of group.split('/').filter(Boolean)) {
+          if (delegates) delegateControllers(parent);
+          const child = path.join(parent, name);
+          mkdirSync(child, { recursive: true });
+          if (controllers.includes('cpuset')) inheritCpus(parent, child);
+          parent = child;
+        }
+      });
+    }
+  }
+
+  /** Of its last holder: removes what was made. What is in use stays, and is told of. Never rejects. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    const { group, made } = this.#record;
+    const left = (holders.get(group) ?? 1) - 1;
+    if (left > 0) {
+      holders.set(group, left);
+      return;
+    }
+    holders.delete(group);
+    // All together have the time.
+    const deadline = performance.now() + removalLimitMs;
+    for (const directory of made) {
+      try {
+        await removeGroup(directory, Math.max(0, deadline - performance.now()));
+      } catch (error) {
+        this.#logger.warn({ err: forLog(error), directory }, 'a control group stays, since it cannot be removed');
+      }
+    }
+  }
+}
+
+/**
+ * Removes the group of a container whose kilnd is gone, and whose processes have ended. One in which somebody else is, such
+ * as the rest of its pod, stays. Never rejects.
+ */
+export async function clearControlGroup(directory: string, logger: Logger): Promise<void> {
+  try {
+    for (const group of readRecord(directory)?.made ?? []) {
+      await removeGroup(group, 0).catch((error: NodeJS.ErrnoException) => {
+        if (error.code !== 'EBUSY') throw error;
+      });
+    }
+  } catch (error) {
+    logger.warn({ err: forLog(error), directory }, 'a control group of an earlier kilnd stays');
+  }
+}
+
+function writeRecord(directory: string, record: GroupRecord): void {
+  replaceFile(path.join(directory, recordName), JSON.stringify(record));
+}
+
+function readRecord(directory: string): GroupRecord | undefined {
+  try {
+    return groupRecord.parse(JSON.parse(readFileSync(path.join(directory, recordName), 'utf8')));
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    throw error;
+  }
+}
+
+/** Has what is below a group of v2 counted and limited, as far as the group itself is. */
+function delegateControllers(group: string): void {
+  const delegated = wordsOf(group, 'cgroup.subtree_control');
+  for (const controller of wordsOf(group, 'cgroup.controllers')) {
+    if (delegated.includes(controller)) continue;
+    try {
+      writeFileSync(path.join(group, 'cgroup.subtree_control'), `+${controller}`);
+    } catch {
+      // A group that has processes can delegate none. Whoever made it has counted without it.
+    }
+  }
+}
+
+/** A new group of v1's cpuset has no CPU and no memory, and can have no process until it has: cpuset(7). */
+function inheritCpus(parent: string, group: string): void {
+  for (const file of ['cpuset.cpus', 'cpuset.mems']) {
+    if (wordsOf(group, file).length > 0) continue;
+    writeFileSync(path.join(group, file), readFileSync(path.join(parent, file), 'utf8').trim());
+  }
+}
+
+function put(pid: number, group: string): void {
+  attempt(`put process ${pid} into the control group ${group}`, () => {
+    try {
+      writeFileSync(path.join(group, 'cgroup.procs'), String(pid));
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error;
+    }
+  });
+}
+
+function attempt(what: string, action: () => void): void {
+  try {
+    action();
+  } catch (cause) {
+    throw new ControlGroupError('internal', `cannot ${what}: ${(cause as Error).message}`, { cause });
+  }
+}

@@ -1,43 +1,37 @@
-import { readFileSync } from 'node:fs';
+import { readdirSync, readFileSync } from 'node:fs';
 import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
-import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
-import {
-  ContainerState,
-  type ContainerStatsResponse,
-  type ContainerStatusResponse,
-  type CreateContainerResponse,
-  type ExecSyncResponse,
-  PodSandboxState,
-  type PodSandboxStatusResponse,
-  type PortForwardResponse,
-  type RunPodSandboxResponse,
-} from '../../gen/kubernetes/cri.ts';
-import { NamespaceMode } from '../../gen/kubernetes/pod.ts';
-import { Cri, portForwardClient } from '../support/cri.ts';
+import { afterAll, beforeAll, describe, expect, it, onTestFinished, vi } from 'vitest';
+import { ContainerState, PodSandboxState } from '../../gen/kubernetes/cri.ts';
+import { NamespaceMode, type NamespaceOption, type PodSandboxConfig } from '../../gen/kubernetes/pod.ts';
+import { hierarchiesIn, hostMounts, removeGroup, wordsOf } from '../../src/host/cgroups.ts';
+import { Cri, type CriPod, noResources, portForwardClient, usualNamespaces } from '../support/cri.ts';
 import { busyboxImage, imageArchive } from '../support/images.ts';
 import { TestNetwork } from '../support/network.ts';
-import { cniPlugins, runtime, underKiln } from '../support/paths.ts';
+import { type ContainerdVersion, cniPlugins, containerdVersions, runtime, underKiln } from '../support/paths.ts';
+import type { Scene } from '../support/scene.ts';
 import { useScene } from '../support/use-scene.ts';
 
 // What a kubelet asks of containerd, and containerd's CRI plugin of the runtime.
 
 const gateway = '10.89.0.1';
+const handler = 'tested';
+const image = busyboxImage.name;
+const waiting = 'trap "exit 3" TERM; while :; do usleep 20000; done';
+const mib = 2n ** 20n;
 
-const sandboxers = underKiln ? (['podsandbox', 'shim'] as const) : (['podsandbox'] as const);
-
-describe.each(sandboxers)('a pod of CRI under containerd 2.1, by the sandboxer %s', (sandboxer) => {
+/** A scene with CRI, and who speaks to it. */
+function useCri(version: ContainerdVersion, sandboxer?: 'shim') {
   const network = new TestNetwork();
   const scene = useScene({
-    version: '2.1',
+    version,
     network,
     cri: {
       ...{ cniBin: cniPlugins(), cniConfig: join(network.dir, 'net.d') },
-      ...{ sandboxImage: busyboxImage.name, handler: 'tested', runtimeType: runtime },
-      sandboxer,
+      ...{ sandboxImage: image, handler, runtimeType: runtime, ...(sandboxer && { sandboxer }) },
     },
   });
-  let cri: Cri;
+  let cri: Cri | undefined;
   beforeAll(async () => {
     const ranges = [[{ subnet: '10.89.0.0/24' }]];
     const ipam = { type: 'host-local', dataDir: network.ipamDir, ranges, routes: [{ dst: '0.0.0.0/0' }] };
@@ -52,103 +46,201 @@ describe.each(sandboxers)('a pod of CRI under containerd 2.1, by the sandboxer %
     cri?.[Symbol.dispose]();
     network[Symbol.dispose]();
   });
+  return { scene, network, cri: () => cri as Cri };
+}
 
-  const empty = { annotations: {}, labels: {} };
+function podConfig(scene: Scene, cgroupParent: string): PodSandboxConfig {
+  return {
+    metadata: { name: 'web', uid: scene.id('uid'), namespace: 'default', attempt: 0 },
+    hostname: 'web-0',
+    logDirectory: join(scene.dir, 'logs'),
+    dnsConfig: { servers: ['10.0.0.53'], searches: [], options: [] },
+    labels: {},
+    annotations: {},
+    linux: {
+      cgroupParent,
+      sysctls: {},
+      securityContext: { namespaceOptions: usualNamespaces },
+      resources: { ...noResources, memoryLimitInBytes: 256n * mib, cpuPeriod: 100_000n, cpuQuota: 50_000n },
+    },
+  };
+}
+
+/** The directories of a group in the hierarchies of the host. */
+function directoriesOf(group: string): string[] {
+  return hierarchiesIn(hostMounts).map(({ directory }) => join(directory, group));
+}
+
+/** A pod's control group, which is kubelet's: here it is removed as kubelet does it. When `use` is over, nobody is in it. */
+async function withGroup(scene: Scene, use: (group: string) => Promise<void>): Promise<void> {
+  const group = `/kt-${process.pid}-${scene.id('cri')}`;
+  // After the scene has ended what a failed test has left.
+  onTestFinished(async () => {
+    for (const directory of directoriesOf(group)) await removeGroup(directory);
+  });
+  await use(group);
+  const sandboxes = directoriesOf(group).flatMap((directory) => readdirSync(directory).filter(isSandboxId));
+  expect(sandboxes).toEqual([]);
+}
+
+function isSandboxId(name: string): boolean {
+  return /^[0-9a-f]{64}$/.test(name);
+}
+
+async function exited(pod: CriPod, containerId: string) {
+  const state = async () => (await pod.containerStatus(containerId))?.state;
+  await expect.poll(state, { timeout: 60_000 }).toBe(ContainerState.CONTAINER_EXITED);
+  return pod.containerStatus(containerId);
+}
+
+const ways: [ContainerdVersion, 'shim'?][] = containerdVersions.map((version) => [version]);
+if (underKiln) ways.push(['2.1', 'shim']);
+
+describe.each(ways)('a pod of CRI under containerd %s, sandboxer: %s', (version, sandboxer) => {
+  const { scene, network, cri } = useCri(version, sandboxer);
 
   it('has containers that come and go in one network, with logs, execs, statistics and limits', async () => {
-    const namespaceOptions = {
-      network: NamespaceMode.POD,
-      pid: NamespaceMode.CONTAINER,
-      ipc: NamespaceMode.POD,
-      usernsOptions: undefined,
-    };
-    const config = {
-      ...empty,
-      metadata: { name: 'web', uid: scene.id('uid'), namespace: 'default', attempt: 0 },
-      hostname: 'web-0',
-      logDirectory: join(scene.dir, 'logs'),
-      dnsConfig: { servers: ['10.0.0.53'], searches: [], options: [] },
-      linux: {
-        cgroupParent: `/kt-${scene.id('cri')}`,
-        sysctls: {},
-        securityContext: { namespaceOptions },
-        resources: { memoryLimitInBytes: 256n << 20n, cpuPeriod: 100_000n, cpuQuota: 50_000n, cpuShares: 0n },
-      },
-    };
-    const { podSandboxId } = await cri.call<RunPodSandboxResponse>((client, done) =>
-      client.runPodSandbox({ config, runtimeHandler: 'tested' }, done),
-    );
-    const start = async (name: string, script: string) => {
-      const container = {
-        metadata: { name, attempt: 0 },
-        image: { image: busyboxImage.name },
-        command: ['sh', '-c', script],
-        logPath: `${name}.log`,
-        linux: {
-          resources: { memoryLimitInBytes: 64n << 20n, cpuPeriod: 0n, cpuQuota: 0n, cpuShares: 0n },
-          securityContext: { namespaceOptions },
-        },
+    await withGroup(scene, async (group) => {
+      const pod = await cri().run(podConfig(scene, group), handler);
+      const start = (name: string, script: string) =>
+        pod.start({ name, image, command: ['sh', '-c', script], resources: { memoryLimitInBytes: 64n * mib } });
+      const one = await start('one', `echo hello; touch /dev/shm/of-one; ${waiting}`);
+      const two = await start('two', waiting);
+      expect(await pod.exec(two, 'hostname')).toBe('web-0');
+      expect(await pod.exec(two, 'ls', '/dev/shm')).toBe('of-one');
+      const ipc = await pod.exec(one, 'readlink', '/proc/self/ns/ipc');
+      expect(await pod.exec(two, 'readlink', '/proc/self/ns/ipc')).toBe(ipc);
+      expect(await pod.exec(two, 'cat', '/etc/resolv.conf')).toBe('nameserver 10.0.0.53');
+      expect(await pod.exec(two, 'ping', '-c', '1', '-W', '5', gateway)).toContain('1 packets received');
+      const status = await pod.status();
+      expect(status?.state).toBe(PodSandboxState.SANDBOX_READY);
+      expect(await pod.exec(one, 'ip', '-o', 'addr')).toContain(`${status?.network?.ip}/24`);
+      expect(readFileSync(join(scene.dir, 'logs', 'one-0.log'), 'utf8')).toContain('stdout F hello');
+
+      // What is at all addresses of the pod, and so at 127.0.0.1, where port-forward looks.
+      await pod.exec(two, 'sh', '-c', 'nc -ll -p 7 -e cat >/dev/null 2>&1 &');
+      const forward = async (port: number) => {
+        const url = await pod.portForward(port);
+        return network.run(process.execPath, ['-e', portForwardClient, `${url}?port=${port}`, 'hello']);
       };
-      const request = { podSandboxId, config: container, sandboxConfig: config };
-      const { containerId } = await cri.call<CreateContainerResponse>((client, done) =>
-        client.createContainer(request, done),
-      );
-      await cri.call((client, done) => client.startContainer({ containerId }, done));
-      return containerId;
-    };
-    const exec = async (containerId: string, ...cmd: string[]) => {
-      const answer = await cri.call<ExecSyncResponse>((client, done) =>
-        client.execSync({ containerId, cmd, timeout: 60n }, done),
-      );
-      return `${answer.stdout}${answer.stderr}`.trim();
-    };
-    const waiting = 'trap "exit 3" TERM; while :; do usleep 20000; done';
+      const forwarded = async () => expect(await forward(7)).toMatchObject({ stdout: Buffer.from('hello') });
+      await vi.waitFor(forwarded, { timeout: 30_000 });
+      expect((await forward(8)).stderr).toContain('connection refused');
 
-    const one = await start('one', `echo hello; touch /dev/shm/of-one; ${waiting}`);
-    const two = await start('two', waiting);
-    expect(await exec(two, 'hostname')).toBe('web-0');
-    expect(await exec(two, 'ls', '/dev/shm')).toBe('of-one');
-    expect(await exec(two, 'cat', '/etc/resolv.conf')).toBe('nameserver 10.0.0.53');
-    expect(await exec(two, 'ping', '-c', '1', '-W', '5', gateway)).toContain('1 packets received');
-    const status = await cri.call<PodSandboxStatusResponse>((client, done) =>
-      client.podSandboxStatus({ podSandboxId }, done),
-    );
-    expect(status.status?.state).toBe(PodSandboxState.SANDBOX_READY);
-    expect(await exec(one, 'ip', '-o', 'addr')).toContain(`${status.status?.network?.ip}/24`);
-    expect(readFileSync(join(scene.dir, 'logs', 'one.log'), 'utf8')).toContain('stdout F hello');
-
-    // What is at all addresses of the pod, and so at 127.0.0.1, where port-forward looks.
-    await exec(two, 'sh', '-c', 'nc -ll -p 7 -e cat >/dev/null 2>&1 &');
-    const forward = async (port: number) => {
-      const { url } = await cri.call<PortForwardResponse>((client, done) =>
-        client.portForward({ podSandboxId, port: [port] }, done),
+      const containers = await pod.containerStats();
+      expect(containers.map(({ attributes }) => attributes?.id).sort()).toEqual([one, two].sort());
+      for (const { cpu, memory } of containers) {
+        expect(cpu?.usageCoreNanoSeconds?.value).toBeGreaterThan(0n);
+        expect(memory?.workingSetBytes?.value).toBeGreaterThan(0n);
+        expect(memory?.workingSetBytes?.value).toBeLessThan(64n * mib);
+      }
+      // 1.6 has no statistics of pods.
+      if (version !== '1.6') {
+        const linux = (await pod.stats())?.linux;
+        expect(linux?.cpu?.usageCoreNanoSeconds?.value).toBeGreaterThan(0n);
+        expect(linux?.memory?.workingSetBytes?.value).toBeGreaterThan(underKiln ? 8n * mib : 0n);
+        expect(linux?.network?.defaultInterface?.name).toBe('eth0');
+        expect(linux?.network?.defaultInterface?.rxBytes?.value).toBeGreaterThan(0n);
+        expect(linux?.network?.defaultInterface?.txBytes?.value).toBeGreaterThan(0n);
+        expect(linux?.process?.processCount?.value).toBeGreaterThanOrEqual(2n);
+        expect(linux?.containers).toHaveLength(2);
+      }
+      await pod.update(two, { memoryLimitInBytes: 96n * mib, cpuQuota: 20_000n, cpuPeriod: 100_000n });
+      expect(await pod.exec(two, 'cat', '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/cpu.max')).toBe(
+        `${96n * mib}\n20000 100000`,
       );
-      return network.run(process.execPath, ['-e', portForwardClient, `${url}?port=${port}`, 'hello']);
-    };
-    await vi.waitFor(async () => expect(await forward(7)).toMatchObject({ stdout: Buffer.from('hello') }), {
-      timeout: 30_000,
+
+      await pod.stop(one);
+      expect(await pod.containerStatus(one)).toMatchObject({ state: ContainerState.CONTAINER_EXITED, exitCode: 3 });
+      await pod.removeContainer(one);
+      const again = await start('again', waiting);
+      const boot = await pod.exec(two, 'cat', '/proc/sys/kernel/random/boot_id');
+      expect(await pod.exec(again, 'cat', '/proc/sys/kernel/random/boot_id')).toBe(boot);
+      await pod.remove();
     });
-    expect((await forward(8)).stderr).toContain('connection refused');
+  });
+});
 
-    const { stats } = await cri.call<ContainerStatsResponse>((client, done) =>
-      client.containerStats({ containerId: two }, done),
-    );
-    expect(Number(stats?.memory?.workingSetBytes?.value)).toBeGreaterThan(0);
-    const linux = { memoryLimitInBytes: 96n << 20n, cpuPeriod: 0n, cpuQuota: 0n, cpuShares: 0n };
-    await cri.call((client, done) => client.updateContainerResources({ containerId: two, linux }, done));
-    expect(await exec(two, 'cat', '/sys/fs/cgroup/memory.max')).toBe(String(96 << 20));
+describe.runIf(underKiln)('a pod of CRI', () => {
+  const { scene, cri } = useCri('2.1');
 
-    await cri.call((client, done) => client.stopContainer({ containerId: one, timeout: 30n }, done));
-    const ended = await cri.call<ContainerStatusResponse>((client, done) =>
-      client.containerStatus({ containerId: one }, done),
-    );
-    expect(ended.status).toMatchObject({ state: ContainerState.CONTAINER_EXITED, exitCode: 3 });
-    await cri.call((client, done) => client.removeContainer({ containerId: one }, done));
-    const again = await start('again', waiting);
-    expect(await exec(again, 'cat', '/proc/sys/kernel/random/boot_id')).toBe(
-      await exec(two, 'cat', '/proc/sys/kernel/random/boot_id'),
-    );
-    await cri.call((client, done) => client.stopPodSandbox({ podSandboxId }, done));
-    await cri.call((client, done) => client.removePodSandbox({ podSandboxId }, done));
+  it('is in the control group that CRI gives it, with its virtual machine and all that stands for it', async () => {
+    await withGroup(scene, async (group) => {
+      const pod = await cri().run(podConfig(scene, group), handler);
+      await pod.start({ name: 'one', image, command: ['sh', '-c', waiting] });
+      for (const directory of directoriesOf(join(group, pod.id))) {
+        const programs = wordsOf(directory, 'cgroup.procs').map((pid) =>
+          readFileSync(`/proc/${pid}/comm`, 'utf8').trim(),
+        );
+        expect(programs.sort()).toEqual(['kiln-standin', 'kiln-standin', 'kiln-volumes', 'qemu-system-x86']);
+      }
+      await pod.remove();
+    });
+  });
+
+  it('lets containers share processes, with the pod or with one of its containers', async () => {
+    await withGroup(scene, async (group) => {
+      const pod = await cri().run(podConfig(scene, group), handler);
+      const shared = { ...usualNamespaces, pid: NamespaceMode.POD };
+      const start = (name: string, namespaces: NamespaceOption, argument: string) =>
+        pod.start({ name, image, namespaces, command: ['sh', '-c', `${waiting} # ${argument}`] });
+      const processes = (id: string) => pod.exec(id, 'ps', '-o', 'pid,args');
+      const one = await start('one', shared, 'of-one');
+      const two = await start('two', shared, 'of-two');
+      const alone = await start('alone', usualNamespaces, 'of-alone');
+      const seen = await processes(two);
+      expect(seen).toContain('of-one');
+      expect(seen).toContain('of-two');
+      expect(seen).not.toContain('of-alone');
+      expect(seen).toMatch(/^ *1 .*tini/m);
+      expect(await processes(alone)).not.toContain('of-one');
+
+      // As `kubectl debug --target` has it. It ends with the first process of the one that it looks into.
+      const debug = await start(
+        'debug',
+        { ...usualNamespaces, pid: NamespaceMode.TARGET, targetId: alone },
+        'of-debug',
+      );
+      expect(await processes(debug)).toMatch(/^ *1 .*of-alone/m);
+      expect(await processes(alone)).toContain('of-debug');
+
+      // A signal by its number in the shared namespace; the end of one is nobody else's.
+      const [, pid = ''] = /^ *(\d+) sh -c .*of-one/m.exec(seen) ?? [];
+      await pod.exec(two, 'kill', '-TERM', pid);
+      expect(await exited(pod, one)).toMatchObject({ exitCode: 3 });
+      expect(await processes(two)).not.toContain('of-one');
+      const again = await start('again', shared, 'of-again');
+      expect(await processes(two)).toContain('of-again');
+      await pod.stop(two);
+      expect(await pod.containerStatus(two)).toMatchObject({ exitCode: 3 });
+      expect(await processes(again)).not.toContain('of-two');
+      await pod.stop(alone);
+      expect(await pod.containerStatus(alone)).toMatchObject({ exitCode: 3 });
+      expect(await exited(pod, debug)).toMatchObject({ exitCode: 137 });
+      await pod.remove();
+    });
+  });
+
+  it('tells why a container has ended, and gets it again', async () => {
+    await withGroup(scene, async (group) => {
+      const pod = await cri().run(podConfig(scene, group), handler);
+      const other = await pod.start({ name: 'other', image, command: ['sh', '-c', waiting] });
+      // More than its limit, and more than the virtual machine has left.
+      const greedy = { name: 'greedy', image, command: ['dd', 'if=/dev/zero', 'of=/dev/null', 'bs=300M'] };
+      const limited = await pod.start({ ...greedy, resources: { memoryLimitInBytes: 16n * mib } });
+      expect(await exited(pod, limited)).toMatchObject({ reason: 'OOMKilled', exitCode: 137 });
+      // The same without a limit: then it is the virtual machine's memory that runs out.
+      const unlimited = await pod.start({ ...greedy, attempt: 1 });
+      expect(await exited(pod, unlimited)).toMatchObject({ reason: 'OOMKilled', exitCode: 137 });
+      const crashed = await pod.start({ name: 'crash', image, command: ['sh', '-c', 'kill -SEGV $$'] });
+      expect(await exited(pod, crashed)).toMatchObject({ reason: 'Error', exitCode: 139 });
+      const failed = await pod.start({ name: 'crash', attempt: 1, image, command: ['sh', '-c', 'exit 9'] });
+      expect(await exited(pod, failed)).toMatchObject({ reason: 'Error', exitCode: 9 });
+      const done = await pod.start({ name: 'crash', attempt: 2, image, command: ['true'] });
+      expect(await exited(pod, done)).toMatchObject({ reason: 'Completed', exitCode: 0 });
+      expect(await pod.containerStatus(other)).toMatchObject({ state: ContainerState.CONTAINER_RUNNING });
+      expect(await pod.exec(other, 'echo', 'lives')).toBe('lives');
+      await pod.remove();
+    });
   });
 });

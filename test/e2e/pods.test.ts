@@ -1,7 +1,11 @@
 import { readFileSync } from 'node:fs';
+import { mkdir, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
+import { writableSlots } from '../../src/vmm/vmm.ts';
 import { containerdVersions, underKiln } from '../support/paths.ts';
 import type { RunContainerOptions, Scene } from '../support/scene.ts';
+import { Lines } from '../support/spawn.ts';
 import { useScene } from '../support/use-scene.ts';
 import { helpersOf } from '../support/victims.ts';
 import { signal, waitForEnd } from '../support/wait-for-end.ts';
@@ -20,9 +24,14 @@ async function startPod(scene: Scene): Promise<string> {
   return id;
 }
 
-async function startMember(scene: Scene, podId: string, command: readonly string[] = waiting): Promise<string> {
+async function startMember(
+  scene: Scene,
+  podId: string,
+  command: readonly string[] = waiting,
+  flags: readonly string[] = [],
+): Promise<string> {
   const id = scene.id('member');
-  await scene.start(id, command, annotated('container', podId));
+  await scene.start(id, command, { flags: [...(annotated('container', podId).flags ?? []), ...flags] });
   return id;
 }
 
@@ -138,5 +147,41 @@ describe.runIf(underKiln).each(containerdVersions)('a pod under containerd %s', 
     await stopped(scene, pod);
     await stopped(scene, member);
     for (const id of [member, pod]) await scene.remove(id);
+  });
+});
+
+describe.runIf(underKiln)('a pod', () => {
+  const scene = useScene({ version: '2.1' });
+
+  it('takes containers at once, as many as it has drive slots, and can end while some start and programs run', async () => {
+    const pod = await startPod(scene);
+    const volume = join(scene.dir, 'volume');
+    await mkdir(volume);
+    await writeFile(join(volume, 'note'), 'of the host');
+    const mount = ['--mount', `type=bind,src=${volume},dst=/v,options=rbind:ro`];
+    const members = await Promise.all(writableSlots.map(() => startMember(scene, pod, waiting, mount)));
+    const notes = members.map((id) => inside(scene, id, 'cat', '/v/note'));
+    expect(new Set(await Promise.all(notes))).toEqual(new Set(['of the host']));
+    const late = await scene.run(scene.id(), ['true'], annotated('container', pod));
+    expect(late.code).not.toBe(0);
+    expect(late.stderr).toContain('the VM has no free writable drive slot');
+
+    // One that has left makes room for the next.
+    const [first = '', second = ''] = members;
+    await scene.remove(first);
+    const next = scene.id('next');
+    const starting = scene.run(next, waiting, { flags: ['--detach', ...(annotated('container', pod).flags ?? [])] });
+    const exec = ['task', 'exec', '--fifo-dir', scene.fifoDir, '--exec-id', 'long', second];
+    const running = scene.containerd.ctrStream([...exec, 'sh', '-c', 'echo up; sleep 1000']);
+    await new Lines(running.stdout).waitFor((line) => line === 'up', 'up');
+    await scene.ctr(['task', 'kill', '--signal', 'SIGKILL', pod]);
+    expect(await running.exit).not.toBe(0);
+    const started = await starting;
+    if (started.code !== 0)
+      expect(started.stderr).toMatch(/pod .* has ended|VM ended|connection to the guest|not found/);
+    for (const id of [...members.slice(1), pod]) await stopped(scene, id);
+    await scene.containerd.ctr(['task', 'rm', '--force', next]);
+    await scene.containerd.ctr(['container', 'rm', next]);
+    for (const id of [...members.slice(1), pod]) await scene.remove(id);
   });
 });

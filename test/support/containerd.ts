@@ -21,7 +21,7 @@ export interface ContainerdOptions {
   readonly kilnEnv: Readonly<Record<string, string>>;
   /** Folders in front of dist/bin on PATH: a test's own shim or broken tools. */
   readonly pathBefore?: readonly string[];
-  /** With CRI, which is off by default. Tried with 2.1 alone, and with `within`. */
+  /** With CRI, which is off by default. Tried with `within` alone. */
   readonly cri?: CriOptions;
   /** Commands in front of containerd's and of `ctr`'s: for a network namespace of their own. */
   readonly within?: { readonly containerd: readonly string[]; readonly ctr: readonly string[] };
@@ -126,6 +126,9 @@ function criConfiguration(version: ContainerdVersion, cri: CriOptions): string[]
     `[plugins.${s(runtime)}.cni]`,
     isOld ? `  bin_dir = ${s(cri.cniBin)}` : `  bin_dirs = [${s(cri.cniBin)}]`,
     `  conf_dir = ${s(cri.cniConfig)}`,
+    // It has to be one of those that are here, and a table of one takes away the "runc" that is there by default.
+    `[plugins.${s(runtime)}.containerd]`,
+    `  default_runtime_name = ${s(cri.handler)}`,
     `[plugins.${s(runtime)}.containerd.runtimes.${cri.handler}]`,
     `  runtime_type = ${s(cri.runtimeType)}`,
     ...(cri.sandboxer === undefined ? [] : [`  sandboxer = ${s(cri.sandboxer)}`]),

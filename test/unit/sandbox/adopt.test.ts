@@ -71,6 +71,18 @@ describe.skipIf(!canMakeNetns)('a container that is taken over', () => {
     expect(readContainerRecord(made.directory)).toEqual(record);
   });
 
+  it('has its devices of the host on, and tells of one that it cannot keep from others', async () => {
+    const made = bench();
+    const devices = [
+      { slot: 'ro5', serial: 'ro5', file: '/dev/read', device: true },
+      { slot: 'rw5', serial: 'rw5', file: '/dev/gone', device: true },
+    ] as const;
+    const record = await made.leave({ devices: [...devices] });
+    await made.adopt(record);
+    expect(readContainerRecord(made.directory)).toEqual(record);
+    expect(made.logged('warn').join()).toMatch(/a device of the host that a container has .* '\/dev\/gone'/);
+  });
+
   it('that was not started is created, and can be started', async () => {
     const made = bench({ started: false });
     const { container } = await made.adopt(await made.leave({ started: false }));

@@ -1,5 +1,5 @@
 import { once } from 'node:events';
-import { chmodSync, closeSync, existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
+import { chmodSync, closeSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
@@ -23,6 +23,11 @@ afterEach(async () => {
 });
 
 const never = new AbortController().signal;
+
+/** The node of some block device, which is only looked at. */
+const blockDevice = readdirSync('/sys/class/block')
+  .map((name) => `/dev/${name}`)
+  .find((file) => statSync(file, { throwIfNoEntry: false })?.isBlockDevice());
 
 /** Whoever takes a VM over starts nothing. */
 const nowhere = { qemu: '/nowhere', vsockBackend: '/nowhere' };
@@ -266,6 +271,16 @@ describe('a drive slot that is emptied', () => {
       ['blockdev-add', 'rw3-file'],
       ['blockdev-reopen', 'rw3-file'],
     ]);
+  });
+
+  test.skipIf(blockDevice === undefined)('has a block device as one, which "file" refuses', async () => {
+    const vm = await boot('running');
+    await vm.attachDisk('rw0', blockDevice ?? '');
+    await vm.attachDisk('rw1', '/disk');
+    const drivers = commands().flatMap(({ execute, arguments: args }) =>
+      execute === 'blockdev-add' ? [args.driver] : [],
+    );
+    expect(drivers).toEqual(['host_device', 'file']);
   });
 
   test('without having a file stays as it is', async () => {

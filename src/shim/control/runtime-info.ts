@@ -18,7 +18,7 @@ const featuresTypeUrl = 'types.containerd.io/opencontainers/runtime-spec/1/featu
 export const features = {
   ociVersionMin: '1.0.0',
   ociVersionMax: '1.1.0',
-  // containerd offers Kubernetes recursive read-only mounts where a runtime names "rro".
+  // Where it asks at all (2.1: runtimes of runc's type only), containerd's CRI looks for "rro" in it.
   mountOptions,
   linux: {
     cgroup: { v1: false, v2: true, systemd: false, systemdUser: false },

@@ -74,13 +74,15 @@ export async function createContainer(
     openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, context),
   };
   const place = podPlace(bundle.spec);
-  if (place.kind === 'sandbox') return makePod(installation, bundle.spec, common, signal);
+  const ours = createOptionsOf(request);
+  if (place.kind === 'sandbox') {
+    return makePod(installation, bundle.spec, { ...common, standInPid: ours?.processPid }, signal);
+  }
   const pod =
     place.kind === 'member'
       ? await pods.findForNew(context.directoryOf(place.sandboxId), place.sandboxId, signal)
       : undefined;
   const nodeAt = await findNodes(possibleNodes(bundle.spec));
-  const ours = createOptionsOf(request);
   const guestOptions = {
     id,
     liveRoot: ours && bundle.rootPath,

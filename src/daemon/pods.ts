@@ -24,6 +24,7 @@ export type PodMeans = Pick<
   | 'logger'
   | 'openStdio'
   | 'podFiles'
+  | 'standInPid'
 >;
 
 /**

@@ -20,10 +20,24 @@ const dialects = [
   { type: 'io.kubernetes.cri-o.ContainerType', sandbox: 'io.kubernetes.cri-o.SandboxID' },
 ];
 
+/**
+ * The cgroup of a container of a pod of podman's, which has the pod's id in it: with cgroupfs, with systemd.
+ * containers/podman libpod/container_internal_linux.go, getOCICgroupPath.
+ */
+const cgroupInPodOfPodman = /\/[0-9a-f]{64}\/libpod-[0-9a-f]{64}$|libpod_pod_[0-9a-f]{64}\.slice:libpod:/;
+
+/** Podman tells of a pod's containers as CRI-O does, but says nothing of the one that stands for the pod. */
+function standsForPodOfPodman({ annotations = {}, linux }: PodSpec): boolean {
+  return annotations['io.container.manager'] === 'libpod' && cgroupInPodOfPodman.test(linux?.cgroupsPath ?? '');
+}
+
+type PodSpec = Pick<Spec, 'annotations' | 'linux'>;
+
 /** @throws KilnError invalid-argument for annotations that contradict themselves or each other, naming them */
-export function podPlace({ annotations = {} }: Pick<Spec, 'annotations'>): PodPlace {
+export function podPlace(spec: PodSpec): PodPlace {
+  const { annotations = {} } = spec;
   const dialect = dialects.find(({ type }) => annotations[type] !== undefined);
-  if (dialect === undefined) return { kind: 'alone' };
+  if (dialect === undefined) return { kind: standsForPodOfPodman(spec) ? 'sandbox' : 'alone' };
   const type = annotations[dialect.type];
   if (type === 'sandbox') return { kind: 'sandbox' };
   if (type !== 'container') {

@@ -2,7 +2,6 @@ import { mkdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import type { GuestPod } from '../guest/guest.ts';
 import { HostControlGroup } from '../host/control-group.ts';
-import { startStandIn } from '../host/stand-in.ts';
 import type { PodFiles } from '../oci/cri-pod.ts';
 import { faultPoint } from './faults.ts';
 import { ContainerHooks } from './hooks.ts';
@@ -12,6 +11,7 @@ import type { PodRecord } from './record.ts';
 import {
   adoptStandIn,
   type ContainerRequest,
+  findStandIn,
   fulfilled,
   type HostServices,
   holdAdopted,
@@ -26,7 +26,7 @@ import { startSandbox, type VmRequest } from './start.ts';
 
 export interface PodRequest
   extends VmRequest,
-    Pick<ContainerRequest, 'hooks' | 'terminal' | 'openStdio' | 'networkNamespace' | 'groupPlan'> {
+    Pick<ContainerRequest, 'hooks' | 'terminal' | 'openStdio' | 'networkNamespace' | 'groupPlan' | 'standInPid'> {
   /** What the pod's containers share. */
   readonly guestPod: GuestPod;
   /** What each container gets in /etc, where their specs do not say it. */
@@ -44,7 +44,7 @@ export async function bootPod(
   request: PodRequest,
   signal: AbortSignal,
 ): Promise<{ container: PodContainer; pod: Pod }> {
-  const { id, directory, timeline, networkNamespace } = request;
+  const { id, directory, timeline } = request;
   await using stack = new AsyncDisposableStack();
   stack.defer(request.onGone);
   const hooks = new ContainerHooks(request);
@@ -56,7 +56,7 @@ export async function bootPod(
   const { either, guard } = sideBySide(signal);
   const [stdio, standIn, sandbox] = await Promise.allSettled([
     guard(request.openStdio()),
-    guard(startStandIn({ program: host.standInProgram, id, directory, networkNamespace, controlGroup })),
+    guard(findStandIn(host, request, controlGroup)),
     guard(startSandbox(host, { ...request, controlGroup }, either)),
   ]);
   if (stdio.status === 'fulfilled') stack.defer(() => stdio.value.dispose());
@@ -70,8 +70,9 @@ export async function bootPod(
   await fulfilled(sandbox).preparePod(request.guestPod);
   timeline.mark('created');
   faultPoint('container-create');
-  const parts = { standIn: fulfilled(standIn), sandbox: fulfilled(sandbox), hooks, disposal: stack.move() };
-  return standFor(request, { ...parts, hookPlan: request.hooks, controlGroup, started: false, filesDirectory });
+  const parts = { standIn: fulfilled(standIn), stdio: fulfilled(stdio), sandbox: fulfilled(sandbox) };
+  const ends = { hooks, hookPlan: request.hooks, disposal: stack.move() };
+  return standFor(request, { ...parts, ...ends, controlGroup, started: false, filesDirectory });
 }
 
 /** They belong to the pod's containers, which may write to them. */
@@ -107,7 +108,7 @@ export async function reattachPod(
   holdAdopted(disposal, directory, { hooks, controlGroup, stdio, others: [standIn, sandbox] });
   return standFor(
     { ...request, id, terminal },
-    { ...{ standIn, sandbox, hooks, hookPlan, controlGroup, disposal }, ...{ started, filesDirectory } },
+    { ...{ standIn, stdio, sandbox, hooks, hookPlan, controlGroup, disposal }, ...{ started, filesDirectory } },
   );
 }
 
@@ -122,7 +123,7 @@ function standFor(
     timeline,
     logger,
   }: Pick<PodRequest, 'id' | 'directory' | 'vmm' | 'terminal' | 'timeline' | 'logger'>,
-  parts: Pick<Standing, 'standIn' | 'hooks' | 'hookPlan' | 'disposal' | 'started'> & {
+  parts: Pick<Standing, 'standIn' | 'stdio' | 'hooks' | 'hookPlan' | 'disposal' | 'started'> & {
     readonly sandbox: Sandbox;
     readonly filesDirectory: string | undefined;
     readonly controlGroup: HostControlGroup | undefined;

@@ -1,5 +1,5 @@
 import { forLog, KilnError } from '../errors.ts';
-import type { HelperProcess } from '../host/helper-process.ts';
+import type { StandIn } from '../host/stand-in.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import type { ContainerProcess, ContainerStats } from './container.ts';
@@ -15,6 +15,7 @@ import {
   requireStartable,
 } from './process-state.ts';
 import { type PodRecord, writeContainerRecord } from './record.ts';
+import type { ContainerStdio } from './stdio.ts';
 import { sigkill, statusOfVmEnd, unknownStatus, vmKilledStatus } from './vm-end.ts';
 import { WaitableCell } from './waitable-cell.ts';
 
@@ -28,7 +29,9 @@ export interface PodContainerParts {
   readonly directory: string;
   readonly pod: Pod;
   readonly vmm: string;
-  readonly standIn: HelperProcess;
+  readonly standIn: StandIn;
+  /** Of a process that there is not: it is closed at the end, and nothing was ever written. */
+  readonly stdio: Pick<ContainerStdio, 'dispose'>;
   readonly terminal: boolean;
   readonly hooks: ContainerHooks;
   readonly hookPlan: HookPlan;
@@ -184,12 +187,14 @@ export class PodContainer {
   }
 
   async #endAll(status: number, graceMs?: number): Promise<void> {
-    const { pod, standIn, logger } = this.#parts;
+    const { pod, standIn, stdio, logger } = this.#parts;
     try {
       await pod.end(graceMs);
     } catch (error) {
       logger.warn({ err: forLog(error) }, 'cannot end the VM of the pod');
     }
+    // A stand-in of the caller's waits for the end of its output.
+    await stdio.dispose();
     await standIn.kill();
     const exit: Exit = { status, at: new Date() };
     this.timeline.mark('exited');
@@ -222,6 +227,7 @@ export class PodContainer {
       started: this.#state.kind !== 'created',
       ...pod.sandbox.record(),
       standIn: standIn.identity,
+      ...(standIn.callers === true ? { standInIsCallers: true } : {}),
       hooks: hookPlan,
       oomKills: 0,
       filesDirectory: pod.filesDirectory,

@@ -197,9 +197,10 @@ async function prepareRootfs(host: HostServices, request: ContainerRequest, sign
   return prepared;
 }
 
-async function findStandIn(
-  { standInProgram: program }: HostServices,
-  request: ContainerRequest,
+/** The process that stands for a container or a pod on the host, as the request wants it. */
+export async function findStandIn(
+  { standInProgram: program }: Pick<HostServices, 'standInProgram'>,
+  request: Pick<ContainerRequest, 'id' | 'directory' | 'networkNamespace' | 'standInPid'>,
   controlGroup: ControlGroup | undefined,
 ): Promise<StandIn> {
   const { id, directory, networkNamespace, standInPid } = request;

@@ -42,6 +42,23 @@ describe("a container's place in a pod", () => {
     expect(podPlace({ annotations: annotations as Record<string, string> })).toEqual(place);
   });
 
+  it('is told by the cgroup where podman says nothing: of what stands for its pod', () => {
+    const [pod, id] = ['a'.repeat(64), 'b'.repeat(64)];
+    const kindIn = (cgroupsPath: string, annotations: Record<string, string> = {}) => {
+      return podPlace({
+        annotations: { 'io.container.manager': 'libpod', ...annotations },
+        linux: { cgroupsPath },
+      }).kind;
+    };
+    expect(kindIn(`/libpod_parent/${pod}/libpod-${id}`)).toBe('sandbox');
+    expect(kindIn(`machine-libpod_pod_${pod}.slice:libpod:${id}`)).toBe('sandbox');
+    expect(kindIn(`/libpod_parent/libpod-${id}`)).toBe('alone');
+    expect(kindIn(`machine.slice:libpod:${id}`)).toBe('alone');
+    const member = { 'io.kubernetes.cri-o.ContainerType': 'container', 'io.kubernetes.cri-o.SandboxID': id };
+    expect(kindIn(`/libpod_parent/${pod}/libpod-${id}`, member)).toBe('member');
+    expect(podPlace({ linux: { cgroupsPath: `/libpod_parent/${pod}/libpod-${id}` } })).toEqual({ kind: 'alone' });
+  });
+
   it('is refused when it makes no sense', () => {
     expect(() => podPlace({ annotations: { 'io.kubernetes.cri.container-type': 'pod' } })).toThrow(
       'annotation io.kubernetes.cri.container-type="pod": must be "sandbox" or "container"',

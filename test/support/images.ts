@@ -109,13 +109,14 @@ export async function layerTar(entries: readonly LayerEntry[]): Promise<Buffer> 
   return Buffer.concat(chunks);
 }
 
-const digestOf = (data: Buffer): string => `sha256:${createHash('sha256').update(data).digest('hex')}`;
+/** As descriptors have it. */
+export const sha256 = (data: Buffer): string => `sha256:${createHash('sha256').update(data).digest('hex')}`;
 
 /** The image as an OCI archive for `ctr image import`. */
 export async function imageArchive(image: Image): Promise<Buffer> {
   const blobs = new Map<string, Buffer>();
   const add = (mediaType: string, data: Buffer): { mediaType: string; digest: string; size: number } => {
-    const digest = digestOf(data);
+    const digest = sha256(data);
     blobs.set(digest, data);
     return { mediaType, digest, size: data.length };
   };
@@ -125,7 +126,7 @@ export async function imageArchive(image: Image): Promise<Buffer> {
   const diffIds: string[] = [];
   for (const entries of image.layers) {
     const tar = await layerTar(entries);
-    diffIds.push(digestOf(tar));
+    diffIds.push(sha256(tar));
     layers.push(add('application/vnd.oci.image.layer.v1.tar+gzip', gzipSync(tar, { level: 1 })));
   }
   const platform = { architecture: process.arch === 'arm64' ? 'arm64' : 'amd64', os: 'linux' };

@@ -7,6 +7,7 @@ import { KilnError } from '../../errors.ts';
 import { addEvents } from './events-command.ts';
 import { execProcess, type ProcessOptions, readProcess } from './exec-process.ts';
 import { addFeatures } from './features-command.ts';
+import { makeImageBundle, removeImageBundle } from './image-bundle.ts';
 import { describe, table } from './listing.ts';
 import type { StandingProcess } from './process.ts';
 import { OciRuntime } from './runtime.ts';
@@ -30,6 +31,11 @@ interface LaunchOptions {
   readonly preserveFds?: number;
   readonly detach?: boolean;
   readonly keep?: boolean;
+}
+
+interface RunOptions extends LaunchOptions {
+  readonly image?: string;
+  readonly imageName?: string;
 }
 
 interface ExecOptions extends ProcessOptions {
@@ -67,7 +73,7 @@ function addLaunching(program: Command, runtime: () => OciRuntime): void {
   launch('create', 'create a container; its program runs with "start"').action(
     async (id: string, options: LaunchOptions) => {
       refuseDescriptors(options);
-      await creating('create', runtime().create({ ...options, id, foreground: false }));
+      await failing('create', runtime().create({ ...options, id, foreground: false }));
     },
   );
   program
@@ -80,9 +86,15 @@ function addLaunching(program: Command, runtime: () => OciRuntime): void {
     .option('-d, --detach', 'do not wait')
     .option('--keep', 'keep the container when it has ended')
     .option('--no-subreaper', 'accepted, and without a meaning: there is nothing to reap')
-    .action(async (id: string, options: LaunchOptions) => {
+    .option('--image <file>', 'make the bundle of an image: an archive of "docker save", or an OCI image layout')
+    .option('--image-name <name>', 'which image of the archive')
+    .argument('[command...]', 'with --image, in place of the image’s own')
+    .action(async (id: string, command: string[], options: RunOptions) => {
       refuseDescriptors(options);
-      process.exitCode = await run(runtime(), id, options);
+      if (options.image === undefined && command.length > 0) {
+        throw new KilnError('invalid-argument', 'run takes a command with --image only: a bundle has one of its own');
+      }
+      process.exitCode = await run(runtime(), id, command, options);
     });
   program
     .command('exec <id> [command...]')
@@ -195,7 +207,7 @@ async function describeIfWhole(runtime: OciRuntime, id: string) {
 }
 
 /** runc's words for what went wrong with it. */
-async function creating<T>(verb: 'create' | 'run', step: Promise<T>): Promise<T> {
+async function failing<T>(verb: 'create' | 'run', step: Promise<T>): Promise<T> {
   try {
     return await step;
   } catch (error) {
@@ -203,11 +215,24 @@ async function creating<T>(verb: 'create' | 'run', step: Promise<T>): Promise<T>
   }
 }
 
-async function run(runtime: OciRuntime, id: string, options: LaunchOptions): Promise<number> {
+async function run(runtime: OciRuntime, id: string, command: string[], options: RunOptions): Promise<number> {
   const foreground = options.detach !== true;
-  const standing = await creating('run', runtime.create({ ...options, id, foreground }));
+  const { image, imageName } = options;
+  let { bundle } = options;
+  if (image !== undefined) {
+    const terminal = options.consoleSocket !== undefined || (foreground && process.stdin.isTTY && process.stdout.isTTY);
+    const wanted = { id, image, imageName, command, terminal };
+    bundle = await failing('run', makeImageBundle(runtime.states, wanted));
+  }
+  let standing: StandingProcess;
   try {
-    await creating('run', runtime.start(id));
+    standing = await failing('run', runtime.create({ ...options, bundle, id, foreground }));
+  } catch (error) {
+    removeImageBundle(bundle);
+    throw error;
+  }
+  try {
+    await failing('run', runtime.start(id));
   } catch (error) {
     await runtime.delete(id, true);
     throw error;

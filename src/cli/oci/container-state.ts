@@ -40,6 +40,10 @@ export function requireId(id: string): void {
   });
 }
 
+export function idInUse(id: string): KilnError {
+  return new KilnError('already-exists', `container with given ID already exists: ${id}`);
+}
+
 /** The containers below one `--root`. */
 export class ContainerStates {
   readonly root: string;
@@ -61,7 +65,7 @@ export class ContainerStates {
       mkdirSync(directory, { mode: 0o700 });
     } catch (error) {
       const { code } = error as NodeJS.ErrnoException;
-      if (code === 'EEXIST') throw new KilnError('already-exists', `container with given ID already exists: ${id}`);
+      if (code === 'EEXIST') throw idInUse(id);
       throw new KilnError('failed-precondition', `cannot keep the state of container ${id} in ${this.root}: ${code}`, {
         hint: 'choose another folder with --root',
         cause: error,

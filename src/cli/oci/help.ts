@@ -49,10 +49,15 @@ export const verbHelp: Readonly<Record<string, VerbHelp>> = {
   run: {
     examples: [
       { command: 'kiln run --bundle demo c1', does: 'run it until it ends, then remove it' },
+      { command: 'kiln run --image alpine.tar c1 -- ls -l /', does: 'run a command in an image that was saved' },
       { command: 'kiln run --detach --bundle demo c1 </dev/null >out 2>&1', does: 'run it in the background' },
     ],
     exitCodes: { ...ofProcess, '1': 'it could not be started, or the program said so' },
-    notes: ['SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 that this command gets are for the container.'],
+    notes: [
+      'SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 that this command gets are for the container.',
+      'With --image the image is unpacked to a folder below KILN_CACHE_DIR that lives as long as the container. It has a ' +
+        'terminal where this command has one, and no network but lo.',
+    ],
   },
   exec: {
     examples: [

@@ -12,6 +12,7 @@ import { encodeCreateOptions } from '../../shim/create-options.ts';
 import { TaskClient, type TaskStatus } from '../../shim/task-client.ts';
 import { type ContainerState, ContainerStates } from './container-state.ts';
 import { deleteEndpoint, type EndpointName, endpointName, startEndpoint } from './endpoint.ts';
+import { removeImageBundle } from './image-bundle.ts';
 import { runs, type StandingProcess, startProcess, stdioPaths } from './process.ts';
 
 export interface TerminalOptions {
@@ -143,6 +144,7 @@ export class OciRuntime {
     }
     await deleteEndpoint(this.#name(id), state.bundle);
     this.states.remove(id);
+    removeImageBundle(state.bundle);
   }
 
   /** Runs one more process in a container. */

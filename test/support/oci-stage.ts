@@ -100,6 +100,11 @@ export class OciStage {
     return { directory, rootfs };
   }
 
+  /** Changes a bundle's config.json. */
+  write({ directory }: Bundle, config: object): void {
+    writeFileSync(join(directory, 'config.json'), JSON.stringify(config));
+  }
+
   /** `kiln` with these arguments, to its end. */
   run(args: readonly string[], options: RunOptions = {}): Promise<RunResult> {
     return run(this.kiln, args, { env: this.env, ...options });

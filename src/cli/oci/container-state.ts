@@ -2,7 +2,7 @@
  * What the command line keeps of a container: `<root>/<id>/state.json`, and beside it the FIFOs of its stdio. The folder is
  * made first, which only one can; the file comes when the container exists.
  */
-import { mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import path from 'node:path';
 import { z } from 'zod';
 import { KilnError } from '../../errors.ts';
@@ -40,6 +40,17 @@ export function requireId(id: string): void {
   });
 }
 
+/** As `mkdir -p`. Node's own tries for ever where a folder cannot be made although the one above is there, as in /proc. */
+function makeFolders(folder: string, mode: number): void {
+  const above = path.dirname(folder);
+  if (!existsSync(above)) makeFolders(above, mode);
+  try {
+    mkdirSync(folder, { mode });
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error;
+  }
+}
+
 export function idInUse(id: string): KilnError {
   return new KilnError('already-exists', `container with given ID already exists: ${id}`);
 }
@@ -61,7 +72,7 @@ export class ContainerStates {
   claim(id: string): string {
     const directory = this.directory(id);
     try {
-      mkdirSync(this.root, { recursive: true, mode: 0o711 });
+      makeFolders(this.root, 0o711);
       mkdirSync(directory, { mode: 0o700 });
     } catch (error) {
       const { code } = error as NodeJS.ErrnoException;

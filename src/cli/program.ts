@@ -27,7 +27,7 @@ export function makeProgram(): Command {
     .option('--log <file>', 'a file that errors are written to, beside stderr')
     .option('--log-format <format>', 'of that file: "text" or "json"', 'text')
     .option('--debug', 'accepted for the sake of callers; kilnd has a log level of its own')
-    .option('--systemd-cgroup', 'accepted: cgroupsPath is then slice:prefix:name')
+    .option('--systemd-cgroup', 'accepted: cgroupsPath may be slice:prefix:name with and without it')
     .option('--rootless <mode>', 'accepted: Kiln needs root')
     .option('--criu <path>', 'accepted, and not used');
   program.commandsGroup(groups.oci);

@@ -19,8 +19,8 @@ export function features(version: string) {
     linux: {
       namespaces: namespaceTypes,
       capabilities: [...capabilities],
-      // Of the container's groups, which are in the guest. What the host has is Kiln's own affair.
-      cgroup: { v1: false, v2: true, systemd: false, systemdUser: false, rdma: false },
+      // Where the virtual machine is counted on the host. The container's limits hold in the guest, which has v2.
+      cgroup: { v1: true, v2: true, systemd: true, systemdUser: false, rdma: false },
       seccomp: seccompFeatures,
       apparmor: { enabled: false },
       selinux: { enabled: false },

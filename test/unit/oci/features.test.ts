@@ -76,7 +76,6 @@ describe('seccomp', () => {
 describe('what is said not to be there is refused or left out', () => {
   const device = { major: 8, minor: 0 };
   const cases: Readonly<Record<string, readonly [claim: boolean, spec: Spec]>> = {
-    'cgroup v1': [linux.cgroup.v1, withLinux({ resources: { memory: { kernel: 1 } } })],
     'the rdma controller': [linux.cgroup.rdma, withLinux({ resources: { rdma: { mlx5: { hcaHandles: 1 } } } })],
     AppArmor: [linux.apparmor.enabled, withProcess({ apparmorProfile: 'docker-default' })],
     SELinux: [linux.selinux.enabled, withProcess({ selinuxLabel: 'system_u:system_r:container_t:s0' })],

@@ -144,6 +144,25 @@ describe('a container', () => {
     expect(agent.leftovers()).toEqual([]);
   });
 
+  it('joins the processes of no container that is not there, or has ended, and leaves nothing', async () => {
+    const joining = (other: string) => ({
+      linux: { namespaces: [{ type: 'pid', path: `${agent.directory}/pod/pid-of/${other}` }] },
+    });
+    await expect(create(client, 'debug', 'exit 0', joining('nobody'))).rejects.toMatchObject({
+      code: status.NOT_FOUND,
+      details: 'no container "nobody" in this guest',
+    });
+    await create(client, 'ended', 'exit 0');
+    await start(client, 'ended');
+    await wait(client, 'ended');
+    await expect(create(client, 'debug', 'exit 0', joining('ended'))).rejects.toMatchObject({
+      code: status.FAILED_PRECONDITION,
+      details: 'cannot join the process namespace of container "ended": it is stopped',
+    });
+    await remove(client, 'ended');
+    expect(agent.leftovers()).toEqual([]);
+  });
+
   it('has an id that is free, and that can be a directory', async () => {
     await create(client, 'd', 'exit 0');
     await expect(create(client, 'd', 'exit 0')).rejects.toMatchObject({ code: status.ALREADY_EXISTS });

@@ -122,9 +122,9 @@ export async function create(
   client: AgentClient,
   id: string,
   script: string,
-  { mounts = [], stdio = {} }: { mounts?: Mount[]; stdio?: Partial<Stdio> } = {},
+  { mounts = [], stdio = {}, linux }: { mounts?: Mount[]; stdio?: Partial<Stdio>; linux?: object } = {},
 ): Promise<number> {
-  const spec = Buffer.from(JSON.stringify({ script }));
+  const spec = Buffer.from(JSON.stringify({ script, linux }));
   const none = { volumes: undefined, network: undefined, disks: [] };
   const request = { id, spec, mounts, stdio: { ...pipes, ...stdio }, ...none };
   return (await unary<{ pid: number }>((done) => client.createContainer(request, done))).pid;

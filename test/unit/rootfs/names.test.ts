@@ -1,6 +1,9 @@
 import { spawnSync } from 'node:child_process';
+import { mkdtempSync, rmSync, symlinkSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { expect, test } from 'vitest';
-import { mountPoints } from '../../../src/rootfs/mountinfo.ts';
+import { mountPoints, mountsNow } from '../../../src/rootfs/mountinfo.ts';
 import { ownerIsGone, uniqueSuffix } from '../../../src/rootfs/owner.ts';
 
 test('a temporary name of this process is its own, and no two are equal', () => {
@@ -24,4 +27,20 @@ test('mount points are read with their escapes', () => {
     '',
   ].join('\n');
   expect(mountPoints(table)).toEqual(['/', '/mnt/with space\\']);
+});
+
+test('whether anything is mounted below a path is told of the path behind its links', () => {
+  const folder = mkdtempSync(join(tmpdir(), 'kiln-mounts-'));
+  try {
+    symlinkSync('/', join(folder, 'root'));
+    const hasMountsBelow = mountsNow();
+    expect(['/', join(folder, 'root'), folder, join(folder, 'missing')].map(hasMountsBelow)).toEqual([
+      true,
+      true,
+      false,
+      false,
+    ]);
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
 });

@@ -24,6 +24,9 @@ export const guestOverheadMib = 128;
 /** Of a pod with small limits, so that its containers' programs have some page cache. */
 const leastPodMib = 192;
 
+/** Sizes of pods' VMs are multiples of it, so that there are templates for few. The RuntimeClass's overhead allows for it. */
+const podStepMib = 64;
+
 const mib = 1024 * 1024;
 
 /** The kernel's default of cpu.max: 100 ms. Documentation/admin-guide/cgroup-v2.rst. */
@@ -48,14 +51,17 @@ export function vmSize(config: KilnConfig, spec: Spec, host: HostSize = thisHost
 
 /**
  * As `vmSize`, of a pod's VM. kubelet holds the pod's control group to the limits of its containers and the RuntimeClass's
- * overhead, and a guest comes to touch all the memory that it has. So with a limit the VM is no larger than that and what
+ * overhead, and a guest comes to touch all the memory that it has. So with a limit the VM is hardly larger than that and what
  * the guest needs, whatever the configuration says.
  */
 export function podVmSize(config: KilnConfig, spec: Spec, host: HostSize = thisHost()): VmSize {
   const size = vmSize(config, spec, host);
   const limitMib = memoryLimitMib(spec);
   if (limitMib === undefined || parseAnnotations(spec.annotations).memoryMib !== undefined) return size;
-  return { ...size, memoryMib: Math.max(limitMib + guestOverheadMib, leastPodMib) };
+  return {
+    ...size,
+    memoryMib: Math.max(podStepMib * Math.ceil((limitMib + guestOverheadMib) / podStepMib), leastPodMib),
+  };
 }
 
 export function thisHost(): HostSize {

@@ -1,4 +1,4 @@
-import { readdirSync, readFileSync } from 'node:fs';
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it, onTestFinished, vi } from 'vitest';
@@ -69,6 +69,16 @@ function podConfig(scene: Scene, cgroupParent: string): PodSandboxConfig {
 /** The directories of a group in the hierarchies of the host. */
 function directoriesOf(group: string): string[] {
   return hierarchiesIn(hostMounts).map(({ directory }) => join(directory, group));
+}
+
+/** Lets a group have so many bytes more than it has now. */
+function limitMemory(group: string, moreBytes: number): void {
+  const hierarchy = hierarchiesIn(hostMounts).find(({ controllers }) => controllers.includes('memory'));
+  if (hierarchy === undefined) throw new Error('the host cannot limit memory');
+  const [usage, limit] =
+    hierarchy.version === 1 ? ['memory.usage_in_bytes', 'memory.limit_in_bytes'] : ['memory.current', 'memory.max'];
+  const file = (name: string) => join(hierarchy.directory, group, name);
+  writeFileSync(file(limit), String(Number(readFileSync(file(usage), 'utf8')) + moreBytes));
 }
 
 /** A pod's control group, which is kubelet's: here it is removed as kubelet does it. When `use` is over, nobody is in it. */
@@ -164,16 +174,23 @@ describe.each(ways)('a pod of CRI under containerd %s, sandboxer: %s', (version,
 describe.runIf(underKiln)('a pod of CRI', () => {
   const { scene, cri } = useCri('2.1');
 
-  it('is in the control group that CRI gives it, with its virtual machine and all that stands for it', async () => {
+  it('is in the control group that CRI gives it, and tells why it has ended when that is full', async () => {
     await withGroup(scene, async (group) => {
       const pod = await cri().run(podConfig(scene, group), handler);
-      await pod.start({ name: 'one', image, command: ['sh', '-c', waiting] });
+      const one = await pod.start({ name: 'one', image, command: ['sh', '-c', waiting] });
       for (const directory of directoriesOf(join(group, pod.id))) {
         const programs = wordsOf(directory, 'cgroup.procs').map((pid) =>
           readFileSync(`/proc/${pid}/comm`, 'utf8').trim(),
         );
         expect(programs.sort()).toEqual(['kiln-standin', 'kiln-standin', 'kiln-volumes', 'qemu-system-x86']);
       }
+      // A limit as kubelet sets it, which the guest exceeds although it has the memory.
+      limitMemory(group, 16 * 2 ** 20);
+      const greedy = pod.exec(one, 'dd', 'if=/dev/zero', 'of=/dev/null', 'bs=150M', 'count=1');
+      await expect(greedy).rejects.toThrow();
+      expect(await exited(pod, one)).toMatchObject({ exitCode: 137 });
+      const state = async () => (await pod.status())?.state;
+      await expect.poll(state, { timeout: 30_000 }).toBe(PodSandboxState.SANDBOX_NOTREADY);
       await pod.remove();
     });
   });

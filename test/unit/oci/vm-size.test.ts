@@ -26,7 +26,8 @@ describe("the virtual machine's memory", () => {
 
   test.each<[string, object, number]>([
     ['as configured without a limit', {}, 512],
-    ['limit and overhead, and no more', { memory: { limit: 300 * mib } }, 428],
+    ['limit and overhead', { memory: { limit: 256 * mib } }, 384],
+    ['that, rounded up a little', { memory: { limit: 256 * mib + 1 } }, 448],
     ['not too small for the guest', { memory: { limit: 10 * mib } }, 192],
   ])('of a pod is %s', (_name, resources, expected) => {
     expect(podVmSize(defaultConfig, limits(resources), host).memoryMib).toBe(expected);

@@ -28,7 +28,7 @@ export function lastLine(scene: Scene, said: string): string {
     .replace(/^ctr: /, '')
     .replace(/\/[0-9a-f]{16,}\b/g, '/…')
     .replace(/\.\d+-\d+-\d+\.part/, '')
-    .replace(/\bc-\d+\b/g, 'c-1')
+    .replace(/\bc-[0-9a-f]{4}-\d+\b/g, 'c-1')
     .slice(0, 400);
 }
 

@@ -37,6 +37,8 @@ export interface HostScope {
   readonly cacheDir: string;
   /** Folders of a private containerd: bundles, mounts and sockets in them count too. */
   readonly containerdDir?: string;
+  /** What the ids of this containerd's containers have in them, by which their control groups are known. */
+  readonly idMark?: string;
   /** Processes that are the test's own and may be there: containerd. Read at each listing. */
   readonly ownPids?: () => readonly number[];
   /** True while kilnd may live: it, its sockets and its pid file are then no leftovers. Its children are. */
@@ -282,7 +284,8 @@ function interfaceLeftovers(): Leftover[] {
 
 /**
  * Groups that carry our name, and those of single containers: ctr puts container ID of namespace NS into /NS/ID. (The
- * group /NS itself stays with runc too.) The namespaces are those of the private containerd.
+ * group /NS itself stays with runc too.) The namespaces are those of the private containerd, the ids those of its scene: others
+ * may be at work on the machine.
  */
 function cgroupLeftovers(scope: HostScope): Leftover[] {
   const namespaces =
@@ -295,7 +298,8 @@ function cgroupLeftovers(scope: HostScope): Leftover[] {
     const parts = path.slice('/sys/fs/cgroup/'.length, -1).split('/');
     const name = parts.at(-1) ?? '';
     const parent = parts.at(-2) ?? '';
-    if (/^kiln/.test(name) || namespaces.includes(parent)) found.push({ kind: 'cgroup', what: path });
+    const ours = namespaces.includes(parent) && name.includes(`-${scope.idMark ?? ''}`);
+    if (/^kiln/.test(name) || ours) found.push({ kind: 'cgroup', what: path });
   }
   return found;
 }

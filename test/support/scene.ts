@@ -93,6 +93,8 @@ export class Scene {
   readonly #options: SceneOptions;
   #containerd: Containerd | undefined;
   #before: HostSnapshot | undefined;
+  /** Of this scene's container ids. */
+  readonly #mark = randomBytes(2).toString('hex');
   #counter = 0;
 
   constructor(options: SceneOptions) {
@@ -150,6 +152,7 @@ export class Scene {
       stateDir: this.stateDir,
       cacheDir: this.cacheDir,
       containerdDir: join(this.dir, 'd'),
+      idMark: this.#mark,
       ownPids: () => (this.#containerd === undefined ? [] : [this.#containerd.pid]),
     });
     await this.configure(this.#options.config ?? '');
@@ -199,10 +202,10 @@ export class Scene {
     return assertNothingLeft(this.#snapshot, { daemonMayRun: true, within: 5_000, ...options });
   }
 
-  /** A container id that no other test of this scene has. */
+  /** A container id that no other test of this scene has, and no other scene on the machine: it names a control group there. */
   id(hint = 'c'): string {
     this.#counter += 1;
-    return `${hint}-${this.#counter}`;
+    return `${hint}-${this.#mark}-${this.#counter}`;
   }
 
   #runArguments(id: string, command: readonly string[], options: RunContainerOptions): string[] {

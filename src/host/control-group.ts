@@ -180,6 +180,8 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
     // Beside v1, it has no controller that counts.
     const delegates = this.#hierarchies.every(({ version }) => version === 2);
     for (const { directory, controllers } of this.#hierarchies) {
+      // Groups above one that systemd has made are systemd's to write to.
+      if (existsSync(path.join(directory, group))) continue;
       attempt(`make the control group ${group} in ${directory}`, () => {
         let parent = directory;
         for (const name of group.split('/').filter(Boolean)) {

@@ -205,6 +205,20 @@ describe('a scope of systemd', () => {
     expect(read('name=systemd/a.slice/cri-c1.scope/cgroup.procs')).toBe('42');
   });
 
+  test('of cgroup v2 has the controllers that systemd gives it', async () => {
+    const host = hostWith('cgroup2');
+    writeFileSync(path.join(folder, 'unified/cgroup.controllers'), 'cpu memory\n');
+    const proc = path.join(folder, 'proc/41');
+    busctl(
+      host,
+      `mkdir -p ${proc} ${folder}/unified/a.slice/cri-c1.scope; echo '0::/a.slice/cri-c1.scope' >${proc}/cgroup`,
+    );
+    const made = await group(host, 'a.slice:cri:c1');
+    await made.add(41);
+    expect(read('unified/a.slice/cri-c1.scope/cgroup.procs')).toBe('41');
+    expect(existsSync(path.join(folder, 'unified/cgroup.subtree_control'))).toBe(false);
+  });
+
   test('that systemd refuses is an error in its words', async () => {
     const host = hostWith('cgroup name=systemd');
     busctl(host, 'echo "Unit cri-c1.scope already exists." >&2; exit 1');

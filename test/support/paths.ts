@@ -38,4 +38,6 @@ function inTree(...parts: string[]): string {
 export const containerdBin = (version: ContainerdVersion): string => inTree(`containerd-${version}`, 'usr', 'bin');
 export const runcBin = (): string => inTree('runc', 'usr', 'sbin');
 export const cniPlugins = (): string => inTree('cni', 'usr', 'lib', 'cni');
+/** Debian's podman, with conmon and what else it needs, unpacked. */
+export const podmanTree = (): string => inTree('podman');
 export const busyboxBinary = (): string => inTree('busybox', 'bin', 'busybox');

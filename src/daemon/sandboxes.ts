@@ -1,5 +1,6 @@
-import { access, readFile } from 'node:fs/promises';
+import { access, readFile, realpath } from 'node:fs/promises';
 import { hostname } from 'node:os';
+import path from 'node:path';
 import { applyAnnotations } from '../config/annotations.ts';
 import type { KilnConfig } from '../config/config.ts';
 import { KilnError } from '../errors.ts';
@@ -26,11 +27,12 @@ export async function createSandbox(
   const { config: ofHost, paths } = installation.load();
   const spec = sandboxSpecOf(pod, { id, networkNamespace });
   const config: KilnConfig = applyAnnotations(ofHost, spec.annotations);
-  const podFiles = podFilesOf(pod, await filesOfHost());
+  const texts = podFilesOf(pod, await filesOfHost());
   if (networkNamespace !== undefined) await requireNamespace(id, networkNamespace);
   const { ociVersion, annotations = {} } = spec;
   const means = {
-    ...{ id, directory, config, podFiles, timeline, logger },
+    ...{ id, directory, config, timeline, logger },
+    podFiles: { directory: await placeOfFiles(bundle, directory), texts },
     vmm: await selectVmm(config, { logger, parking: installation.host.parking }),
     hooks: { ...hostHooks(spec), bundle, ociVersion, annotations },
     files: guestFiles(config, paths),
@@ -45,6 +47,18 @@ async function requireNamespace(id: string, file: string): Promise<void> {
     await access(file);
   } catch (cause) {
     throw new KilnError('not-found', `sandbox ${id}: its network namespace ${file} does not exist`, { cause });
+  }
+}
+
+/**
+ * A guest can make its files as large as it likes. So they lie in the folder on a disk that containerd has for a sandbox beside
+ * its bundle, and removes with it; kilnd's own is in memory.
+ */
+async function placeOfFiles(bundle: string, directory: string): Promise<string> {
+  try {
+    return path.join(await realpath(path.join(bundle, 'work')), 'etc');
+  } catch {
+    return path.join(directory, 'etc'); // containerd makes one always.
   }
 }
 

@@ -1,4 +1,4 @@
-import { mkdir, writeFile } from 'node:fs/promises';
+import { mkdir, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import type { GuestPod } from '../guest/guest.ts';
 import { HostControlGroup } from '../host/control-group.ts';
@@ -29,8 +29,8 @@ export interface PodRequest
     Pick<ContainerRequest, 'hooks' | 'terminal' | 'openStdio' | 'networkNamespace' | 'groupPlan' | 'standInPid'> {
   /** What the pod's containers share. */
   readonly guestPod: GuestPod;
-  /** What each container gets in /etc, where their specs do not say it. */
-  readonly podFiles?: PodFiles | undefined;
+  /** What each container gets in /etc, where their specs do not say it, and where that is kept. */
+  readonly podFiles?: { readonly directory: string; readonly texts: PodFiles } | undefined;
   /** Called when nothing of the pod is left. */
   readonly onGone: () => void;
 }
@@ -51,7 +51,8 @@ export async function bootPod(
   // Early on the stack, because they run when all the rest is gone.
   stack.defer(() => hooks.poststop());
   await makeDirectory(directory, stack);
-  const filesDirectory = request.podFiles && (await writePodFiles(directory, request.podFiles));
+  const filesDirectory = request.podFiles?.directory;
+  if (request.podFiles !== undefined) await writePodFiles(request.podFiles, stack);
   const controlGroup = await provideGroup(request, stack);
   const { either, guard } = sideBySide(signal);
   const [stdio, standIn, sandbox] = await Promise.allSettled([
@@ -76,11 +77,15 @@ export async function bootPod(
 }
 
 /** They belong to the pod's containers, which may write to them. */
-async function writePodFiles(directory: string, files: PodFiles): Promise<string> {
-  const at = path.join(directory, 'etc');
-  await mkdir(at, { mode: 0o755 });
-  for (const [name, text] of Object.entries(files)) await writeFile(path.join(at, name), text, { mode: 0o644 });
-  return at;
+async function writePodFiles(
+  { directory, texts }: NonNullable<PodRequest['podFiles']>,
+  stack: AsyncDisposableStack,
+): Promise<void> {
+  // An earlier kilnd may have got so far.
+  await rm(directory, { recursive: true, force: true });
+  await mkdir(directory, { mode: 0o755 });
+  stack.defer(() => rm(directory, { recursive: true, force: true }));
+  for (const [name, text] of Object.entries(texts)) await writeFile(path.join(directory, name), text, { mode: 0o644 });
 }
 
 /** A pod of an earlier kilnd. When that fails, its VM is ended, and what is left of it on the host stays. */
@@ -105,6 +110,7 @@ export async function reattachPod(
   stack.move();
   const disposal = new AsyncDisposableStack();
   disposal.defer(request.onGone);
+  if (filesDirectory !== undefined) disposal.defer(() => rm(filesDirectory, { recursive: true, force: true }));
   holdAdopted(disposal, directory, { hooks, controlGroup, stdio, others: [standIn, sandbox] });
   return standFor(
     { ...request, id, terminal },

@@ -190,4 +190,23 @@ describe.runIf(underKiln)('a sandbox of the sandbox API of containerd 2.1', () =
     await sandboxes.stop(id);
     await sandboxes.shutdown(id);
   });
+
+  it('is stopped and shut down also when kilnd is killed meanwhile', async () => {
+    const id = scene.id('sandbox');
+    await sandboxes.run(id);
+    const member = scene.id('member');
+    await scene.start(member, waiting, { flags: memberFlags(id) });
+    const end = sandboxes.wait(id);
+    const stopping = sandboxes.stop(id);
+    await killKilnd();
+    await stopping;
+    // Of one that had ended when the next kilnd came, nobody knows how.
+    expect([0, 255]).toContain((await end).exitStatus);
+    expect(await sandboxes.status(id)).toMatchObject({ state: 'SANDBOX_NOTREADY' });
+    await expect.poll(async () => (await scene.tasks()).map(({ status }) => status)).toEqual(['STOPPED']);
+    const ending = sandboxes.shutdown(id);
+    await killKilnd();
+    await ending;
+    await scene.remove(member);
+  });
 });

@@ -1,4 +1,4 @@
-import { existsSync, readFileSync, statSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterEach, describe, expect, it, vi } from 'vitest';
 import { loggerTo } from '../../../src/observe/logger.ts';
@@ -141,8 +141,11 @@ describe.skipIf(!canMakeNetns)('the container that stands for a pod', () => {
   it('has the files of the pod, which are written down, and go with it', async () => {
     await using bench = new Workbench({ preparePod: (_call, done) => done(null, {}) });
     const files = { hostname: 'web-0\n', hosts: '127.0.0.1 localhost\n', 'resolv.conf': '' };
-    const { container, pod } = await bench.createPod(() => {}, files);
-    const at = join(bench.directory, 'etc');
+    const at = join(bench.root, 'etc');
+    // As a kilnd that was killed leaves it.
+    mkdirSync(at);
+    writeFileSync(join(at, 'hostname'), 'web');
+    const { container, pod } = await bench.createPod(() => {}, { directory: at, texts: files });
     expect(pod.filesDirectory).toBe(at);
     expect((readContainerRecord(bench.directory) as PodRecord).filesDirectory).toBe(at);
     for (const [name, text] of Object.entries(files)) {
@@ -150,7 +153,7 @@ describe.skipIf(!canMakeNetns)('the container that stands for a pod', () => {
       expect(statSync(join(at, name)).mode & 0o777).toBe(0o644);
     }
     await container.destroy();
-    expect(existsSync(bench.directory)).toBe(false);
+    expect(existsSync(at)).toBe(false);
   });
 
   it('has written down that the guest has its volumes before a container has them', async () => {

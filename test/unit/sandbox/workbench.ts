@@ -14,13 +14,12 @@ import { startStandIn } from '../../../src/host/stand-in.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { Timeline } from '../../../src/observe/timeline.ts';
 import type { VolumeMount } from '../../../src/oci/binds.ts';
-import type { PodFiles } from '../../../src/oci/cri-pod.ts';
 import type { RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
 import type { ContainerDevices } from '../../../src/sandbox/block-devices.ts';
 import { BootSlots } from '../../../src/sandbox/boot-slots.ts';
 import type { Container } from '../../../src/sandbox/container.ts';
 import { bootContainer, reattachContainer } from '../../../src/sandbox/create.ts';
-import { bootPod } from '../../../src/sandbox/create-pod.ts';
+import { bootPod, type PodRequest } from '../../../src/sandbox/create-pod.ts';
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import type { HookPlan } from '../../../src/sandbox/hooks.ts';
 import type { Pod } from '../../../src/sandbox/pod.ts';
@@ -275,7 +274,7 @@ export class Workbench implements AsyncDisposable {
   }
 
   /** A pod, with the container that stands for it. */
-  createPod(onGone: () => void, podFiles?: PodFiles) {
+  createPod(onGone: () => void, podFiles?: PodRequest['podFiles']) {
     return bootPod(
       { ...this.#host(), standInProgram: this.#standIn(), bootSlots: new BootSlots(1) },
       { ...this.#request(), guestPod: { hostname: '', domainname: '', sysctl: {}, shmBytes: 0 }, podFiles, onGone },

@@ -79,8 +79,8 @@ type GroupRecord = Readonly<z.infer<typeof groupRecord>>;
 /** In the directory of each container that has the group. */
 const recordName = 'control-group.json';
 
-/** How many containers of this kilnd have a group, by its path: the last one removes it. */
-const holders = new Map<string, number>();
+/** By its path, how many containers of this kilnd have a group, and what they have made of it: the last one removes that. */
+const held = new Map<string, { holders: number; readonly made: Set<string> }>();
 
 interface MakeOptions {
   /** Of the container that has it. */
@@ -103,7 +103,10 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
     this.#host = host;
     this.#hierarchies = hierarchiesIn(host.mounts);
     this.#entered = entered;
-    holders.set(record.group, (holders.get(record.group) ?? 0) + 1);
+    const known = held.get(record.group) ?? { holders: 0, made: new Set() };
+    known.holders += 1;
+    for (const directory of record.made) known.made.add(directory);
+    held.set(record.group, known);
   }
 
   /**
@@ -197,16 +200,15 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
 
   /** Of its last holder: removes what was made. What is in use stays, and is told of. Never rejects. */
   async [Symbol.asyncDispose](): Promise<void> {
-    const { group, made } = this.#record;
-    const left = (holders.get(group) ?? 1) - 1;
-    if (left > 0) {
-      holders.set(group, left);
-      return;
-    }
-    holders.delete(group);
+    const { group } = this.#record;
+    const known = held.get(group);
+    if (known === undefined) return;
+    known.holders -= 1;
+    if (known.holders > 0) return;
+    held.delete(group);
     // All together have the time.
     const deadline = performance.now() + removalLimitMs;
-    for (const directory of made) {
+    for (const directory of known.made) {
       try {
         await removeGroup(directory, Math.max(0, deadline - performance.now()));
       } catch (error) {

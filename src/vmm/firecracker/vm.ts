@@ -53,8 +53,8 @@ export async function enterGroup(
   group: ControlGroup,
   { firecracker, limits }: Pick<FirecrackerParts, 'firecracker' | 'limits'>,
 ): Promise<void> {
-  if (limits !== undefined) group.limit({ ...limits, pids: limits.pids + standInsAtMost });
   await group.add(firecracker.pid);
+  if (limits !== undefined) group.limit({ ...limits, pids: limits.pids + standInsAtMost });
 }
 
 /** What a running VM is made of. */

@@ -143,6 +143,16 @@ describe('the control group of a sandbox', () => {
     expect(existsSync(path.join(folder, 'cpu/s1/pids.max'))).toBe(false);
   });
 
+  test('that two containers ask for goes with the last one, whoever has made it', async () => {
+    const host = hostWith('cgroup memory');
+    const first = await group(host, '/both');
+    const second = await group(host, '/both');
+    await first[Symbol.asyncDispose]();
+    expect(existsSync(path.join(folder, 'memory/both'))).toBe(true);
+    await second[Symbol.asyncDispose]();
+    expect(existsSync(path.join(folder, 'memory/both'))).toBe(false);
+  });
+
   test('that was there before is used, and stays', async () => {
     const host = hostWith('cgroup memory');
     mkdirSync(path.join(folder, 'memory/s1'));

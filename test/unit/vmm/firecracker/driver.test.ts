@@ -127,10 +127,10 @@ describe('the control group of a container', () => {
     const config = { memoryMib: 256, vcpus: 2, controlGroup: group };
     const vm = await boot('running', { jailer: 'jail', config });
     const limits = { memoryBytes: (256 + 16 + 512) * 2 ** 20, pids: 2 + 16 + 1024 };
-    expect(done).toEqual([limits, vm.pid]);
+    expect(done).toEqual([vm.pid, limits]);
     const other = notingGroup();
     await vm.enter(other.group);
-    expect(other.done).toEqual([limits, vm.pid]);
+    expect(other.done).toEqual([vm.pid, limits]);
   });
 
   test('that cannot have it lets the start fail, and leaves nothing', async () => {

@@ -29,6 +29,15 @@ export function hideCards(): void {
   }
 }
 
+/** Takes the driver from the card that has become this interface: there is no interface then. */
+export function hideCard(name: string, mac: string): void {
+  const link = join(interfacesDirectory, name, 'device');
+  if (!existsSync(driverDirectory) || !existsSync(link)) return;
+  const device = basename(readlinkSync(link));
+  writeFileSync(join(driverDirectory, 'unbind'), device);
+  hidden.set(mac, device);
+}
+
 /**
  * Has a card appear as an interface with its own MAC, if it was kept away until now.
  *

@@ -83,3 +83,10 @@ export function parseListeners(line: string): ListeningPorts {
     words.filter((word) => word.startsWith(`${family}:`)).map((word) => Number(word.slice(2)));
   return { ipv4Ports: portsOf('4'), ipv6Ports: portsOf('6') };
 }
+
+/** Ports as the protocol has them. */
+export function encodePorts(ports: readonly number[]): Buffer {
+  const bytes = Buffer.alloc(2 * ports.length);
+  for (const [index, port] of ports.entries()) bytes.writeUInt16BE(port, 2 * index);
+  return bytes;
+}

@@ -23,6 +23,7 @@ import { Containers } from './containers.ts';
 import { Crun } from './crun.ts';
 import { describe } from './errors.ts';
 import { Listeners } from './listeners.ts';
+import { GuestNetwork } from './network.ts';
 import { Pod } from './pod.ts';
 import { Reaper } from './reaper.ts';
 import { type Dialled, dialSerialPort } from './serial-port.ts';
@@ -89,6 +90,7 @@ async function main(): Promise<never> {
   const ownsGuest = socketPath === undefined;
   const cgroup = ownsGuest ? '/sys/fs/cgroup' : undefined;
   const listeners = new Listeners({ program: listenersProgram, cgroup, reaper });
+  const network = new GuestNetwork();
   let retry = FIRST_RETRY;
   let served: ServedSocket | undefined;
   let dialAtOnce = () => {};
@@ -105,7 +107,15 @@ async function main(): Promise<never> {
       const onHello = () => {
         retry = FIRST_RETRY;
       };
-      const service = createService({ containers, pod, listeners, ownsGuest, connectedAt: () => connectedAt, onHello });
+      const service = createService({
+        containers,
+        pod,
+        listeners,
+        network,
+        ownsGuest,
+        connectedAt: () => connectedAt,
+        onHello,
+      });
       // Before it is needed: a clone of a template finds it made.
       const serve = prepareServer(AgentService, service);
       const { socket, at } = await dial();

@@ -19,8 +19,8 @@ import { findDisks } from './disks.ts';
 import { AgentError, grpcStatusOf } from './errors.ts';
 import { adjustClock, hello } from './hello.ts';
 import { sampleRandomness } from './identity.ts';
-import type { Listeners } from './listeners.ts';
-import { applyNetwork } from './network.ts';
+import { encodePorts, type Listeners } from './listeners.ts';
+import type { GuestNetwork } from './network.ts';
 import type { Output, OutputSink } from './output.ts';
 import type { Pod } from './pod.ts';
 import { readStats } from './stats.ts';
@@ -51,6 +51,7 @@ export interface ServiceOptions {
   readonly containers: Containers;
   readonly pod: Pod;
   readonly listeners: Listeners;
+  readonly network: GuestNetwork;
   /** See `hello`. */
   readonly ownsGuest: boolean;
   /** When the connection was made: `performance.now()`. */
@@ -64,6 +65,7 @@ export function createService({
   containers,
   pod,
   listeners,
+  network,
   ownsGuest,
   connectedAt,
   onHello,
@@ -104,21 +106,21 @@ export function createService({
     adjustClock: unary(({ deltaNs }) => adjustClock(deltaNs, ownsGuest)),
     sampleRandomness: unary(sampleRandomness),
     preparePod: unary((request) => {
-      if (request.network !== undefined) applyNetwork(request.network);
+      if (request.network !== undefined) network.apply(request.network);
       pod.prepare(request);
       return {};
     }),
     listContainers: unary(() => ({ ids: containers.list() })),
     findDisks: unary(({ disks }) => ({ devices: findDisks(disks) })),
     createContainer: unary(async (request) => {
-      if (request.network !== undefined) applyNetwork(request.network);
+      if (request.network !== undefined) network.apply(request.network);
       // Its driver may have come meanwhile.
       if (ownsGuest) hideCards();
       return { pid: await containers.create(request) };
     }),
-    startContainer: unary(async ({ id, network }) => {
-      if (network !== undefined) applyNetwork(network);
-      await containers.start(id);
+    startContainer: unary(async (request) => {
+      if (request.network !== undefined) network.apply(request.network);
+      await containers.start(request.id);
       return {};
     }),
     execProcess: unary(async (request) => ({ pid: await containers.exec(request) })),
@@ -175,10 +177,19 @@ export function createService({
         call.emit('error', grpcStatusOf(error));
       }
     },
+    setNetwork: unary((request) => {
+      if (request.network === undefined) {
+        throw new AgentError('invalid-argument', 'there is no network in the request');
+      }
+      network.apply(request.network);
+      return {};
+    }),
     watchListeners: (call) => {
       try {
         greetedFirst();
-        const watch = listeners.watch((ports) => void call.write(ports));
+        const watch = listeners.watch(({ ipv4Ports, ipv6Ports }) => {
+          call.write({ ipv4Ports: encodePorts(ipv4Ports), ipv6Ports: encodePorts(ipv6Ports) });
+        });
         // A call that is cancelled or whose connection breaks does not end by itself.
         call.on('cancelled', () => {
           watch[Symbol.dispose]();

@@ -9,6 +9,9 @@ import { toKilnError } from './call.ts';
 /** The least time between two reports of listeners that are read, in ms: a guest may send as many as it likes. */
 const reportMs = 20;
 
+/** The most ports of a family that are looked at: a guest may name as many as it likes. */
+const maxPorts = 1024;
+
 /** A port of the guest's loopback address of a family. */
 export interface LoopbackPort {
   readonly family: LoopbackFamily;
@@ -31,8 +34,8 @@ export async function watchListeners(client: AgentClient, onPorts: (ports: Liste
   const call = client.watchListeners({});
   call.on('error', () => {});
   try {
-    for await (const ports of call) {
-      onPorts(ports);
+    for await (const { ipv4Ports, ipv6Ports } of call) {
+      onPorts({ ipv4Ports: decodePorts(ipv4Ports), ipv6Ports: decodePorts(ipv6Ports) });
       await delay(reportMs, undefined, { ref: false });
     }
   } catch (error) {
@@ -40,6 +43,11 @@ export async function watchListeners(client: AgentClient, onPorts: (ports: Liste
   } finally {
     call.cancel();
   }
+}
+
+function decodePorts(bytes: Buffer): number[] {
+  const count = Math.min(Math.floor(bytes.length / 2), maxPorts);
+  return Array.from({ length: count }, (_, index) => bytes.readUInt16BE(2 * index));
 }
 
 /**

@@ -393,6 +393,11 @@ export class Guest implements Disposable {
     await this.#call(AgentService.removeContainer, { id, ...options }, { limitMs });
   }
 
+  /** Has the guest's network be as this says, and no more what was said before. */
+  async setNetwork(network: NetworkConfig): Promise<void> {
+    await this.#call(AgentService.setNetwork, { network: toNetwork(network) });
+  }
+
   /** See `watchListeners` of connections.ts. */
   watchListeners(onPorts: (ports: ListeningPorts) => void): Promise<void> {
     return watchListeners(this.#client, onPorts);

@@ -13,6 +13,7 @@ import { KilnError } from '../errors.ts';
 import { bindLoopback, type LoopbackFamily } from '../sys/loopback.ts';
 import { NetworkNamespace } from '../sys/netns.ts';
 import { deleteLink, type Link, listLinks, setLink } from '../sys/rtnetlink/links.ts';
+import { openNetworkMonitor, watchNetwork } from '../sys/rtnetlink/monitor.ts';
 import { endRedirect, redirect } from '../sys/rtnetlink/redirect.ts';
 import { RtnetlinkSocket } from '../sys/rtnetlink/socket.ts';
 import { isEthernetOfOthers, tapName } from './classify.ts';
@@ -33,11 +34,17 @@ export interface NetworkedVm {
   readonly nics: readonly Card[];
 }
 
+/** What a guest has that an earlier kilnd has told it. */
+const unknown = 'unknown';
+
 /** The largest MTU of a tap: drivers/net/tun.c, MAX_MTU. */
 const largestTapMtu = 65535 - 14;
 
 /** A sandbox's network, as the sandbox sees it. */
-export type ConnectedNetwork = Pick<SandboxNetwork, 'connect' | 'told' | 'bindLoopback' | typeof Symbol.dispose>;
+export type ConnectedNetwork = Pick<
+  SandboxNetwork,
+  'connect' | 'told' | 'watch' | 'bindLoopback' | typeof Symbol.dispose
+>;
 
 /** What makes the networks of sandboxes. */
 export interface NetworkSource {
@@ -95,7 +102,7 @@ export class SandboxNetwork implements Disposable {
   readonly #vm: NetworkedVm;
   /** Held open, since whoever it is named after may end before its VM. */
   readonly #namespace: NetworkNamespace;
-  /** What the guest has, as text. */
+  /** What the guest has, as text; empty for nothing. */
   #told = '';
   /** The interfaces that are connected, by index: a tap that says so may be gone with its VM. */
   readonly #connected = new Set<number>();
@@ -120,19 +127,35 @@ export class SandboxNetwork implements Disposable {
     const config = this.#namespace.run(() => {
       using socket = new RtnetlinkSocket();
       try {
-        return readNetwork(socket, this.#connectLinks(socket));
+        return readNetwork(this.#id, socket, this.#connectLinks(socket));
       } catch (cause) {
         if (cause instanceof KilnError) throw cause;
         const message = `container ${this.#id}: cannot connect its network: ${(cause as Error).message}`;
         throw new KilnError('internal', message, { cause });
       }
     });
-    return config.interfaces.length === 0 || textOf(config) === this.#told ? undefined : config;
+    const hasNothing = config.interfaces.length === 0 && this.#told === '';
+    return hasNothing || textOf(config) === this.#told ? undefined : config;
   }
 
   /** The guest has taken it over. */
   told(config: NetworkConfig): void {
-    this.#told = textOf(config);
+    this.#told = config.interfaces.length === 0 ? '' : textOf(config);
+  }
+
+  /** Calls `onChange` whenever something may have changed in the namespace, until disposed. @throws SysError */
+  watch(onChange: () => void): Disposable {
+    let current = this.#monitor(onChange, () => again());
+    const again = () => {
+      current[Symbol.dispose]();
+      current = this.#monitor(onChange, again);
+      onChange();
+    };
+    return { [Symbol.dispose]: () => current[Symbol.dispose]() };
+  }
+
+  #monitor(onChange: () => void, onLost: () => void): Disposable {
+    return watchNetwork(this.#namespace.run(openNetworkMonitor), onChange, onLost);
   }
 
   /** As `bindLoopback` of sys/loopback.ts, in the sandbox's namespace. @throws SysError */
@@ -151,6 +174,8 @@ export class SandboxNetwork implements Disposable {
         const link = standsForOf(tap, links);
         if (link !== undefined) this.#connected.add(link.index);
       }
+      // Whatever it was: the guest is told again.
+      this.#told = unknown;
     });
   }
 
@@ -175,6 +200,10 @@ export class SandboxNetwork implements Disposable {
         `container ${this.#id}: its VM has network cards for ${nics.length} interfaces, but there are ${interfaces.length}: ${names}`,
         { hint: 'vm.network_cards in the config file sets how many a VM has' },
       );
+    }
+    for (const [card, tap] of taps.entries()) {
+      const mtu = tapMtuFor(standsFor[card]);
+      if (tap !== undefined && mtu !== undefined && tap.mtu !== mtu) setLink(socket, tap.index, { mtu });
     }
     for (const [position, link] of fresh.entries()) {
       const card = free[position] as number;
@@ -242,12 +271,18 @@ export class SandboxNetwork implements Disposable {
 function connectLink(socket: RtnetlinkSocket, link: Link, tap: Link): void {
   // What a killed kilnd, or a VM that ended, has left at the interface leads nowhere.
   ignoringAbsence(() => endRedirect(socket, link.index));
-  setLink(socket, tap.index, { mtu: Math.min(link.mtu, largestTapMtu), up: true });
+  setLink(socket, tap.index, { mtu: tapMtuFor(link), up: true });
   ignoringAbsence(() => endRedirect(socket, tap.index));
   redirect(socket, tap.index, link.index);
   redirect(socket, link.index, tap.index);
   // Last: what has the alias is complete.
   setLink(socket, tap.index, { alias: aliasOf(link.index) });
+}
+
+function tapMtuFor(link: Link): number;
+function tapMtuFor(link: Link | undefined): number | undefined;
+function tapMtuFor(link: Link | undefined): number | undefined {
+  return link && Math.min(link.mtu, largestTapMtu);
 }
 
 /** The interface whose place a tap takes. */

@@ -1,9 +1,10 @@
-import { AF_INET6, listAddresses, RT_SCOPE_LINK } from '../sys/rtnetlink/addresses.ts';
+import { KilnError } from '../errors.ts';
+import { type Address, AF_INET6, formatAddress, listAddresses, RT_SCOPE_LINK } from '../sys/rtnetlink/addresses.ts';
 import type { Link } from '../sys/rtnetlink/links.ts';
 import { listNeighbours, NUD_PERMANENT } from '../sys/rtnetlink/neighbours.ts';
 import { listRoutes, type Route, RT_TABLE_MAIN, RTN_UNICAST, RTPROT_KERNEL } from '../sys/rtnetlink/routes.ts';
 import type { RtnetlinkSocket } from '../sys/rtnetlink/socket.ts';
-import type { NetworkConfig, NetworkRoute } from './config.ts';
+import type { NetworkAddress, NetworkConfig, NetworkRoute } from './config.ts';
 
 /** An interface of the namespace, and the card of the VM that it is connected to. */
 export interface ConnectedLink {
@@ -21,9 +22,10 @@ const settings = 0x4;
  * from the MAC. So are neighbours that were learned, and routes in other tables than the main one, for which the guest would
  * need the rules, too.
  *
- * @throws SysError
+ * @param id the container's, for errors
+ * @throws SysError; KilnError failed-precondition for an address that another machine has, too
  */
-export function readNetwork(socket: RtnetlinkSocket, connected: readonly ConnectedLink[]): NetworkConfig {
+export function readNetwork(id: string, socket: RtnetlinkSocket, connected: readonly ConnectedLink[]): NetworkConfig {
   // A container without a network: there is nothing to ask the kernel for.
   if (connected.length === 0) return { interfaces: [], routes: [], neighbours: [] };
   const names = new Map(connected.map(({ link }) => [link.index, link.name]));
@@ -36,13 +38,22 @@ export function readNetwork(socket: RtnetlinkSocket, connected: readonly Connect
   return {
     interfaces: connected.map(({ link: { index, name, mac, mtu }, cardMac }) => ({
       ...{ cardMac, name, mac, mtu },
-      addresses: addresses.filter((address) => address.index === index && !isOfLink(address)),
+      addresses: addresses
+        .filter((address) => address.index === index && !isOfLink(address))
+        .map((address) => refuseDuplicate(id, address, name)),
     })),
     routes: named(listRoutes(socket).filter(isConfigured))
       .map((route) => ({ ...route, flags: route.flags & settings }))
       .sort(byDependence),
     neighbours: named(listNeighbours(socket).filter(({ state, mac }) => (state & NUD_PERMANENT) !== 0 && mac !== '')),
   };
+}
+
+/** @throws KilnError failed-precondition for an address that the kernel has found to be another machine's */
+function refuseDuplicate(id: string, { duplicate, index: _, ...address }: Address, name: string): NetworkAddress {
+  if (!duplicate) return address;
+  const text = `container ${id}: the address ${formatAddress(address.local)} of ${name}`;
+  throw new KilnError('failed-precondition', `${text} is in use by another machine on its network`);
 }
 
 function isOfLink({ local, scope }: { readonly local: Uint8Array; readonly scope: number }): boolean {

@@ -15,8 +15,6 @@ import type { Logger } from '../observe/logger.ts';
 const maxPorts = 256;
 const maxConnections = 256;
 
-const largestPort = 65_535;
-
 export interface LocalhostOptions {
   readonly guest: Pick<Guest, 'watchListeners' | 'relayConnection'>;
   readonly network: Pick<ConnectedNetwork, 'bindLoopback'>;
@@ -54,7 +52,7 @@ export class Localhost implements Disposable {
     const add = (family: LoopbackPort['family'], ports: readonly number[]) => {
       for (const port of ports) {
         if (wanted.size === maxPorts) return;
-        if (port >= 1 && port <= largestPort) wanted.set(`${family}:${port}`, { family, port });
+        if (port !== 0) wanted.set(`${family}:${port}`, { family, port });
       }
     };
     // A program that listens at both is reached by either.

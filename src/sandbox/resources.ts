@@ -287,7 +287,7 @@ export function joinNetwork({ networks }: HostServices, id: string, { sandbox, s
 /** As `joinNetwork`, of a VM that an earlier kilnd has connected. */
 export function rejoinNetwork({ networks }: HostServices, id: string, { sandbox, standIn }: SandboxOnHost): void {
   sandbox.useNetwork(networks.adopt(id, sandbox.vm, networkOf(standIn)));
-  sandbox.openLocalhost();
+  sandbox.followNetwork();
 }
 
 type SandboxOnHost = Pick<Resources, 'sandbox' | 'standIn'>;

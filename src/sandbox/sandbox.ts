@@ -14,15 +14,15 @@ import { abortable } from '../vmm/abortable.ts';
 import type { SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../vmm/vmm.ts';
 import { type AttachedDisk, type DiskFile, DiskSlots } from './disk-slots.ts';
 import { faultPoint } from './faults.ts';
+import { GuestNetwork } from './guest-network.ts';
 import { consoleLimitMs, guestStopGraceMs } from './limits.ts';
-import { Localhost } from './localhost.ts';
 import { type FileServers, SandboxVolumes, type VolumeCache, type VolumesRecord } from './volumes.ts';
 
 /** Bytes of guest console that go into an error message. */
 const consoleTailBytes = 2000;
 
-/** How long after its first container's start a sandbox's localhost is looked at, in ms: short containers do not pay for it. */
-const localhostAfterMs = 100;
+/** How long after its first container's start a sandbox's network is followed, in ms: short containers do not pay for it. */
+const followAfterMs = 100;
 
 export interface SandboxOptions {
   readonly vmm: Vmm;
@@ -75,9 +75,7 @@ export class Sandbox implements AsyncDisposable {
   readonly #vmDirectory: string | undefined;
   #volumes: SandboxVolumes | undefined;
   #startingVolumes: Promise<SandboxVolumes> | undefined;
-  #network: ConnectedNetwork | undefined;
-  #localhost: Localhost | undefined;
-  #localhostTimer: NodeJS.Timeout | undefined;
+  #network: GuestNetwork | undefined;
   readonly #logger: Logger;
   /** What containers may be promised. */
   #memoryBytes: number;
@@ -280,25 +278,17 @@ export class Sandbox implements AsyncDisposable {
 
   /** Gives the sandbox its network, which ends with it. */
   useNetwork(network: ConnectedNetwork): void {
-    this.#network = network;
+    this.#network = new GuestNetwork({ network, guest: this.guest, logger: this.#logger });
   }
 
-  /** Has localhost of its network reach what listens in the guest, from when that is worth it, until it ends. */
-  openLocalhost(afterMs = 0): void {
-    const network = this.#network;
-    if (network === undefined || this.#localhostTimer !== undefined) return;
-    this.#localhostTimer = setTimeout(() => {
-      this.#localhost = new Localhost({ guest: this.guest, network, logger: this.#logger });
-    }, afterMs);
-    this.#localhostTimer.unref();
+  /** Of an adopted one: goes on with what its network needs while containers run. */
+  followNetwork(): void {
+    this.#network?.follow(0);
   }
 
   /** Has the guest take over, with what it is asked for, the interfaces that have come since it was asked last. */
-  async #withNetwork<T>(ask: (network: NetworkConfig | undefined) => Promise<T>): Promise<T> {
-    const config = this.#network?.connect();
-    const answer = await ask(config);
-    if (config !== undefined) this.#network?.told(config);
-    return answer;
+  #withNetwork<T>(ask: (network: NetworkConfig | undefined) => Promise<T>): Promise<T> {
+    return this.#network === undefined ? ask(undefined) : this.#network.tell(ask);
   }
 
   /** As `Guest.preparePod`, which gets its network. */
@@ -309,7 +299,7 @@ export class Sandbox implements AsyncDisposable {
   /** As `Guest.startContainer`, which gets the interfaces that have come since its creation. */
   async startContainer(id: string): Promise<void> {
     await this.#withNetwork((network) => this.guest.startContainer(id, network));
-    this.openLocalhost(localhostAfterMs);
+    this.#network?.follow(followAfterMs);
   }
 
   /**
@@ -391,8 +381,7 @@ export class Sandbox implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    clearTimeout(this.#localhostTimer);
-    this.#localhost?.[Symbol.dispose]();
+    this.#network?.stop();
     this.guest[Symbol.dispose]();
     // When the VM has ended, but also when something of it could not be released.
     await using others = new AsyncDisposableStack();

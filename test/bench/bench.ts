@@ -10,6 +10,7 @@ import { describeClones, measureClones, plotClones } from './clones.ts';
 import { describeExec, measureExec } from './exec.ts';
 import { describeLatency, measureLatency } from './latency.ts';
 import { describeMemory, measureMemory } from './memory.ts';
+import { describeNetwork, measureNetwork } from './network.ts';
 import { describeOutput, measureOutput } from './output.ts';
 import { describeParallel, measureParallel, plotParallel } from './parallel.ts';
 import { describeStart, measureStart, plotStart } from './start.ts';
@@ -26,6 +27,7 @@ const { values } = parseArgs({
     idle: { type: 'string', default: '10' },
     mib: { type: 'string', default: '1024' },
     execs: { type: 'string', default: '50' },
+    seconds: { type: 'string', default: '10' },
     tasks: { type: 'string', default: '10' },
     plots: { type: 'string' },
   },
@@ -86,6 +88,7 @@ const parts: Readonly<Record<string, Run>> = {
   exec: part({ measure: (scene) => measureExec(scene, Number(values.execs)), describe: describeExec }),
   latency: part({ measure: (scene) => measureLatency(scene, Number(values.tasks)), describe: describeLatency }),
   output: part({ measure: (scene) => measureOutput(scene, Number(values.mib)), describe: describeOutput }),
+  network: part({ measure: (scene) => measureNetwork(scene, Number(values.seconds)), describe: describeNetwork }),
 };
 const unknown = values.only?.find((name) => !(name in parts));
 if (unknown !== undefined) throw new Error(`--only ${unknown}: it is one of ${Object.keys(parts).join(', ')}`);

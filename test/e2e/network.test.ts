@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it, vi } from 'vitest';
 import { TestNetwork } from '../support/network.ts';
 import { busyboxBinary, cniPlugins } from '../support/paths.ts';
+import type { EditableSpec } from '../support/scene.ts';
 import { Lines, type RunningProgram } from '../support/spawn.ts';
 import { useScene } from '../support/use-scene.ts';
 
@@ -223,6 +224,56 @@ describe('a container with a network of CNI', () => {
     expect(stdout.toString().match(/1 packets received/g)).toHaveLength(2);
   });
 
+  it('gets and sends no faster than the plugin bandwidth lets it', async () => {
+    const rates = { ingressRate: 16_000_000, ingressBurst: 1_000_000, egressRate: 16_000_000, egressBurst: 1_000_000 };
+    network.configure({ name: 'kt', plugins: [bridge, { type: 'bandwidth', ...rates }] });
+    // 4 MiB at 2 MB/s, in the guest's own time.
+    const timed = (what: string) =>
+      `a=$(cut -d' ' -f1 /proc/uptime); ${what}; b=$(cut -d' ' -f1 /proc/uptime); echo $a $b`;
+    const script = [
+      timed(`nc ${gateway} 9000 </dev/null | wc -c`),
+      timed(`head -c 4194304 /dev/zero | nc ${gateway} 9001`),
+    ].join('; ');
+    const listen = (port: number, program: string) =>
+      network.stream(busyboxBinary(), ['nc', '-ll', '-p', String(port), '-e', 'sh', '-c', program], {
+        timeout: 60_000,
+      });
+    await using _source = listen(9000, 'head -c 4194304 /dev/zero');
+    await using _sink = listen(9001, 'cat >/dev/null');
+    const { stdout, stderr } = await inNetwork(script);
+    expect(stderr).toBe('');
+    const [bytes, ...times] = stdout.toString().trim().split('\n');
+    expect(bytes).toBe('4194304');
+    const seconds = times.map((line) => line.split(' ').map(Number)).map(([from = 0, to = 0]) => to - from);
+    expect(seconds).toHaveLength(2);
+    for (const took of seconds) expect(took).toBeGreaterThan(1.4);
+  });
+
+  /** What this host's kernel has. */
+  const hasIpvlan = (() => {
+    try {
+      network.sh(
+        'ip link add kt-i0 type veth peer name kt-i1 && ip link add link kt-i0 name kt-i2 type ipvlan mode l2',
+      );
+      return true;
+    } catch {
+      return false;
+    } finally {
+      network.sh('ip link del kt-i0');
+    }
+  })();
+
+  it.skipIf(!hasIpvlan)('has a network of ipvlan', async () => {
+    network.sh('ip link add kt-m0 type veth peer name kt-m1; ip link set kt-m0 up; ip link set kt-m1 up');
+    network.ip('address', 'add', '10.93.0.1/24', 'dev', 'kt-m1');
+    const ipam = { ...hostLocal('10.93.0.0/24'), ranges: [[{ subnet: '10.93.0.0/24', rangeStart: '10.93.0.2' }]] };
+    network.configure({ name: 'kt', plugins: [{ type: 'ipvlan', master: 'kt-m0', mode: 'l2', ipam }] });
+    const { stdout, stderr } = await inNetwork('ping -c 2 -s 1400 10.93.0.1');
+    network.ip('link', 'del', 'kt-m0');
+    expect(stderr).toBe('');
+    expect(stdout.toString()).toContain('2 packets received');
+  });
+
   it('has a network of macvlan', async () => {
     network.sh('ip link add kt-m0 type veth peer name kt-m1; ip link set kt-m0 up; ip link set kt-m1 up');
     network.ip('address', 'add', '10.91.0.1/24', 'dev', 'kt-m1');
@@ -237,6 +288,80 @@ describe('a container with a network of CNI', () => {
   it('has nothing but loopback when there is no network', async () => {
     const { stdout } = await scene.run(scene.id('none'), ['sh', '-c', 'ls /sys/class/net; ip -o link']);
     expect(stdout.toString()).toMatch(/^lo\n1: lo: .*\n$/);
+  });
+
+  it('keeps a namespace whose name goes after Create, and is refused one that is gone before', async () => {
+    await using holder = network.stream('unshare', ['--net', 'sleep', '600'], { timeout: 600_000 });
+    const path = `/proc/${holder.pid}/ns/net`;
+    const own = readlinkSync('/proc/self/ns/net');
+    await vi.waitFor(() => expect([own, network.identity]).not.toContain(readlinkSync(path)));
+    network.ip('link', 'add', 'kt-veth', 'type', 'veth', 'peer', 'name', 'eth7', 'netns', path);
+    network.sh(`nsenter --net=${path} ip address add 10.90.0.2/24 dev eth7`);
+    const hook = {
+      path: '/bin/sh',
+      args: ['sh', '-c', `kill -KILL ${holder.pid}; while [ -e ${path} ]; do sleep 0.01; done`],
+      env: ['PATH=/usr/sbin:/usr/bin:/sbin:/bin'],
+    };
+    const joining = (spec: EditableSpec, hooks = {}): void => {
+      const namespace = spec.linux.namespaces.find(({ type }) => type === 'network');
+      Object.assign(namespace ?? {}, { path });
+      Object.assign(spec, { hooks });
+    };
+    const command = ['ip', '-4', 'address', 'show', 'eth7'];
+    const kept = await scene.runWithSpec(
+      scene.id('kept'),
+      command,
+      (spec) => void joining(spec, { createRuntime: [hook] }),
+    );
+    expect(kept.stderr).toBe('');
+    expect(kept.stdout.toString()).toContain('inet 10.90.0.2/24');
+    const gone = await scene.runWithSpec(scene.id('gone'), command, (spec) => void joining(spec));
+    expect(gone.code).not.toBe(0);
+    expect(gone.stderr).toContain(`cannot open the network namespace ${path}: No such file or directory`);
+  });
+
+  it('takes over what comes, changes and goes while it runs', async () => {
+    await using holder = network.stream('unshare', ['--net', 'sleep', '600'], { timeout: 600_000 });
+    const path = `/proc/${holder.pid}/ns/net`;
+    const own = readlinkSync('/proc/self/ns/net');
+    await vi.waitFor(() => expect([own, network.identity]).not.toContain(readlinkSync(path)));
+    const inside = (line: string) => network.sh(`nsenter --net=${path} ${line}`);
+    const id = scene.id('later');
+    await scene.start(id, ['sleep', '100000'], { flags: ['--with-ns', `network:${path}`] });
+    const guest = async (...command: string[]) =>
+      scene.ctr(['task', 'exec', '--fifo-dir', scene.fifoDir, '--exec-id', scene.id('exec'), id, ...command]);
+    const shows = (command: string, ...expected: (string | RegExp)[]) =>
+      vi.waitFor(
+        async () => {
+          const text = await guest('sh', '-c', command);
+          for (const each of expected) expect(text).toMatch(each);
+        },
+        { timeout: 20_000, interval: 200 },
+      );
+    network.sh(
+      'ip link add kt-veth type veth peer name eth7; ip link set kt-veth up; ip address add 10.92.0.1/24 dev kt-veth',
+    );
+    network.ip('link', 'set', 'eth7', 'netns', path);
+    inside('ip address add 10.92.0.2/24 dev eth7');
+    inside('ip link set eth7 up');
+    await shows('ip -4 address; ping -c 1 -W 5 10.92.0.1', '10.92.0.2/24', /eth7/, '1 packets received');
+    inside('ip address add 10.92.0.3/24 dev eth7');
+    inside('ip address del 10.92.0.2/24 dev eth7');
+    // With the first address of the subnet the second one went.
+    inside('ip address replace 10.92.0.3/24 dev eth7');
+    inside('ip link set eth7 down');
+    inside('ip link set eth7 name net0 up');
+    inside('ip route replace default via 10.92.0.1');
+    await shows(
+      'ip -4 address show net0; ip route',
+      '10.92.0.3/24',
+      /default via 10\.92\.0\.1/,
+      /^(?![\s\S]*10\.92\.0\.2\/)/,
+    );
+    network.ip('link', 'del', 'kt-veth');
+    await shows('ls /sys/class/net', /^lo\s*$/);
+    await scene.remove(id);
+    expect(inside('ip -o link')).not.toContain('kiln-tap');
   });
 
   it('has what is in a namespace that its spec names, and leaves it as it was', async () => {

@@ -40,4 +40,5 @@ export const runcBin = (): string => inTree('runc', 'usr', 'sbin');
 export const cniPlugins = (): string => inTree('cni', 'usr', 'lib', 'cni');
 /** Debian's podman, with conmon and what else it needs, unpacked. */
 export const podmanTree = (): string => inTree('podman');
+export const iperf3Tree = (): string => inTree('iperf3');
 export const busyboxBinary = (): string => inTree('busybox', 'bin', 'busybox');

@@ -3,6 +3,7 @@ import { attribute, decodeAttributes, NLM_F_CREATE, NLM_F_REPLACE, u32 } from '.
 import type { RtnetlinkSocket } from './socket.ts';
 
 const RTM_NEWADDR = 20;
+const RTM_DELADDR = 21;
 const RTM_GETADDR = 22;
 
 const IFA_ADDRESS = 1;
@@ -12,6 +13,8 @@ const IFA_FLAGS = 8;
 
 /** No duplicate address detection: the address can be used at once. */
 const IFA_F_NODAD = 0x02;
+/** Another machine on the link has the address, too: nobody here uses it. */
+const IFA_F_DADFAILED = 0x08;
 
 /** bits/socket.h. */
 export const AF_INET = 2;
@@ -33,7 +36,12 @@ export interface Address {
   /** Empty for none. */
   readonly broadcast: Uint8Array;
   readonly scope: number;
+  /** Another machine on the link has it, too. */
+  readonly duplicate: boolean;
 }
+
+/** What names an address to give or to take. */
+export type AddressRequest = Omit<Address, 'duplicate'>;
 
 /** @throws SysError */
 export function listAddresses(socket: RtnetlinkSocket): Address[] {
@@ -47,12 +55,13 @@ export function listAddresses(socket: RtnetlinkSocket): Address[] {
       prefixLength: payload.readUInt8(1),
       broadcast: attributes.get(IFA_BROADCAST) ?? Buffer.alloc(0),
       scope: payload.readUInt8(3),
+      duplicate: ((attributes.get(IFA_FLAGS)?.readUInt32LE() ?? payload.readUInt8(2)) & IFA_F_DADFAILED) !== 0,
     };
   });
 }
 
 /** Gives an interface an address; one that it has already stays. @throws SysError */
-export function addAddress(socket: RtnetlinkSocket, address: Address): void {
+export function addAddress(socket: RtnetlinkSocket, address: AddressRequest): void {
   const { index, local, peer, prefixLength, broadcast, scope } = address;
   const family = familyOf(local);
   const fixed = Buffer.alloc(IFADDRMSG_SIZE);
@@ -65,6 +74,16 @@ export function addAddress(socket: RtnetlinkSocket, address: Address): void {
   if (family === AF_INET6) attributes.push(attribute(IFA_FLAGS, u32(IFA_F_NODAD)));
   const what = `RTM_NEWADDR ${formatAddress(local)}/${prefixLength} on interface ${index}`;
   socket.request(what, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, fixed, ...attributes);
+}
+
+/** Takes an address from an interface. @throws SysError EADDRNOTAVAIL where it has none such */
+export function deleteAddress(socket: RtnetlinkSocket, { index, local, peer, prefixLength }: AddressRequest): void {
+  const fixed = Buffer.alloc(IFADDRMSG_SIZE);
+  fixed.writeUInt8(familyOf(local), 0);
+  fixed.writeUInt8(prefixLength, 1);
+  fixed.writeUInt32LE(index, 4);
+  const what = `RTM_DELADDR ${formatAddress(local)}/${prefixLength} on interface ${index}`;
+  socket.request(what, RTM_DELADDR, 0, fixed, attribute(IFA_LOCAL, local), attribute(IFA_ADDRESS, peer));
 }
 
 /** @throws RangeError for neither 4 nor 16 bytes */

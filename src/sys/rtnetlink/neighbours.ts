@@ -5,6 +5,7 @@ import { attribute, decodeAttributes, NLM_F_CREATE, NLM_F_REPLACE } from './mess
 import type { RtnetlinkSocket } from './socket.ts';
 
 const RTM_NEWNEIGH = 28;
+const RTM_DELNEIGH = 29;
 const RTM_GETNEIGH = 30;
 
 const NDA_DST = 1;
@@ -45,4 +46,15 @@ export function setNeighbour(socket: RtnetlinkSocket, { index, address, mac }: O
   const what = `RTM_NEWNEIGH ${formatAddress(address)} is ${mac}`;
   const attributes = [attribute(NDA_DST, address), attribute(NDA_LLADDR, parseMac(mac))];
   socket.request(what, RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, fixed, ...attributes);
+}
+
+/** @throws SysError ENOENT where there is none such */
+export function deleteNeighbour(
+  socket: RtnetlinkSocket,
+  { index, address }: Pick<Neighbour, 'index' | 'address'>,
+): void {
+  const fixed = Buffer.alloc(NDMSG_SIZE);
+  fixed.writeUInt8(familyOf(address), 0);
+  fixed.writeInt32LE(index, 4);
+  socket.request(`RTM_DELNEIGH ${formatAddress(address)}`, RTM_DELNEIGH, 0, fixed, attribute(NDA_DST, address));
 }

@@ -4,6 +4,7 @@ import { attribute, decodeAttributes, NLM_F_CREATE, NLM_F_REPLACE, u32 } from '.
 import type { RtnetlinkSocket } from './socket.ts';
 
 const RTM_NEWROUTE = 24;
+const RTM_DELROUTE = 25;
 const RTM_GETROUTE = 26;
 
 const RTA_DST = 1;
@@ -66,8 +67,21 @@ export function listRoutes(socket: RtnetlinkSocket): Route[] {
   });
 }
 
+/** What names a route to set or to delete. */
+export type RouteRequest = Omit<Route, 'protocol' | 'table'>;
+
 /** Adds a route, in place of one to the same destination with the same metric. @throws SysError */
-export function setRoute(socket: RtnetlinkSocket, route: Omit<Route, 'protocol' | 'table'>): void {
+export function setRoute(socket: RtnetlinkSocket, route: RouteRequest): void {
+  const what = `RTM_NEWROUTE ${describeRoute(route)}`;
+  socket.request(what, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, ...encodeRoute(route));
+}
+
+/** @throws SysError ESRCH where there is none such */
+export function deleteRoute(socket: RtnetlinkSocket, route: RouteRequest): void {
+  socket.request(`RTM_DELROUTE ${describeRoute(route)}`, RTM_DELROUTE, 0, ...encodeRoute(route));
+}
+
+function encodeRoute(route: RouteRequest): Buffer[] {
   const { family, destination, prefixLength, gateway, source, index, priority, scope, type, flags } = route;
   const fixed = Buffer.alloc(RTMSG_SIZE);
   fixed.set([family, prefixLength, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, scope, type]);
@@ -77,8 +91,7 @@ export function setRoute(socket: RtnetlinkSocket, route: Omit<Route, 'protocol' 
   if (gateway.length > 0) attributes.push(attribute(RTA_GATEWAY, gateway));
   if (source.length > 0) attributes.push(attribute(RTA_PREFSRC, source));
   if (priority !== 0) attributes.push(attribute(RTA_PRIORITY, u32(priority)));
-  const what = `RTM_NEWROUTE ${describeRoute(route)}`;
-  socket.request(what, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, fixed, ...attributes);
+  return [fixed, ...attributes];
 }
 
 /** "10.1.0.0/16 via 10.0.0.1": for messages. */

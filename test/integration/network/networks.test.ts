@@ -1,7 +1,7 @@
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { closeSync, readdirSync, readSync } from 'node:fs';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
-import { applyNetwork } from '../../../agent/network.ts';
+import { GuestNetwork } from '../../../agent/network.ts';
 import { Network } from '../../../gen/kiln/agent/v1/agent.ts';
 import type { NetworkConfig } from '../../../src/network/config.ts';
 import { type Card, type ConnectedNetwork, networks } from '../../../src/network/networks.ts';
@@ -62,6 +62,10 @@ function knock(): string {
   return host.run(() => spawnSync('bash', ['-c', 'echo >/dev/tcp/10.9.0.2/9'], options)).stderr;
 }
 
+function asMessage(config: NetworkConfig): Network {
+  return Network.fromPartial(config as Parameters<typeof Network.fromPartial>[0]);
+}
+
 function inWords({ interfaces, routes, neighbours }: NetworkConfig) {
   const dotted = (address: Uint8Array) =>
     address.length === 4 ? address.join('.') : Buffer.from(address).toString('hex');
@@ -113,8 +117,8 @@ describe('a sandbox whose namespace has an interface', () => {
     try {
       ip(guest, 'link', 'set', 'lo', 'up');
       ip(guest, 'link', 'set', 'card', 'address', cards[0]!.mac);
-      guest.run(() => applyNetwork(Network.fromPartial(config as Parameters<typeof Network.fromPartial>[0])));
-      guest.run(() => applyNetwork(Network.fromPartial(config as Parameters<typeof Network.fromPartial>[0])));
+      const its = new GuestNetwork();
+      for (const _time of ['first', 'second']) guest.run(() => its.apply(asMessage(config)));
       const link = ip(guest, 'address', 'show', 'eth0');
       expect(link).toContain('02:00:00:00:00:42');
       expect(link).toContain('mtu 1400');
@@ -129,6 +133,66 @@ describe('a sandbox whose namespace has an interface', () => {
     } finally {
       closeSync(card);
     }
+  });
+
+  test('has a guest that loses what is taken away, and keeps what its containers have made', () => {
+    using network = attach();
+    using guest = NetworkNamespace.create();
+    const card = guest.run(() => openTap('card'));
+    try {
+      ip(guest, 'link', 'set', 'card', 'address', cards[0]!.mac);
+      const its = new GuestNetwork();
+      ip(sandbox, 'address', 'add', '10.9.0.3/24', 'dev', 'eth0');
+      guest.run(() => its.apply(asMessage(network.connect()!)));
+      ip(guest, 'address', 'add', '10.9.7.7/32', 'dev', 'eth0');
+      ip(guest, 'route', 'add', '10.7.0.0/16', 'via', '10.9.0.9');
+
+      // The first of the subnet: the kernel takes the others away with it, and their routes.
+      ip(sandbox, 'address', 'del', '10.9.0.2/24', 'dev', 'eth0');
+      ip(sandbox, 'address', 'replace', '10.9.0.3/24', 'dev', 'eth0');
+      ip(sandbox, 'link', 'set', 'eth0', 'down');
+      ip(sandbox, 'link', 'set', 'eth0', 'name', 'net0', 'mtu', '1300', 'up');
+      ip(sandbox, 'route', 'add', 'default', 'via', '10.9.0.8');
+      guest.run(() => its.apply(asMessage(network.connect()!)));
+      const link = ip(guest, 'address', 'show', 'net0');
+      expect(link).not.toContain('10.9.0.2');
+      expect(link).toContain('10.9.0.3/24');
+      expect(link).toContain('10.9.7.7/32');
+      expect(link).toContain('mtu 1300');
+      expect(ip(guest, 'route')).toMatch(/^default via 10\.9\.0\.8 dev net0 $/m);
+      expect(ip(guest, 'route')).not.toContain('10.1.0.0/16');
+      expect(ip(guest, 'neighbour')).not.toContain('PERMANENT');
+      expect(ip(sandbox, 'link', 'show', 'kiln-tap0')).toContain('mtu 1300');
+    } finally {
+      closeSync(card);
+    }
+  });
+
+  test('is watched: what comes, changes and goes is told, and a card that is free is used again', async () => {
+    using network = attach();
+    const told: string[] = [];
+    const look = () => {
+      const config = network.connect();
+      if (config === undefined) return;
+      network.told(config);
+      told.push(config.interfaces.map(({ name, cardMac }) => `${name} ${cardMac.at(-1)}`).join());
+    };
+    look();
+    using _watch = network.watch(look);
+    veth('eth1', 'h1', '02:00:00:00:00:43');
+    await vi.waitFor(() => expect(told.at(-1)).toBe('eth0 0,eth1 1'));
+    ip(sandbox, 'link', 'set', 'eth1', 'down');
+    ip(sandbox, 'link', 'set', 'eth1', 'name', 'other1');
+    await vi.waitFor(() => expect(told.at(-1)).toBe('eth0 0,other1 1'));
+    ip(host, 'link', 'del', 'h0');
+    await vi.waitFor(() => expect(told.at(-1)).toBe('other1 1'));
+    veth('eth2', 'h2', '02:00:00:00:00:44');
+    await vi.waitFor(() => expect(told.at(-1)).toBe('eth2 0,other1 1'));
+    for (const peer of ['h1', 'h2']) ip(host, 'link', 'del', peer);
+    await vi.waitFor(() => expect(told.at(-1)).toBe(''));
+    const count = told.length;
+    look();
+    expect(told).toHaveLength(count);
   });
 
   test('has what is sent to it at the tap, and not in its namespace', async () => {
@@ -167,6 +231,16 @@ describe('a sandbox whose namespace has an interface', () => {
     veth('eth2', 'h2', '02:00:00:00:00:44');
     expect(() => network.connect()).toThrow(
       /container c: its VM has network cards for 2 interfaces, but there are 3: (eth[012](, )?){3}/,
+    );
+  });
+
+  test('is refused an address that another machine on its network has', async () => {
+    ip(host, 'address', 'add', 'fd00:9::3/64', 'nodad', 'dev', 'h0');
+    ip(sandbox, 'address', 'add', 'fd00:9::3/64', 'dev', 'eth0');
+    await vi.waitFor(() => expect(ip(sandbox, 'address')).toContain('dadfailed'), { timeout: 20_000 });
+    using network = attach();
+    expect(() => network.connect()).toThrow(
+      'container c: the address fd00:9:0:0:0:0:0:3 of eth0 is in use by another machine on its network',
     );
   });
 

@@ -70,12 +70,16 @@ describe('localhost', () => {
     const first = await serve('127.0.0.1', () => {});
     const call = client.watchListeners({});
     call.on('error', () => {});
-    const told: WatchListenersResponse[] = [];
-    call.on('data', (ports: WatchListenersResponse) => told.push(ports));
-    await vi.waitFor(() => expect(told.at(-1)?.ipv4Ports).toContain(first), { timeout: 10_000 });
+    const told: { four: number[]; six: number[] }[] = [];
+    const decode = (bytes: Buffer) =>
+      Array.from({ length: bytes.length / 2 }, (_, index) => bytes.readUInt16BE(2 * index));
+    call.on('data', ({ ipv4Ports, ipv6Ports }: WatchListenersResponse) => {
+      told.push({ four: decode(ipv4Ports), six: decode(ipv6Ports) });
+    });
+    await vi.waitFor(() => expect(told.at(-1)?.four).toContain(first), { timeout: 10_000 });
     const second = await serve('::1', () => {});
-    await vi.waitFor(() => expect(told.at(-1)?.ipv6Ports).toContain(second), { timeout: 10_000 });
-    expect(told.at(-1)?.ipv4Ports).not.toContain(second);
+    await vi.waitFor(() => expect(told.at(-1)?.six).toContain(second), { timeout: 10_000 });
+    expect(told.at(-1)?.four).not.toContain(second);
     call.cancel();
   });
 

@@ -2,7 +2,7 @@ import { once } from 'node:events';
 import { type AddressInfo, connect, createServer, type Socket } from 'node:net';
 import { buffer } from 'node:stream/consumers';
 import { afterEach, describe, expect, it, vi } from 'vitest';
-import type { DialRequest, WatchListenersResponse } from '../../../gen/kiln/agent/v1/agent.ts';
+import type { DialRequest } from '../../../gen/kiln/agent/v1/agent.ts';
 import type { KilnError } from '../../../src/errors.ts';
 import { Guest } from '../../../src/guest/guest.ts';
 import { failure, type Script, ScriptedAgent, socketPair } from './scripted-agent.ts';
@@ -156,11 +156,13 @@ describe('the guest’s listeners', () => {
   it('are told one report after the other, until the guest is lost', async () => {
     const { guest, agent } = await guestWith({
       watchListeners: (call) => {
-        for (const ipv4Ports of [[], [80], [80, 81]]) call.write({ ipv4Ports, ipv6Ports: [] });
+        for (const ipv4Ports of ['', '0050', '00500051']) {
+          call.write({ ipv4Ports: Buffer.from(ipv4Ports, 'hex'), ipv6Ports: nothing });
+        }
         call.on('error', () => {});
       },
     });
-    const told: WatchListenersResponse['ipv4Ports'][] = [];
+    const told: number[][] = [];
     const lost = codeOf(
       guest.watchListeners(({ ipv4Ports }) => {
         told.push([...ipv4Ports]);

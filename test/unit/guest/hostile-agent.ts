@@ -3,7 +3,12 @@
  * listens on an abstract socket "NAME attack" for each attack, answers Hello in order, and does that to the next call.
  */
 import { createServer, type Socket } from 'node:net';
-import { HelloResponse, ReadOutputResponse, WatchOomResponse } from '../../../gen/kiln/agent/v1/agent.ts';
+import {
+  HelloResponse,
+  ReadOutputResponse,
+  WatchListenersResponse,
+  WatchOomResponse,
+} from '../../../gen/kiln/agent/v1/agent.ts';
 import {
   answer,
   answerHeaders,
@@ -96,6 +101,13 @@ export const attacks = {
   'output of no bytes': (socket, stream) => {
     socket.write(answerHeaders(stream));
     const payload = repeated(grpcMessage(Buffer.alloc(0)), 3200);
+    socket.write(repeated(frame('data', { stream, payload }), 60));
+  },
+  'listeners without end': (socket, stream) => {
+    socket.write(answerHeaders(stream));
+    const listeners = { ipv4Ports: Buffer.alloc(1600, 1), ipv6Ports: Buffer.alloc(0) };
+    const report = grpcMessage(WatchListenersResponse.encode(listeners).finish());
+    const payload = repeated(report, Math.floor(16_000 / report.length));
     socket.write(repeated(frame('data', { stream, payload }), 60));
   },
   'kills without end': (socket, stream) => {

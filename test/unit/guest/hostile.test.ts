@@ -72,6 +72,7 @@ type Victim = (guest: Guest) => Promise<unknown>;
 const question: Victim = (guest) => guest.stats('c1');
 const readNow: Victim = (guest) => guest.pipeOutput(output, fast(), () => {});
 const readNever: Victim = (guest) => guest.pipeOutput(output, stuck(), () => {});
+const watchListeners: Victim = (guest) => guest.watchListeners(() => {});
 const watch: Victim = (guest) => guest.watchOom('c1', () => {});
 
 const lost = /^unavailable: the connection to the guest was lost/;
@@ -103,6 +104,7 @@ const outcomes: Record<AttackName, readonly [Victim, RegExp]> = {
   'output of one byte a message': [readNever, endless],
   'output of no bytes': [readNow, endless],
   'kills without end': [watch, endless],
+  'listeners without end': [watchListeners, endless],
   'a frame of which half comes': [question, silent],
   'a line of HTTP/1.1': [question, lost],
   'the end of the connection': [question, lost],

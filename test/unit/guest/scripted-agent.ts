@@ -128,6 +128,7 @@ export class ScriptedAgent {
         call.on('end', () => done(null, {}));
         call.on('error', () => {});
       },
+      setNetwork: (_call, done) => done(null, {}),
       watchListeners: (call) => call.on('cancelled', () => call.destroy()),
       dial: (call) => call.emit('error', failure('FAILED_PRECONDITION', 'nobody listens')),
       readOutput: (call) => {

@@ -381,7 +381,13 @@ export class Workbench implements AsyncDisposable {
     const leave = () => {
       this.networksLeft += 1;
     };
-    const none = { connect: () => undefined, told: () => {}, bindLoopback: () => -1, [Symbol.dispose]: leave };
+    const none = {
+      connect: () => undefined,
+      told: () => {},
+      bindLoopback: () => -1,
+      watch: () => ({ [Symbol.dispose]: () => {} }),
+      [Symbol.dispose]: leave,
+    };
     const networks = { attach: () => none, adopt: () => none };
     return { rootfs: this.#rootfs(), templates, pool, fileServers: this.fileServers, parking, networks };
   }

@@ -22,6 +22,11 @@ export const nodesAlikeEverywhere: ReadonlySet<string> = new Set(
   Object.entries(guestDevices).flatMap(([number, name]) => (number.startsWith('c 1:') || name === 'tty' ? [name] : [])),
 );
 
+/** Whether it means the same in the guest: a FIFO, or a device that the guest has under the same number. */
+export function isGuestDevice({ type, major = 0, minor = 0 }: Pick<Device, 'type' | 'major' | 'minor'>): boolean {
+  return type === 'p' || Object.hasOwn(guestDevices, `${type === 'u' ? 'c' : type} ${major}:${minor}`);
+}
+
 /**
  * linux.devices: device nodes that mean the same in the guest, and FIFOs, are made there; block devices become drives of the
  * virtual machine (block-devices.ts). The numbers of any other device name hardware of the host; in the guest they name
@@ -37,12 +42,11 @@ export function translateDevices(
   return devices.map((device, index) => {
     const { path: node, type, major = 0, minor = 0 } = device;
     const at = `${path}[${index}]`;
-    if (type === 'p') return device;
+    if (isGuestDevice(device)) return device;
     if (!['c', 'u', 'b'].includes(type)) {
       throw new KilnError('invalid-argument', `${at}: ${node} has the unknown type "${type}"`);
     }
     const number = `${type === 'u' ? 'c' : type} ${major}:${minor}`;
-    if (Object.hasOwn(guestDevices, number)) return device;
     if (type !== 'b') {
       throw new KilnError(
         'unimplemented',

@@ -11,6 +11,7 @@ import { describeExec, measureExec } from './exec.ts';
 import { describeLatency, measureLatency } from './latency.ts';
 import { describeMemory, measureMemory } from './memory.ts';
 import { describeNetwork, measureNetwork } from './network.ts';
+import { describeOci, measureOci } from './oci.ts';
 import { describeOutput, measureOutput } from './output.ts';
 import { describeParallel, measureParallel, plotParallel } from './parallel.ts';
 import { describeStart, measureStart, plotStart } from './start.ts';
@@ -87,6 +88,7 @@ const parts: Readonly<Record<string, Run>> = {
   memory: part({ measure: (scene) => measureMemory(scene, Number(values.idle)), describe: describeMemory }),
   exec: part({ measure: (scene) => measureExec(scene, Number(values.execs)), describe: describeExec }),
   latency: part({ measure: (scene) => measureLatency(scene, Number(values.tasks)), describe: describeLatency }),
+  oci: part({ measure: () => measureOci(Number(values.runs)), describe: describeOci }),
   output: part({ measure: (scene) => measureOutput(scene, Number(values.mib)), describe: describeOutput }),
   network: part({ measure: (scene) => measureNetwork(scene, Number(values.seconds)), describe: describeNetwork }),
 };

@@ -53,6 +53,16 @@ describe('podman', () => {
     expect(await podman.must(changed)).toBe('/made');
   });
 
+  it('gives a container a terminal that follows the caller’s', async () => {
+    await using terminal = podman.terminal(['--rm', '--network', 'none', podman.image, 'sh']);
+    await terminal.waitFor(/#$/m);
+    await terminal.resize(93, 31);
+    await terminal.type('until [ "$(stty size)" = "31 93" ]; do sleep 1; done; tty; echo resized\r');
+    await terminal.waitFor(/\/dev\/pts\/0\nresized/);
+    await terminal.type('exit 0\r');
+    await terminal.ended;
+  });
+
   it('has the containers of a pod in one virtual machine', async () => {
     await podman.must([
       'pod',

@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import type { OciStage } from './oci-stage.ts';
 import { podmanTree } from './paths.ts';
 import { mustRun, type RunOptions, type RunResult, run } from './spawn.ts';
+import { Terminal } from './terminal.ts';
 
 export class Podman {
   readonly image = 'localhost/busybox:test';
@@ -38,7 +39,9 @@ export class Podman {
     writeFileSync(wrapper, `#!/bin/sh\n${variables.join('')}exec ${this.#stage.kiln} "$@"\n`, { mode: 0o755 });
     writeFileSync(
       join(this.#dir, 'containers.conf'),
-      `[engine]
+      `[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+[engine]
 runtime = "kiln"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
@@ -74,6 +77,12 @@ runroot = "${join(this.#dir, 'run')}"
     await this.run(['rm', '--all', '--force', '--time', '0']);
     // The overlay driver has its home mounted on itself.
     await run('umount', ['--recursive', join(this.#dir, 'root', 'overlay')]);
+  }
+
+  /** `podman run` with these arguments on a terminal. */
+  terminal(args: readonly string[]): Terminal {
+    const command = ['podman', 'run', '--interactive', '--tty', ...args];
+    return new Terminal(command, { columns: 71, directory: this.#stage.dir, env: this.#env });
   }
 
   run(args: readonly string[], options: RunOptions = {}): Promise<RunResult> {

@@ -52,6 +52,11 @@ export class OciRuntime {
    */
   async create(request: CreateRequest): Promise<StandingProcess> {
     const { id, pidFile, foreground } = request;
+    if (process.getuid?.() !== 0) {
+      throw new KilnError('permission-denied', 'Kiln needs root: rootless containers are not supported', {
+        hint: 'run podman or Docker as root',
+      });
+    }
     const bundle = await readBundle(path.resolve(request.bundle));
     const { spec } = bundle;
     const terminal = terminalKind(spec.process.terminal ?? false, request);

@@ -5,12 +5,13 @@
 import { readFileSync } from 'node:fs';
 import { availableParallelism, release, totalmem } from 'node:os';
 import {
+  type AdjustClockRequest,
   type AdjustClockResponse,
   type HelloRequest,
   type HelloResponse,
   Protocol,
 } from '../gen/kiln/agent/v1/agent.ts';
-import { CLOCK_BOOTTIME, CLOCK_REALTIME, clockGettime, clockSettime } from '../src/sys/clock.ts';
+import { adjtime, CLOCK_BOOTTIME, CLOCK_REALTIME, clockGettime, clockSettime } from '../src/sys/clock.ts';
 import { sethostname } from '../src/sys/process.ts';
 import { kilnVersion } from '../src/version.ts';
 import { AgentError } from './errors.ts';
@@ -21,7 +22,7 @@ import { prepareVolumes } from './volumes.ts';
 const NANOSECONDS_PER_TICK = 10_000_000n;
 
 /** What this agent can do beyond the protocol number. */
-const features: string[] = ['resources', 'identity', 'volumes', 'network', 'devices', 'localhost'];
+const features: string[] = ['resources', 'identity', 'volumes', 'network', 'slew', 'devices', 'localhost'];
 
 /** What the first Hello called the sandbox's session. */
 let session = '';
@@ -66,8 +67,12 @@ export function hello(request: HelloRequest, owner: boolean, connectedAt: number
 }
 
 /** Moves the wall clock, and tells what it says then. */
-export function adjustClock(deltaNs: bigint, owner: boolean): AdjustClockResponse {
-  if (owner && deltaNs !== 0n) clockSettime(CLOCK_REALTIME, clockGettime(CLOCK_REALTIME) + deltaNs);
+export function adjustClock({ deltaNs, slew }: AdjustClockRequest, owner: boolean): AdjustClockResponse {
+  if (owner && deltaNs !== 0n) {
+    if (slew) adjtime(deltaNs);
+    // What is left of a gradual change goes with it (kernel/time/timekeeping.c, TK_CLEAR_NTP).
+    else clockSettime(CLOCK_REALTIME, clockGettime(CLOCK_REALTIME) + deltaNs);
+  }
   return { realtimeNs: clockGettime(CLOCK_REALTIME) };
 }
 

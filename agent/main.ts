@@ -59,17 +59,19 @@ function dialer(socketPath: string | undefined): { dial: () => Promise<Dialled>;
   const port = words.find((word) => word.startsWith(portWord))?.slice(portWord.length);
   return {
     dial: async () => {
+      const at = performance.now();
       const socket = await connectVsock(VMADDR_CID_HOST, port === undefined ? HOST_PORT : Number(port));
-      return { socket, at: performance.now() };
+      return { socket, at };
     },
     knocked: true,
   };
 }
 
 async function dialUnix(socketPath: string): Promise<Dialled> {
+  const at = performance.now();
   const socket = connect(socketPath);
   await once(socket, 'connect');
-  return { socket, at: performance.now() };
+  return { socket, at };
 }
 
 async function main(): Promise<never> {

@@ -14,7 +14,7 @@ import { AgentError } from './errors.ts';
 /** A connection to the host. */
 export interface Dialled {
   readonly socket: Socket;
-  /** When the host came to know of it, or could: `performance.now()`. */
+  /** Just before the host could come to know of it: `performance.now()`. */
   readonly at: number;
 }
 

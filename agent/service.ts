@@ -103,7 +103,7 @@ export function createService({
         done(grpcStatusOf(error));
       }
     },
-    adjustClock: unary(({ deltaNs }) => adjustClock(deltaNs, ownsGuest)),
+    adjustClock: unary((request) => adjustClock(request, ownsGuest)),
     sampleRandomness: unary(sampleRandomness),
     preparePod: unary((request) => {
       if (request.network !== undefined) network.apply(request.network);

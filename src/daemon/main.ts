@@ -10,6 +10,7 @@ import { Metrics } from '../observe/metrics.ts';
 import { parseAddress, serveMetrics } from '../observe/metrics-server.ts';
 import { RootfsStore } from '../rootfs/index.ts';
 import { BootSlots } from '../sandbox/boot-slots.ts';
+import { GuestClocks } from '../sandbox/guest-clocks.ts';
 import { Pods } from '../sandbox/pod.ts';
 import { SandboxPool } from '../sandbox/pool.ts';
 import { Readiness } from '../shim/control/readiness.ts';
@@ -64,7 +65,8 @@ async function main(): Promise<void> {
   const poolDirectory = path.join(paths.stateDir, poolName);
   const pool = new SandboxPool({ directory: poolDirectory, templates, bootSlots, logger });
   const parking = NetworkNamespace.create();
-  const host = { rootfs, standInProgram, bootSlots, templates, pool, fileServers, parking, networks };
+  const clocks = new GuestClocks({ logger });
+  const host = { rootfs, standInProgram, bootSlots, templates, pool, fileServers, parking, networks, clocks };
   const pods = new Pods();
   const installation = { host, pods, load };
   const { metricsAddress } = config.daemon;

@@ -2,6 +2,8 @@
  * A guest's wall clock. Hello tells the guest when its connection came, and so the clock is fast by what the host took to
  * notice it: nothing, or on a busy host too much. What the guest's clock says at its answer lies between question and answer
  * by the host's, so each answer bounds by how much it is wrong, and the quicker it came, the better.
+ *
+ * A running guest's clock is corrected, too: see sandbox/guest-clocks.ts.
  */
 
 /** What the guest's clock said at some moment between the two, all in ms since the Unix epoch. */
@@ -14,14 +16,50 @@ export interface ClockReading {
 /** Good enough, in ms. */
 const wantedErrorMs = 5;
 
-/** Whether a guest's clock can be right, by an answer. One that is fast by more than the answer took is not. */
-export function mayBeRight(reading: ClockReading): boolean {
+/** An answer that took longer, in ms, is of a busy host, on which much may have come between: it tells too little. */
+const trustedAnswerMs = 250;
+
+/** Whether a guest's clock is right, as far as an answer tells. One that is fast by more than the answer took is not. */
+export function seemsRight(reading: ClockReading): boolean {
   const { least, most } = boundsOf(reading);
-  return least <= wantedErrorMs && most >= -wantedErrorMs;
+  return most - least <= trustedAnswerMs && least <= wantedErrorMs && most >= -wantedErrorMs;
 }
 
 /** On a busy host no answer may be quick. */
 const maxQuestions = 4;
+
+/**
+ * A clock that is wrong by no more is brought right gradually, in ms: that takes 100 s, 0.5 ms a second (adjtime(3)), and no
+ * program sees time jump. What is further away is set at once.
+ */
+const slewLimitMs = 50;
+
+/** How a guest's clock is to be corrected. */
+export interface Correction {
+  /** 0 for not at all. */
+  readonly byMs: number;
+  /** At once, and not gradually. */
+  readonly stepped: boolean;
+}
+
+/**
+ * What a clock needs that was right once. One that may be right is left alone, however little the answers tell.
+ *
+ * @param ask reads the guest's clock
+ */
+export async function findCorrection(ask: () => Promise<ClockReading>): Promise<Correction> {
+  let { least, most } = boundsOf(await ask());
+  for (let questions = 1; questions < maxQuestions && most - least > 2 * wantedErrorMs; questions += 1) {
+    const bounds = boundsOf(await ask());
+    least = Math.max(least, bounds.least);
+    most = Math.min(most, bounds.most);
+    // The host's own clock was set meanwhile.
+    if (least > most) ({ least, most } = bounds);
+  }
+  if (least <= wantedErrorMs && most >= -wantedErrorMs) return { byMs: 0, stepped: false };
+  const byMs = (least + most) / 2;
+  return { byMs, stepped: Math.abs(byMs) > slewLimitMs };
+}
 
 /**
  * Sets a guest's clock right.

@@ -3,6 +3,8 @@ import type net from 'node:net';
 import type { Readable, Writable } from 'node:stream';
 import { setTimeout as delay } from 'node:timers/promises';
 import {
+  type AdjustClockRequest,
+  type AdjustClockResponse,
   AgentClient,
   AgentService,
   type Identity,
@@ -17,7 +19,7 @@ import type { NetworkConfig } from '../network/config.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
 import { kilnVersion } from '../version.ts';
 import { type CallOptions, toKilnError, type UnaryMethod, unary } from './call.ts';
-import { type ClockReading, mayBeRight, setClock } from './clock.ts';
+import { type ClockReading, type Correction, findCorrection, seemsRight, setClock } from './clock.ts';
 import { type ListeningPorts, type LoopbackPort, relayConnection, watchListeners } from './connections.ts';
 import { toNetwork } from './network.ts';
 import { type ContainerStats, toContainerStats } from './stats.ts';
@@ -208,8 +210,8 @@ export class Guest implements Disposable {
       };
       const guest = new Guest(connection, facts, answerLimitMs);
       if (answer.realtimeNs !== 0n) {
-        const first = { askedAt, answeredAt, guestMs: toMs(answer.realtimeNs) };
-        if (!mayBeRight(first)) await setClock(first, (byMs) => guest.#readClock(byMs));
+        const reading = { askedAt, answeredAt, guestMs: toMs(answer.realtimeNs) };
+        if (!seemsRight(reading)) await guest.checkClock(answerLimitMs);
       }
       return guest;
     } catch (error) {
@@ -377,6 +379,14 @@ export class Guest implements Disposable {
     await setClock(await this.#readClock(0, limitMs), (byMs) => this.#readClock(byMs, limitMs));
   }
 
+  /** Corrects the clock of a guest that runs, and tells how. Throws when the guest does not answer within `limitMs`. */
+  async correctClock(limitMs: number): Promise<Correction> {
+    const correction = await findCorrection(() => this.#readClock(0, limitMs));
+    const { byMs, stepped } = correction;
+    if (byMs !== 0) await this.#adjustClock({ deltaNs: toNs(byMs), slew: !stepped }, limitMs);
+    return correction;
+  }
+
   /** What the guest's clock says; for tests. */
   readClock(): Promise<ClockReading> {
     return this.#readClock(0);
@@ -420,9 +430,12 @@ export class Guest implements Disposable {
 
   async #readClock(byMs: number, limitMs = this.#answerLimitMs): Promise<ClockReading> {
     const askedAt = Date.now();
-    const request = { deltaNs: BigInt(Math.round(byMs * 1e6)) };
-    const { realtimeNs } = await this.#call(AgentService.adjustClock, request, { limitMs });
+    const { realtimeNs } = await this.#adjustClock({ deltaNs: toNs(byMs), slew: false }, limitMs);
     return { askedAt, answeredAt: Date.now(), guestMs: toMs(realtimeNs) };
+  }
+
+  #adjustClock(request: AdjustClockRequest, limitMs: number): Promise<AdjustClockResponse> {
+    return this.#call(AgentService.adjustClock, request, { limitMs });
   }
 
   #call<Req, Res>(method: UnaryMethod<Req, Res>, request: Req, options: CallOptions = {}): Promise<Res> {
@@ -436,6 +449,10 @@ export class Guest implements Disposable {
 
 function toMs(ns: bigint): number {
   return Number(ns) / 1e6;
+}
+
+function toNs(ms: number): bigint {
+  return BigInt(Math.round(ms * 1e6));
 }
 
 function newIdentity(): Identity {

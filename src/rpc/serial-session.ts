@@ -50,8 +50,9 @@ export async function answerSerialSession(stream: Duplex): Promise<number> {
       const line = pending.subarray(0, lineLength).toString('latin1');
       if (linePattern.test(line)) {
         if (line !== answered) {
-          stream.write(line);
+          // Before the host can have it: this may have to wait for the CPU for any time afterwards.
           answeredAt = performance.now();
+          stream.write(line);
         }
         answered = line;
         pending = pending.subarray(lineLength);

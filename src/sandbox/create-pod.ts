@@ -104,6 +104,7 @@ export async function reattachPod(
     await Sandbox.adopt({ vmm, fileServers: host.fileServers, record, directory, logger }, signal),
   );
   const controlGroup = HostControlGroup.adopt(directory, logger);
+  host.clocks.keep(sandbox);
   const stdio = stack.adopt(await openStdio(), (opened) => opened.dispose());
   const standIn = stack.use(adoptStandIn(record, directory));
   rejoinNetwork(host, id, { sandbox, standIn });

@@ -107,14 +107,16 @@ export async function reattachContainer(
 
 /** The VM in which an earlier kilnd has made a container. One that is the container's alone goes on the stack. */
 async function sandboxOf(
-  { fileServers }: HostServices,
+  { fileServers, clocks }: HostServices,
   request: AdoptRequest,
   signal: AbortSignal,
   stack: AsyncDisposableStack,
 ): Promise<Sandbox> {
   if ('pod' in request) return request.pod.sandbox;
   const { vmm, record, directory, logger } = request;
-  return stack.use(await Sandbox.adopt({ vmm, fileServers, record, directory, logger }, signal));
+  const sandbox = stack.use(await Sandbox.adopt({ vmm, fileServers, record, directory, logger }, signal));
+  clocks.keep(sandbox);
+  return sandbox;
 }
 
 /** Releases a container's resources in the order in which `create` does. */

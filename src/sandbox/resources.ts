@@ -20,6 +20,7 @@ import type { BootSlots } from './boot-slots.ts';
 import type { AttachedDisk } from './disk-slots.ts';
 import type { ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
+import type { GuestClocks } from './guest-clocks.ts';
 import type { ContainerHooks, HookPlan } from './hooks.ts';
 import type { Pod } from './pod.ts';
 import type { SandboxPool } from './pool.ts';
@@ -41,6 +42,7 @@ export interface HostServices {
   /** Where the taps of a VM's network cards wait, to be moved to where its containers' network is. */
   readonly parking: Parking;
   readonly networks: NetworkSource;
+  readonly clocks: Pick<GuestClocks, 'keep'>;
 }
 
 export interface ContainerRequest {

@@ -16,6 +16,7 @@ export type VmRequest = Pick<
 export async function startSandbox(host: HostServices, request: VmRequest, signal: AbortSignal): Promise<Sandbox> {
   const sandbox = await provideSandbox(host, request, signal);
   sandbox.volumeCache = request.config.storage.volumeCache;
+  host.clocks.keep(sandbox);
   return sandbox;
 }
 

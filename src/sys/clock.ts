@@ -24,3 +24,20 @@ export function clockSettime(clockid: number, time: bigint): void {
   const tp = BigInt64Array.of(time / NANOSECONDS, time % NANOSECONDS);
   check(cClockSettime(clockid, tp), 'clock_settime');
 }
+
+/** struct timeval on 64-bit Linux: two 64-bit numbers, seconds and microseconds. */
+const cAdjtime = declare<[delta: BigInt64Array, olddelta: null]>(
+  'int adjtime(const int64_t *delta, int64_t *olddelta)',
+);
+
+const MICROSECONDS = 1_000_000n;
+
+/**
+ * adjtime(3): moves CLOCK_REALTIME gradually by so many nanoseconds, 0.5 ms a second, in place of what is left of an earlier
+ * call. @throws SysError EPERM without CAP_SYS_TIME, EINVAL
+ */
+export function adjtime(delta: bigint): void {
+  const microseconds = delta / 1000n;
+  const tv = BigInt64Array.of(microseconds / MICROSECONDS, microseconds % MICROSECONDS);
+  check(cAdjtime(tv, null), 'adjtime');
+}

@@ -65,7 +65,9 @@ export interface CommandLineOptions {
 export function kernelCommandLine(options: CommandLineOptions): string {
   const words = commonKernelWords(options.config, 't');
   if (options.accelerator === 'tcg') {
-    words.push('kiln.emulated');
+    // Else Linux compares the TSC with its own count of ticks, twice a second, and gives the TSC up for good when a tick came
+    // late, as on a busy host it does: then it counts ticks instead, and those that are lost.
+    words.push('kiln.emulated', 'tsc=reliable');
     if (options.tscKhz !== undefined) words.push(`tsc_early_khz=${options.tscKhz}`);
   }
   if (options.channel.kind === 'serial') words.push('kiln.channel=virtio-serial');

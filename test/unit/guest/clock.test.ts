@@ -1,5 +1,5 @@
 import { describe, expect, test } from 'vitest';
-import { type ClockReading, mayBeRight, setClock } from '../../../src/guest/clock.ts';
+import { type ClockReading, findCorrection, seemsRight, setClock } from '../../../src/guest/clock.ts';
 
 /** A host and a guest whose clock is slow by `errorMs`; each question takes so long there and back. */
 class Clocks {
@@ -37,7 +37,11 @@ describe('a reading', () => {
     ['fast by more', 106, false],
     ['slow by more than the answer took', -6, false],
   ])('of a clock that is %s', (_what, guestMs, right) => {
-    expect(mayBeRight({ askedAt: 0, answeredAt: 100, guestMs })).toBe(right);
+    expect(seemsRight({ askedAt: 0, answeredAt: 100, guestMs })).toBe(right);
+  });
+
+  test('that took long says nothing of a clock', () => {
+    expect(seemsRight({ askedAt: 0, answeredAt: 8000, guestMs: 100 })).toBe(false);
   });
 });
 
@@ -81,5 +85,53 @@ describe("the guest's clock", () => {
       return clocks.ask(byMs);
     });
     expect(Math.abs(clocks.errorMs)).toBeLessThanOrEqual(5);
+  });
+});
+
+describe('the correction of a clock', () => {
+  const of = (errorMs: number, ...trips: (readonly [number, number])[]) => {
+    const clocks = new Clocks(errorMs, ...trips);
+    return findCorrection(async () => clocks.ask(0));
+  };
+
+  test.each([
+    ['is right', 0],
+    ['is almost right', -4],
+  ])('that %s is none', async (_what, errorMs) => {
+    expect(await of(errorMs)).toEqual({ byMs: 0, stepped: false });
+  });
+
+  test.each([
+    ['slow by little', 30, false],
+    ['fast by little', -30, false],
+    ['slow by much', 5 * 3_600_000, true],
+    ['fast by much', -60, true],
+  ])('that is %s: step %d ms', async (_what, errorMs, stepped) => {
+    const correction = await of(errorMs, [80, 80], [2, 2]);
+    expect(correction.stepped).toBe(stepped);
+    expect(Math.abs(correction.byMs - errorMs)).toBeLessThanOrEqual(5);
+  });
+
+  test('is none where no answer was quick enough to tell', async () => {
+    expect(await of(30, [60, 0], [60, 0], [60, 0], [60, 0])).toEqual({ byMs: 0, stepped: false });
+  });
+
+  test('is, by slow answers, as good as they tell', async () => {
+    const correction = await of(200, [60, 60], [60, 60], [60, 60], [60, 60]);
+    expect(Math.abs(correction.byMs - 200)).toBeLessThanOrEqual(60);
+  });
+
+  test('is of the clock that the host has when it is set meanwhile', async () => {
+    const clocks = new Clocks(0, [20, 20], [20, 20], [1, 1]);
+    let asked = 0;
+    const { byMs } = await findCorrection(async () => {
+      asked += 1;
+      if (asked === 2) {
+        clocks.hostMs += 60_000;
+        clocks.errorMs += 60_000;
+      }
+      return clocks.ask(0);
+    });
+    expect(Math.abs(byMs - 60_000)).toBeLessThanOrEqual(5);
   });
 });

@@ -48,6 +48,7 @@ describe.skipIf(!canMakeNetns)('a container that is taken over', () => {
     expect(container.state).toEqual({ kind: 'running' });
     expect([container.id, container.pid, container.terminal]).toEqual(['c1', record.standIn.pid, false]);
     expect(execs.size).toBe(0);
+    expect(made.clocksKept).toHaveLength(1);
     expect(made.events).toEqual(['rootfs taken over: /cache/lower.erofs /work/rw.ext4', 'stdin taken over']);
     expect(made.agent.calls).not.toContain('startContainer');
     expect(await errorOf(container.start())).toBe('failed-precondition: cannot start container c1: it is running');

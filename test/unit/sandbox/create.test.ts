@@ -235,6 +235,7 @@ describe.skipIf(!canMakeNetns)('a VM from a template', () => {
     expect(made.events).toEqual(['restored b007']);
     expect(marksOf(made)).toContain('vm-restored');
     expect(marksOf(made)).not.toContain('kernel-up');
+    expect(made.clocksKept).toHaveLength(1);
   });
 
   it('boots when it cannot be restored', async () => {

@@ -246,6 +246,8 @@ export class Workbench implements AsyncDisposable {
   blockDevices: ContainerDevices = { devices: [], filesystems: [] };
   /** Sandboxes that have left their network. */
   networksLeft = 0;
+  /** The guests whose clocks are looked after. */
+  readonly clocksKept: unknown[] = [];
   beforeBoot: (signal: AbortSignal) => Promise<void> = async () => {};
   bootTimeoutS = 60;
   #template: Template | undefined;
@@ -389,7 +391,8 @@ export class Workbench implements AsyncDisposable {
       [Symbol.dispose]: leave,
     };
     const networks = { attach: () => none, adopt: () => none };
-    return { rootfs: this.#rootfs(), templates, pool, fileServers: this.fileServers, parking, networks };
+    const clocks: HostServices['clocks'] = { keep: ({ guest }) => void this.clocksKept.push(guest) };
+    return { rootfs: this.#rootfs(), templates, pool, fileServers: this.fileServers, parking, networks, clocks };
   }
 
   #rootfs(): RootfsStore {

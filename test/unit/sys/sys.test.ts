@@ -4,7 +4,7 @@ import { closeSync, mkdtempSync, openSync, rmSync, statSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { expect, it } from 'vitest';
-import { CLOCK_BOOTTIME, CLOCK_REALTIME, clockGettime } from '../../../src/sys/clock.ts';
+import { adjtime, CLOCK_BOOTTIME, CLOCK_REALTIME, clockGettime } from '../../../src/sys/clock.ts';
 import { SysError } from '../../../src/sys/error.ts';
 import { mkfifo } from '../../../src/sys/fifo.ts';
 import { flock, funlock } from '../../../src/sys/lock.ts';
@@ -94,6 +94,11 @@ it('sees a running child as running, and refuses one that is not ours', async ()
   child.stdin.end();
   await once(child, 'exit');
   expect(() => waitpid(child.pid ?? -1)).toThrow(/ECHILD/);
+});
+
+it('refuses to move a clock gradually by hours', () => {
+  // At most some 2^31 microseconds.
+  expect(() => adjtime(10_000n * 1_000_000_000n)).toThrow(/^EINVAL: .*adjtime/);
 });
 
 it('reads the clocks in nanoseconds', () => {

@@ -72,12 +72,12 @@ test('lets the guest see a full disk of the host as an error and not as a VM tha
 
 test('gives a guest under TCG the legacy timers and the frequency of the TSC, and one under KVM neither', () => {
   expect(machineOf()).toEqual(['microvm,accel=tcg,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem', 'max']);
-  expect(kernelCommandLine(options)).toContain(' kiln.emulated tsc_early_khz=2799998');
+  expect(kernelCommandLine(options)).toContain(' kiln.emulated tsc=reliable tsc_early_khz=2799998');
   expect(machineOf({ translationMib: 32 })).toEqual(['microvm,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem', 'max']);
   expect(qemuArguments({ ...options, translationMib: 32 }).join(' ')).toContain(' -accel tcg,tb-size=32 ');
   expect(machineOf({ accelerator: 'kvm', translationMib: 32 }).join(' ')).not.toContain('tb-size');
   expect(machineOf({ accelerator: 'kvm' })).toEqual(['microvm,accel=kvm,acpi=on,rtc=on,memory-backend=mem', 'host']);
-  expect(kernelCommandLine({ ...options, accelerator: 'kvm' })).not.toMatch(/tsc_early_khz|kiln\.emulated/);
+  expect(kernelCommandLine({ ...options, accelerator: 'kvm' })).not.toMatch(/tsc|kiln\.emulated/);
   expect(kernelCommandLine({ ...options, tscKhz: undefined })).not.toContain('tsc_early_khz');
 });
 

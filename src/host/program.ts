@@ -32,8 +32,10 @@ export function fileIdentity(file: string): string {
 
 function isExecutable(file: string): boolean {
   try {
+    // First what says without an error that nothing is there: of most folders on PATH.
+    if (statSync(file, { throwIfNoEntry: false })?.isFile() !== true) return false;
     accessSync(file, constants.X_OK);
-    return statSync(file).isFile();
+    return true;
   } catch {
     return false;
   }

@@ -50,7 +50,7 @@ export async function bootPod(
   const hooks = new ContainerHooks(request);
   // Early on the stack, because they run when all the rest is gone.
   stack.defer(() => hooks.poststop());
-  await makeDirectory(directory, stack);
+  makeDirectory(directory, stack);
   const filesDirectory = request.podFiles?.directory;
   if (request.podFiles !== undefined) await writePodFiles(request.podFiles, stack);
   const controlGroup = await provideGroup(request, stack);

@@ -35,7 +35,7 @@ export async function bootContainer(
   const hooks = new ContainerHooks(request);
   // First on the stack, because they run when all the rest is gone.
   stack.defer(() => hooks.poststop());
-  await makeDirectory(directory, stack);
+  makeDirectory(directory, stack);
   const resources = await acquire(host, request, signal, stack);
   const { sandbox, tenancy, rootfs, stdio, volumeNumbers } = resources;
   await hooks.create(resources.standIn.pid, signal);

@@ -1,4 +1,4 @@
-import { mkdir, rm } from 'node:fs/promises';
+import { mkdirSync, rmSync } from 'node:fs';
 import type { KilnConfig } from '../config/config.ts';
 import { forLog, KilnError } from '../errors.ts';
 import type { TerminalSize } from '../guest/guest.ts';
@@ -235,10 +235,11 @@ async function prepareVolumes(
 }
 
 /** Makes a container's directory, which is removed with the stack, in place of one that could not be removed earlier. */
-export async function makeDirectory(directory: string, stack: AsyncDisposableStack): Promise<void> {
-  await rm(directory, { recursive: true, force: true });
-  await mkdir(directory, { mode: 0o700 });
-  stack.defer(() => rm(directory, { recursive: true, force: true }));
+export function makeDirectory(directory: string, stack: AsyncDisposableStack): void {
+  // In the state folder, which is small and lies in memory: here and now takes less than to wait for it.
+  rmSync(directory, { recursive: true, force: true });
+  mkdirSync(directory, { mode: 0o700 });
+  stack.defer(() => rmSync(directory, { recursive: true, force: true }));
   faultPoint('sandbox-directory');
 }
 
@@ -275,7 +276,7 @@ export function holdAdopted(
   },
 ): void {
   stack.defer(() => hooks.poststop());
-  stack.defer(() => rm(directory, { recursive: true, force: true }));
+  stack.defer(() => rmSync(directory, { recursive: true, force: true }));
   if (controlGroup !== undefined) stack.use(controlGroup);
   stack.defer(() => stdio.dispose());
   for (const resource of others) stack.use(resource);

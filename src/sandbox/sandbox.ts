@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto';
-import { rm } from 'node:fs/promises';
+import { rmSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
 import { Guest, type GuestContainer, type GuestPod } from '../guest/guest.ts';
@@ -390,7 +390,7 @@ export class Sandbox implements AsyncDisposable {
     others.defer(() => this.#network?.[Symbol.dispose]());
     await this.vm.kill();
     const directory = this.#vmDirectory;
-    if (directory !== undefined) others.defer(() => rm(directory, { recursive: true, force: true }));
+    if (directory !== undefined) others.defer(() => rmSync(directory, { recursive: true, force: true }));
   }
 }
 

@@ -25,7 +25,7 @@ import type { Logger } from '../observe/logger.ts';
 import { flock } from '../sys/lock.ts';
 import type { TemplateDriver, Vmm, VmShape } from '../vmm/vmm.ts';
 import { buildTemplate, vmDirectoryIn } from './build.ts';
-import { type TemplateParts, templateKey, templateParts } from './key.ts';
+import { type HostFacts, hostFacts, type TemplateParts, templateKey, templateParts } from './key.ts';
 import { digestOf, readTemplateRecord, recordName, sizeOf, writeTemplateRecord } from './record.ts';
 
 /** How long no template of a kind is made after that has failed, in ms: VMs boot meanwhile. */
@@ -88,6 +88,8 @@ export interface TemplateCounts {
 
 export class TemplateStore {
   readonly counts: TemplateCounts = { restored: 0, restoresFailed: 0, built: 0, buildsFailed: 0, damaged: 0 };
+  /** As it was when kilnd started: to read it takes the longer, the more CPUs there are. */
+  readonly #host = hostFacts();
   readonly #options: TemplateStoreOptions;
   readonly #directory: string;
   readonly #flights = new SingleFlight();
@@ -112,7 +114,7 @@ export class TemplateStore {
    */
   async provide(request: TemplateRequest, signal: AbortSignal): Promise<Template | undefined> {
     const driver = request.vmm.templates;
-    const parts = driver && partsOf(driver, request.shape);
+    const parts = driver && partsOf(driver, request.shape, this.#host);
     if (driver === undefined || parts === undefined) return undefined;
     const key = templateKey(parts);
     const template = { key, directory: path.join(this.#directory, key), driver };
@@ -296,9 +298,9 @@ const lockName = 'lock';
 const newSuffix = '.new';
 
 /** Undefined when something that a VM needs is missing, which its boot tells better. */
-function partsOf(driver: TemplateDriver, shape: VmShape): TemplateParts | undefined {
+function partsOf(driver: TemplateDriver, shape: VmShape, host: HostFacts): TemplateParts | undefined {
   try {
-    return templateParts(driver, shape);
+    return templateParts(driver, shape, host);
   } catch {
     return undefined;
   }

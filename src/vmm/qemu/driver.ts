@@ -1,5 +1,4 @@
-import { closeSync, openSync } from 'node:fs';
-import { rm } from 'node:fs/promises';
+import { closeSync, openSync, rmSync } from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { KilnError } from '../../errors.ts';
@@ -58,11 +57,10 @@ export function createQemu(options: QemuOptions, devices: HostDevices = hostDevi
 
 /** Only virtio-serial can be saved: vhost-user-vsock has state in a program beside QEMU, which QEMU refuses to save. */
 function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver {
-  const launchWith = (config: VmConfig, extra: Pick<Launch, 'memory' | 'state'>, signal: AbortSignal) => {
+  const launchWith = (config: VmConfig, extra: Pick<Launch, 'memory' | 'state' | 'tscKhz'>, signal: AbortSignal) => {
     requireGuestFiles(config);
     const { accelerator } = chooseAccelerator(options.accelerator, devices);
-    const tscKhz = hostTscKhz(devices);
-    return launch({ options, config, accelerator, channel: 'virtio-serial', tscKhz, ...extra }, signal);
+    return launch({ options, config, accelerator, channel: 'virtio-serial', ...extra }, signal);
   };
   return {
     files: [memoryName, stateName],
@@ -88,7 +86,8 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
       const file = path.join(template, memoryName);
       // Made here, since QEMU would let everybody read it.
       closeSync(openSync(file, 'wx', 0o600));
-      const parts = await launchWith(config, { memory: { kind: 'kept', file } }, signal);
+      const kept = { memory: { kind: 'kept', file }, tscKhz: hostTscKhz(devices) } as const;
+      const parts = await launchWith(config, kept, signal);
       return new SavableQemuVm(parts, path.join(template, stateName), migrationSocketIn(config.directory));
     },
     async restore(config, template, signal) {
@@ -97,7 +96,8 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
       closeSync(openTemplateFile(memory.file));
       const state = openTemplateFile(path.join(template, stateName));
       try {
-        return new QemuVm(await launchWith(config, { memory, state }, signal));
+        // Its kernel has read its command line.
+        return new QemuVm(await launchWith(config, { memory, state, tscKhz: undefined }, signal));
       } finally {
         closeSync(state);
       }
@@ -150,7 +150,7 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
   const { options, config, accelerator, tscKhz, memory, state } = request;
   await using stack = new AsyncDisposableStack();
   const qmpSocket = qmpSocketIn(config.directory);
-  stack.defer(() => rm(qmpSocket, { force: true }));
+  stack.defer(() => rmSync(qmpSocket, { force: true }));
   const { agent, device, backend, files } = await openChannel(request, stack, signal);
   const { translationMib } = options;
   const ports = { agentPort: agent.port, filesPort: files.port };
@@ -218,7 +218,7 @@ async function openChannel(
     const [socket, filesSocket] = [serialSocketIn(config.directory), filesSocketIn(config.directory)];
     for (const file of [socket, filesSocket]) {
       requireSocketPath(file);
-      stack.defer(() => rm(file, { force: true }));
+      stack.defer(() => rmSync(file, { force: true }));
     }
     const agent = { port: agentPort, ...stack.use(serialConnection(socket)) };
     const files = { port: filesPort, ...stack.use(serialFiles(filesSocket)) };
@@ -269,7 +269,7 @@ async function adoptQemu(given: VmRecord, directory: string, signal: AbortSignal
   const vsockSocket = path.join(directory, vsockSocketName);
   const sockets = [udsPathIn(directory), vsockSocket, serialSocketIn(directory), filesSocketIn(directory)];
   for (const file of [...sockets, qmpSocketIn(directory)]) {
-    stack.defer(() => rm(file, { force: true }));
+    stack.defer(() => rmSync(file, { force: true }));
   }
   const backend = record.backend && adoptHelper(record.backend, { directory, logName: vsockLogName });
   const qemu = adoptHelper(record.qemu, { directory, logName: vmmLogName });

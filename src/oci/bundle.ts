@@ -4,8 +4,7 @@
  * What is checked here are the fields that Kiln itself reads, so that the code after this point can rely on their
  * types; everything else is judged by crun in the guest.
  */
-import { constants } from 'node:fs';
-import { open } from 'node:fs/promises';
+import { closeSync, constants, fstatSync, openSync, readFileSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import { z } from 'zod';
 import { KilnError } from '../errors.ts';
@@ -138,7 +137,7 @@ const specSchema: z.ZodType<Spec> = object({
  */
 export async function readBundle(bundleDir: string): Promise<Bundle> {
   const configFile = join(bundleDir, 'config.json');
-  const spec = parseSpec(await readText(configFile), configFile);
+  const spec = parseSpec(readText(configFile), configFile);
   return { dir: bundleDir, configFile, spec, rootPath: resolve(bundleDir, spec.root.path) };
 }
 
@@ -169,16 +168,17 @@ function parseWith<T>(schema: z.ZodType<T>, text: string, file: string): T {
   throw new KilnError('invalid-argument', `${file}: ${jsonPath(path)}: ${reason}`, { cause: result.error });
 }
 
-async function readText(file: string): Promise<string> {
+function readText(file: string): string {
   try {
+    using stack = new DisposableStack();
     // O_NONBLOCK: a FIFO in the file's place must not block.
-    await using handle = await open(file, constants.O_RDONLY | constants.O_NONBLOCK);
-    const stat = await handle.stat();
+    const fd = stack.adopt(openSync(file, constants.O_RDONLY | constants.O_NONBLOCK), closeSync);
+    const stat = fstatSync(fd);
     if (!stat.isFile()) throw new KilnError('invalid-argument', `${file}: not a regular file`);
     if (stat.size > maxConfigBytes) {
       throw new KilnError('invalid-argument', `${file}: ${stat.size} bytes is over the limit of ${maxConfigBytes}`);
     }
-    return await handle.readFile('utf8');
+    return readFileSync(fd, 'utf8');
   } catch (error) {
     if (error instanceof KilnError) throw error;
     const code = error instanceof Error && 'code' in error ? error.code : undefined;

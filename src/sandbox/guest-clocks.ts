@@ -18,8 +18,11 @@ const checkMs = 60_000;
 /** How often the host's clocks are compared, in ms. */
 const lookMs = 5000;
 
-/** The host's clock was set when the distance has changed by more, in ms: two clocks are not read in the same moment. */
-const stepMs = 20;
+/**
+ * The host's clock was set when the distance has changed by more, in ms. What is less waits for the next minute: on a busy host
+ * the two clocks are not read in the same moment.
+ */
+const stepMs = 100;
 
 /** How long a guest may take to answer, in ms. One that takes longer is asked again a minute later. */
 const answerMs = 5000;

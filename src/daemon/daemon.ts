@@ -20,13 +20,17 @@ import { type ContainerMaker, Endpoints } from './endpoints.ts';
  */
 const lingerMs = 5000;
 
+const defaultCollectEveryMs = 10_000;
+
 export interface DaemonOptions extends ContainerMaker {
   readonly paths: KilnPaths;
   readonly idleTimeoutMs: number;
   /** Called at the start, with what resolves when all that an earlier kilnd has left is taken over or given up. */
   readonly onRestoring: (restored: Promise<unknown>) => void;
-  /** Removes what no snapshot needs any more; called after each container. */
+  /** Removes what no snapshot needs any more; called after containers. */
   readonly collectGarbage: () => Promise<unknown>;
+  /** The least time between two of them, in ms; default 10,000. */
+  readonly collectEveryMs?: number;
   /** What else `kiln status` shows. */
   readonly status: () => Readonly<Record<string, unknown>>;
   /** Called with the timeline of a container whose process runs. */
@@ -59,6 +63,8 @@ export class Daemon {
   /** What an earlier kilnd left is taken over, or given up. */
   #restored = false;
   #stopping: Promise<void> | undefined;
+  #collectedAtMs = Number.NEGATIVE_INFINITY;
+  #collectTimer: NodeJS.Timeout | undefined;
 
   constructor(options: DaemonOptions) {
     this.#options = options;
@@ -167,9 +173,27 @@ export class Daemon {
     else session.socket.destroy();
   }
 
-  /** Disks of snapshots that are gone; beside everything else, since nobody waits for the space. */
+  /**
+   * Disks of snapshots that are gone; beside everything else, since nobody waits for the space, and not for each of many
+   * containers: it looks at every image and layer that there is.
+   */
   #collectGarbage(): void {
-    if (!this.#restored) return;
+    if (!this.#restored || this.#collectTimer !== undefined) return;
+    const { collectEveryMs = defaultCollectEveryMs } = this.#options;
+    const waitMs = this.#collectedAtMs + collectEveryMs - performance.now();
+    if (waitMs <= 0) {
+      this.#collectNow();
+      return;
+    }
+    this.#collectTimer = setTimeout(() => {
+      this.#collectTimer = undefined;
+      this.#collectNow();
+    }, waitMs);
+    this.#collectTimer.unref();
+  }
+
+  #collectNow(): void {
+    this.#collectedAtMs = performance.now();
     this.#options.collectGarbage().catch((error: unknown) => {
       this.#logger.warn({ err: error }, 'cannot remove disks of snapshots that are gone');
     });
@@ -203,6 +227,7 @@ export class Daemon {
   /** Never rejects: `onStopped` comes whatever cannot be closed. */
   async #shutDown(): Promise<void> {
     clearTimeout(this.#idleTimer);
+    clearTimeout(this.#collectTimer);
     this.#logger.info('stopping');
     try {
       await this.#control?.close();

@@ -41,6 +41,7 @@ interface Setup {
   /** Holds every createContainer. */
   readonly creation?: Gate;
   readonly collectGarbage?: () => Promise<unknown>;
+  readonly collectEveryMs?: number;
 }
 
 class Bench {
@@ -86,6 +87,7 @@ class Bench {
         this.collections += 1;
         return setup.collectGarbage?.() ?? Promise.resolve();
       },
+      collectEveryMs: setup.collectEveryMs ?? 0,
       onStopped: resolve,
     });
     // Twice: a task that lives must not hold up the end of a test.
@@ -324,6 +326,17 @@ describe('delete', () => {
     await bench.delete('c1');
     expect(await create).toBe('Canceled: container c1 was deleted during Create');
     expect(bench.containers[0]?.calls).toEqual(['destroy']);
+  });
+
+  it('of many, one soon after the other, is followed by one collection for all', async () => {
+    const bench = await startedWithEvents({ collectEveryMs: 1000 });
+    for (const id of ['c1', 'c2', 'c3']) {
+      await bench.start(id);
+      await bench.delete(id);
+    }
+    // The one at kilnd's start.
+    expect(bench.collections).toBe(1);
+    await expect.poll(() => bench.collections, { timeout: 5000 }).toBe(2);
   });
 
   it('whose collection fails is no failure', async () => {

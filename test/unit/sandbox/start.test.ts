@@ -11,7 +11,10 @@ const group = {} as ControlGroup;
 
 /** A host whose pool has this sandbox. */
 function hostWith(sandbox: Sandbox): HostServices {
-  return { templates: { provide: async () => ({}) }, pool: { take: async () => sandbox } } as unknown as HostServices;
+  return {
+    ...{ templates: { provide: async () => ({}) }, pool: { take: async () => sandbox } },
+    clocks: { keep: () => {} },
+  } as unknown as HostServices;
 }
 
 function request(): VmRequest {

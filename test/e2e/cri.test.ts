@@ -186,8 +186,8 @@ describe.runIf(underKiln)('a pod of CRI', () => {
       }
       // A limit as kubelet sets it, which the guest exceeds although it has the memory.
       limitMemory(group, 16 * 2 ** 20);
-      const greedy = pod.exec(one, 'dd', 'if=/dev/zero', 'of=/dev/null', 'bs=150M', 'count=1');
-      await expect(greedy).rejects.toThrow();
+      // Whether it ends with an error or with a status is containerd's business.
+      await pod.exec(one, 'dd', 'if=/dev/zero', 'of=/dev/null', 'bs=150M', 'count=1').catch(() => {});
       expect(await exited(pod, one)).toMatchObject({ exitCode: 137 });
       const state = async () => (await pod.status())?.state;
       await expect.poll(state, { timeout: 30_000 }).toBe(PodSandboxState.SANDBOX_NOTREADY);

@@ -15,6 +15,7 @@ import { describeOci, measureOci } from './oci.ts';
 import { describeOutput, measureOutput } from './output.ts';
 import { describeParallel, measureParallel, plotParallel } from './parallel.ts';
 import { describeStart, measureStart, plotStart } from './start.ts';
+import { describeVolumes, measureVolumes } from './volumes.ts';
 import { type Way, ways } from './ways.ts';
 
 const { values } = parseArgs({
@@ -29,6 +30,7 @@ const { values } = parseArgs({
     mib: { type: 'string', default: '1024' },
     execs: { type: 'string', default: '50' },
     seconds: { type: 'string', default: '10' },
+    rounds: { type: 'string', default: '2' },
     tasks: { type: 'string', default: '10' },
     plots: { type: 'string' },
   },
@@ -89,6 +91,10 @@ const parts: Readonly<Record<string, Run>> = {
   exec: part({ measure: (scene) => measureExec(scene, Number(values.execs)), describe: describeExec }),
   latency: part({ measure: (scene) => measureLatency(scene, Number(values.tasks)), describe: describeLatency }),
   oci: part({ measure: () => measureOci(Number(values.runs)), describe: describeOci }),
+  volumes: part({
+    measure: (scene) => measureVolumes(scene, Number(values.rounds)),
+    describe: describeVolumes,
+  }),
   output: part({ measure: (scene) => measureOutput(scene, Number(values.mib)), describe: describeOutput }),
   network: part({ measure: (scene) => measureNetwork(scene, Number(values.seconds)), describe: describeNetwork }),
 };

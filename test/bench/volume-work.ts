@@ -4,8 +4,8 @@ import { readFileSync, realpathSync } from 'node:fs';
 import { busyboxLayer, type Image, type LayerEntry, layerTar } from '../support/images.ts';
 
 const files = 1000;
-const transferMib = 32;
-const randomMib = 8;
+const transferMib = 16;
+const randomMib = 2;
 
 /** In the order in which they run. fio's figures are rates, the others seconds. */
 export const workloads = [
@@ -60,6 +60,7 @@ async function smallFiles(): Promise<Buffer> {
 export async function workImage(): Promise<Image> {
   const work: LayerEntry[] = [
     { kind: 'dir', path: 'm' },
+    { kind: 'dir', path: 'v' },
     { kind: 'file', path: 'files.tar', content: await smallFiles() },
   ];
   return { name: 'docker.io/kiln/bench-volumes:test', layers: [busyboxLayer(), fioLayer(), work] };

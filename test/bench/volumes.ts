@@ -7,7 +7,7 @@ import { chmod, mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { importImage } from '../support/images.ts';
 import type { EditableSpec, Scene } from '../support/scene.ts';
-import { mustRun } from '../support/spawn.ts';
+import { mustRun, type RunResult } from '../support/spawn.ts';
 import { table } from './statistics.ts';
 import { type Measured, readFile, readMeasured, workImage, workloads, workScript } from './volume-work.ts';
 import { runc } from './ways.ts';
@@ -27,47 +27,46 @@ const virtiofsd = '/usr/lib/qemu/virtiofsd';
 /** v9fs's options for QEMU's server: as Kiln's own, but for the transport. */
 const ninep = 'trans=virtio,version=9p2000.L,access=client';
 
-interface Way {
-  readonly name: string;
+/** A container, and the places where it has files, one after the other. */
+interface Machine {
   /** kiln.toml; without it, runc runs the container. */
   readonly config?: string;
   /** Of virtiofsd, in a virtual machine that has it, and QEMU's server. */
   readonly virtiofsCache?: string;
-  /** Mounts the files at /m; without it they are a volume there. */
-  readonly mount?: string;
+  readonly places: readonly {
+    readonly name: string;
+    /** What is mounted at /m; without it, the place is the volume at /v. */
+    readonly mount?: string;
+  }[];
 }
 
-const kilnVolume = (channel: string, cache: string): Way => ({
-  name: `Kiln, ${channel}, cache=${cache}`,
+const withVolume = (channel: string, cache: string): Machine => ({
   config: `[vm]\nchannel = "${channel}"\n[storage]\nvolume_cache = "${cache}"\n`,
+  places: [{ name: `Kiln, ${channel}, cache=${cache}` }],
 });
-const qemus = (name: string, options: string): Way => ({
-  name: `QEMU's 9P, ${name}`,
-  virtiofsCache: 'none',
-  mount: `mount -t 9p -o ${ninep},${options} peer-9p /m`,
-});
-const virtiofs = (cache: string): Way => ({
-  name: `virtiofsd, cache=${cache}`,
-  virtiofsCache: cache,
-  mount: 'mount -t virtiofs peer-fs /m',
-});
+const virtiofs = (cache: string) => ({ name: `virtiofsd, cache=${cache}`, mount: 'virtiofs peer-fs' });
 
-const waysToFiles: readonly Way[] = [
-  { name: 'runc, bind mount' },
-  { name: "the guest's own tmpfs", config: '', mount: 'mount -t tmpfs tmpfs /m' },
-  kilnVolume('virtio-serial', 'mmap'),
-  kilnVolume('hybrid-vsock', 'mmap'),
-  kilnVolume('virtio-serial', 'none'),
-  kilnVolume('virtio-serial', 'loose'),
-  qemus("as Kiln's", 'cache=mmap,msize=131096'),
-  qemus('512 KiB', 'cache=mmap,msize=524312'),
-  qemus('loose', 'cache=loose,msize=131096'),
-  virtiofs('none'),
-  virtiofs('auto'),
-  virtiofs('always'),
+const machines: readonly Machine[] = [
+  { places: [{ name: 'runc, bind mount' }] },
+  withVolume('virtio-serial', 'mmap'),
+  {
+    virtiofsCache: 'none',
+    places: [
+      { name: "the guest's own tmpfs", mount: 'tmpfs tmpfs' },
+      { name: 'Kiln, hybrid-vsock, cache=mmap' },
+      { name: "QEMU's 9P, as Kiln's", mount: `9p -o ${ninep},cache=mmap,msize=131096 peer-9p` },
+      { name: "QEMU's 9P, 512 KiB", mount: `9p -o ${ninep},cache=mmap,msize=524312 peer-9p` },
+      { name: "QEMU's 9P, loose", mount: `9p -o ${ninep},cache=loose,msize=131096 peer-9p` },
+      virtiofs('none'),
+    ],
+  },
+  { virtiofsCache: 'auto', places: [virtiofs('auto')] },
+  { virtiofsCache: 'always', places: [virtiofs('always')] },
+  withVolume('virtio-serial', 'none'),
+  withVolume('virtio-serial', 'loose'),
 ];
 
-/** Each way `runs` times in turn, so that what else the machine does meets all. The best of them counts. */
+/** Each machine `runs` times in turn, so that what else the host does meets all. The best figures count. */
 export async function measureVolumes(scene: Scene, runs: number): Promise<readonly Place[]> {
   const image = await workImage();
   await importImage(scene.containerd, image);
@@ -77,9 +76,10 @@ export async function measureVolumes(scene: Scene, runs: number): Promise<readon
   try {
     const all = new Map<string, Measured[]>();
     for (let run = 0; run < runs; run += 1) {
-      for (const way of waysToFiles) {
-        const measured = await measure(scene, way, { folder, image: image.name });
-        all.set(way.name, [...(all.get(way.name) ?? []), measured]);
+      for (const machine of machines) {
+        for (const { name, measured } of await measure(scene, machine, { folder, image: image.name })) {
+          all.set(name, [...(all.get(name) ?? []), measured]);
+        }
       }
     }
     return Array.from(all, ([name, measured]) => ({ name, measured: best(measured) }));
@@ -99,36 +99,53 @@ function best(measured: readonly Measured[]): Measured {
 
 async function measure(
   scene: Scene,
-  way: Way,
+  { config, virtiofsCache, places }: Machine,
   { folder, image }: { readonly folder: string; readonly image: string },
-): Promise<Measured> {
-  const { name, config, virtiofsCache, mount } = way;
+): Promise<Place[]> {
   const source = join(folder, 'source');
   await mkdir(source);
   try {
     await writeFile(join(source, readFile.name), Buffer.alloc(readFile.bytes, 'kiln'));
-    const peers = virtiofsCache === undefined ? undefined : await peersConfig(folder, source, virtiofsCache);
-    if (name !== waysToFiles[0]?.name) await scene.configure(peers ?? config ?? '');
-    const edit = (spec: EditableSpec) => {
-      // mount(2), in a virtual machine of its own.
-      if (mount !== undefined)
-        for (const set of Object.values(spec.process.capabilities ?? {})) set.push('CAP_SYS_ADMIN');
+    const toml = virtiofsCache === undefined ? config : await peersConfig(folder, source, virtiofsCache);
+    const options = {
+      image,
+      timeout: 900_000,
+      flags: ['--mount', `type=bind,src=${source},dst=/v,options=rbind:rw`],
     };
-    const script = `${mount === undefined ? '' : `${mount} || exit 1; `}
-      [ -e /m/${readFile.name} ] || head -c ${readFile.bytes} /dev/zero > /m/${readFile.name}
-      ${workScript('/m')}`;
-    const flags = mount === undefined ? ['--mount', `type=bind,src=${source},dst=/m,options=rbind:rw`] : [];
-    const options = { image, timeout: 900_000 };
-    const command = ['sh', '-c', script];
-    const result =
-      name === waysToFiles[0]?.name
-        ? await scene.run(scene.id('files'), command, { ...options, runtime: runc, flags: ['--rm', ...flags] })
-        : await scene.runWithSpec(scene.id('files'), command, (spec) => void edit(spec), { ...options, flags });
-    if (result.code !== 0) throw new Error(`${name}: ended with ${result.code}: ${result.stdout}${result.stderr}`);
-    return readMeasured(result.stdout.toString());
+    const command = ['sh', '-c', places.map(scriptOf).join('\n')];
+    let result: RunResult;
+    if (toml === undefined) {
+      result = await scene.run(scene.id('files'), command, {
+        ...options,
+        runtime: runc,
+        flags: ['--rm', ...options.flags],
+      });
+    } else {
+      await scene.configure(toml);
+      result = await scene.runWithSpec(scene.id('files'), command, (spec) => void mayMount(spec), options);
+    }
+    if (result.code !== 0) throw new Error(`${places[0]?.name}: ${result.code}: ${result.stdout}${result.stderr}`);
+    const parts = result.stdout.toString().split(placeMark).slice(1);
+    return places.map(({ name }, index) => ({ name, measured: readMeasured(parts[index] ?? '') }));
   } finally {
     await mustRun('rm', ['-rf', source]);
   }
+}
+
+const placeMark = 'the next place\n';
+
+function scriptOf({ mount }: Machine['places'][number]): string {
+  const echo = `echo ${placeMark.trim()}`;
+  if (mount === undefined) return `${echo}; ${workScript('/v')}`;
+  return `${echo}; mount -t ${mount} /m || exit 1
+    [ -e /m/${readFile.name} ] || cp /v/${readFile.name} /m
+    ${workScript('/m')}
+    cd /; umount /m || exit 1`;
+}
+
+/** mount(2), in a virtual machine of its own. */
+function mayMount({ process }: EditableSpec): void {
+  for (const set of Object.values(process.capabilities ?? {})) set.push('CAP_SYS_ADMIN');
 }
 
 /** Has QEMU's program be one that gives the virtual machine the two other servers, too; virtiofsd ends with QEMU. */
@@ -144,7 +161,8 @@ rm -f ${socket}
 # What QEMU inherits, its listening control socket and its taps, is not this one's.
 ${virtiofsd} --socket-path=${socket} -o source=${source},cache=${cache} 3>&- 4>&- 5>&- 6>&- 7>&- < /dev/null > ${folder}/virtiofsd.log 2>&1 &
 until [ -S ${socket} ]; do sleep 0.05; kill -0 $! || exit 1; done
-exec ${qemu} "$@" \\
+# virtiofsd knows virtio 1 only.
+exec ${qemu} "$@" -global virtio-mmio.force-legacy=false \\
   -fsdev local,id=peer,path=${source},security_model=passthrough,multidevs=remap \\
   -device virtio-9p-device,fsdev=peer,mount_tag=peer-9p,bus=virtio-mmio-bus.${ninepTransport} \\
   -chardev socket,id=peer-fs,path=${socket} \\

@@ -6,6 +6,7 @@ import { join } from 'node:path';
 import type {
   CreateContainerRequest,
   ExecProcessRequest,
+  Mount,
   ReadStatsResponse,
   Stdio,
 } from '../gen/kiln/agent/v1/agent.ts';
@@ -41,6 +42,10 @@ interface Container {
   readonly state: ContainerState;
   /** By their exec ids; null while crun is at it. */
   readonly execs: Map<string, Process | null>;
+  /** Of its root filesystem, from when they are mounted. */
+  mounts?: readonly Mount[];
+  /** Settled when the files that its creation awaits are there. */
+  readonly files: PromiseWithResolvers<void>;
   /** Set when it has been created. */
   made?: Made;
   /** Set from when its program may run: from then on, signals are the program's. */
@@ -84,6 +89,8 @@ export interface ContainersOptions {
 export class Containers {
   readonly #options: ContainersOptions;
   readonly #containers = new Map<string, Container>();
+  /** Whoever has files for a container that is not yet there, by its id. */
+  readonly #mounted = new Map<string, PromiseWithResolvers<readonly Mount[]>>();
   /** Numbers the files of one exec: an exec id may be longer than a file's name. */
   #execs = 0;
 
@@ -102,11 +109,14 @@ export class Containers {
       throw new AgentError('invalid-argument', `"${id}" is no container id: use letters, digits and _ + - .`);
     }
     if (this.#containers.has(id)) throw new AgentError('already-exists', `container "${id}" exists already`);
-    const container: Container = { id, state: new ContainerState(id), execs: new Map(), pending: new Set() };
+    const files = Promise.withResolvers<void>();
+    files.promise.catch(() => {});
+    const container: Container = { id, state: new ContainerState(id), execs: new Map(), pending: new Set(), files };
     this.#containers.set(id, container);
     try {
       return await this.#make(container, request);
     } catch (error) {
+      this.#mounted.get(id)?.reject(error);
       if (error instanceof SuppressedError) {
         // The clean-up has failed, too. Something may still have its disks: whoever asks for its removal is told.
         container.removal = Promise.reject(error);
@@ -140,6 +150,9 @@ export class Containers {
     });
     for (const mount of request.mounts) mountOne(mount, undo);
     for (const disk of request.disks) useAsDevice(disk, undo);
+    container.mounts = request.mounts;
+    this.#mounted.get(id)?.resolve(request.mounts);
+    if (request.awaitFiles) await container.files.promise;
     writeFileSync(join(bundle, 'config.json'), request.spec, { mode: 0o600 });
     const stdio = undo.use(this.#stdio(request.stdio));
     // From here on an init can exist: it must be found when it ends, and killed when anything below fails.
@@ -159,6 +172,48 @@ export class Containers {
     const init = new Process(pid, stdio, reaper, (exit) => this.#ended(container, pid, exit));
     container.made = { bundle, cgroup, controls, init, undo: undo.move() };
     return pid;
+  }
+
+  /**
+   * Puts files into the root filesystem of a container that is being made, and that awaits them; before its creation is
+   * asked for, this waits for it. Or of one whose processes rest.
+   */
+  async provideFiles(id: string, write: (root: string) => Promise<void>): Promise<void> {
+    if (this.#containers.get(id)?.made !== undefined) return write(this.mountsAtRest(id).at(-1)?.target ?? '');
+    const mounted = Promise.withResolvers<readonly Mount[]>();
+    mounted.promise.catch(() => {});
+    this.#mounted.set(id, mounted);
+    try {
+      const mounts = this.#containers.get(id)?.mounts ?? (await mounted.promise);
+      const { files } = this.#get(id);
+      try {
+        await write(mounts.at(-1)?.target ?? '');
+        files.resolve();
+      } catch (error) {
+        files.reject(error);
+        throw error;
+      }
+    } finally {
+      this.#mounted.delete(id);
+    }
+  }
+
+  /** The mounts of the root filesystem of a container whose processes rest, or have ended. */
+  mountsAtRest(id: string): readonly Mount[] {
+    const { state, made, mounts } = this.#get(id);
+    const { kind } = state.expect('read the files of', 'running', 'stopped');
+    if (mounts === undefined || (kind === 'running' && made?.controls?.paused !== true)) {
+      throw new AgentError('failed-precondition', `cannot read what container "${id}" has written: it is not paused`);
+    }
+    return mounts;
+  }
+
+  /** What the container's processes have as "/". */
+  rootOf(id: string): string {
+    const { state, made } = this.#get(id);
+    state.expect('use the files of', 'created', 'running');
+    if (made === undefined) throw state.refusal('use the files of');
+    return `/proc/${made.init.pid}/root`;
   }
 
   #ended(container: Container, pid: number, seen: ProcessExit): ProcessExit {

@@ -2,7 +2,7 @@
  * The method table: gRPC in, verbs out. Generated types end here.
  */
 import { setImmediate } from 'node:timers/promises';
-import type { handleUnaryCall, ServerDuplexStream, ServerReadableStream } from '@grpc/grpc-js';
+import type { handleUnaryCall, ServerDuplexStream, ServerReadableStream, ServerWritableStream } from '@grpc/grpc-js';
 import {
   type AgentServer,
   OutputStream,
@@ -17,6 +17,7 @@ import type { Containers } from './containers.ts';
 import { relayDial } from './dial.ts';
 import { findDisks } from './disks.ts';
 import { AgentError, grpcStatusOf } from './errors.ts';
+import { filesError, openWrite, sendChanges, sendFiles, takeFiles } from './files.ts';
 import { adjustClock, hello } from './hello.ts';
 import { sampleRandomness } from './identity.ts';
 import { encodePorts, type Listeners } from './listeners.ts';
@@ -88,6 +89,21 @@ export function createService({
         return;
       }
       done(null, response);
+    };
+
+  /** A call whose answer is a stream of files. */
+  const filesOut =
+    <Request extends object, Response>(
+      send: (request: Request, call: ServerWritableStream<Request, Response>) => Promise<void>,
+    ) =>
+    async (call: ServerWritableStream<Request, Response>): Promise<void> => {
+      call.on('error', () => {});
+      try {
+        greetedFirst();
+        await send(call.request, call);
+      } catch (error) {
+        call.emit('error', grpcStatusOf(filesError(error, pathOf(call.request))));
+      }
     };
 
   return {
@@ -220,6 +236,22 @@ export function createService({
         fail(error);
       }
     },
+    readChanges: filesOut((request, call) => sendChanges(request, containers.mountsAtRest(request.id), call)),
+    readFiles: filesOut((request, call) => sendFiles(request, containers.rootOf(request.id), call)),
+    writeFiles: async (call, done) => {
+      let path = '';
+      try {
+        greetedFirst();
+        const { first, rest } = await openWrite(call);
+        path = pathOf(first);
+        const write = (root: string) => takeFiles(first, root, rest);
+        if (first.path.length === 0) await containers.provideFiles(first.id, write);
+        else await write(containers.rootOf(first.id));
+        done(null, {});
+      } catch (error) {
+        done(grpcStatusOf(filesError(error, path)));
+      }
+    },
     writeStdin: async (call, done) => {
       try {
         greetedFirst();
@@ -230,6 +262,11 @@ export function createService({
       }
     },
   };
+}
+
+/** Where a call's files are, for a message. */
+function pathOf(request: object): string {
+  return 'path' in request && Buffer.isBuffer(request.path) ? request.path.toString() : '';
 }
 
 type OutputCall = ServerDuplexStream<ReadOutputRequest, ReadOutputResponse | FramedMessage>;

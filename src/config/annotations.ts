@@ -8,6 +8,7 @@ import { KilnError } from '../errors.ts';
 import type { KilnConfig } from './config.ts';
 import {
   allowed,
+  changes,
   diskMibPerS,
   diskOpsPerS,
   memoryMaxMib,
@@ -32,6 +33,8 @@ export interface AnnotationOverrides {
   readonly vmm?: 'auto' | 'qemu' | 'firecracker';
   /** Size limit of the writable layer in GiB. */
   readonly writableSizeGib?: number;
+  /** Whether what the container writes comes to its snapshot on the host. */
+  readonly changes?: 'auto' | 'keep' | 'discard';
   /** Of each disk; 0 for no limit. */
   readonly diskMibPerS?: number;
   readonly diskOpsPerS?: number;
@@ -84,6 +87,13 @@ const annotations: Readonly<Record<string, { readonly allowed: string; readonly 
     read: (value) => {
       const { data } = writableSizeGib.safeParse(integer(value));
       return data === undefined ? undefined : { writableSizeGib: data };
+    },
+  },
+  'io.kiln.changes': {
+    allowed: allowed.changes,
+    read: (value) => {
+      const { data } = changes.safeParse(value);
+      return data === undefined ? undefined : { changes: data };
     },
   },
   'io.kiln.disk_mib_per_s': {
@@ -157,6 +167,7 @@ export function applyAnnotations(config: KilnConfig, given: Readonly<Record<stri
     },
     storage: {
       writableSizeGib: overrides.writableSizeGib ?? config.storage.writableSizeGib,
+      changes: overrides.changes ?? config.storage.changes,
       diskMibPerS: overrides.diskMibPerS ?? config.storage.diskMibPerS,
       diskOpsPerS: overrides.diskOpsPerS ?? config.storage.diskOpsPerS,
       volumeCache: overrides.volumeCache ?? config.storage.volumeCache,

@@ -68,6 +68,8 @@ export interface KilnConfig {
   readonly storage: {
     /** Size limit of a container's writable layer in GiB. */
     readonly writableSizeGib: number;
+    /** Whether what a container writes comes to its snapshot on the host; see src/sandbox/changes.ts. */
+    readonly changes: 'auto' | 'keep' | 'discard';
     /** What each of a container's disks may transfer, in MiB per second; 0 for no limit. */
     readonly diskMibPerS: number;
     /** How many requests per second it may have; 0 for no limit. */
@@ -208,6 +210,7 @@ function toConfig({ vm, template, pool, storage, daemon }: ConfigFile): KilnConf
     pool,
     storage: {
       writableSizeGib: storage.writable_size_gib,
+      changes: storage.changes,
       diskMibPerS: storage.disk_mib_per_s,
       diskOpsPerS: storage.disk_ops_per_s,
       volumeCache: storage.volume_cache,

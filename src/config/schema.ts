@@ -36,6 +36,7 @@ export const diskOpsPerS = z.int().min(0).max(100_000_000);
 export const networkMibPerS = z.int().min(0).max(1_000_000);
 /** What guests keep of the host's files: docs/volumes.md. */
 export const volumeCache = z.enum(['mmap', 'none', 'loose']);
+export const changes = z.enum(['auto', 'keep', 'discard']);
 export const writableSizeGib = z.int().min(1).max(maxDiskGib);
 
 export const allowed = {
@@ -47,6 +48,7 @@ export const allowed = {
   diskOpsPerS: 'an integer from 0 (no limit) to 100000000 (requests per second)',
   networkMibPerS: 'an integer from 0 (no limit) to 1000000 (MiB per second)',
   volumeCache: '"mmap", "none" or "loose"',
+  changes: '"auto", "keep" or "discard"',
   writableSizeGib: `an integer from 1 to ${maxDiskGib} (GiB)`,
 } as const;
 
@@ -107,6 +109,7 @@ const pool = z
 
 const storage = z.strictObject({
   writable_size_gib: writableSizeGib.default(10).describe(allowed.writableSizeGib),
+  changes: changes.default('auto').describe(allowed.changes),
   disk_mib_per_s: diskMibPerS.default(0).describe(allowed.diskMibPerS),
   disk_ops_per_s: diskOpsPerS.default(0).describe(allowed.diskOpsPerS),
   volume_cache: volumeCache.default('mmap').describe(allowed.volumeCache),

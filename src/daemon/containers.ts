@@ -13,9 +13,11 @@ import { hostHooks } from '../oci/hooks.ts';
 import { stringifyJson } from '../oci/json.ts';
 import { podPlace } from '../oci/pod.ts';
 import { networkNamespaceOf } from '../oci/pod-spec.ts';
+import { withoutDevicesOfPrivileged } from '../oci/privileged.ts';
 import { memoryLimitOf, vmSize } from '../oci/vm-size.ts';
 import { guestRootDirectory, planRootfs } from '../rootfs/index.ts';
 import { mountsNow } from '../rootfs/mountinfo.ts';
+import { planChanges } from '../sandbox/changes.ts';
 import { bootContainer } from '../sandbox/create.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
 import type { Pods } from '../sandbox/pod.ts';
@@ -54,7 +56,10 @@ export async function createContainer(
   const { id, stdin, stdout, stderr, terminal } = request;
   timeline.mark('request');
   const loaded = load();
-  const bundle = await readBundle(request.bundle);
+  const given = await readBundle(request.bundle);
+  const privileged = withoutDevicesOfPrivileged(given.spec);
+  for (const warning of privileged.warnings) logger.warn(warning);
+  const bundle = { ...given, spec: privileged.spec };
   const config = applyAnnotations(loaded.config, bundle.spec.annotations);
   const hooks = {
     ...hostHooks(bundle.spec),
@@ -104,6 +109,7 @@ export async function createContainer(
   const rootfs = ours
     ? undefined
     : planRootfs(request.rootfs, { path: bundle.rootPath, workDirectory: path.join(bundle.dir, 'work') });
+  const changes = rootfs && planChanges(config.storage.changes, rootfs, bundle.spec.annotations);
   return bootContainer(
     host,
     {
@@ -123,6 +129,7 @@ export async function createContainer(
       volumes: guest.volumes,
       blockDevices: { devices, filesystems: guest.filesystems },
       rootfs,
+      changes,
       terminalSize: terminalSize(bundle.spec.process),
     },
     signal,

@@ -21,6 +21,7 @@ import { kilnVersion } from '../version.ts';
 import { type CallOptions, toKilnError, type UnaryMethod, unary } from './call.ts';
 import { type ClockReading, type Correction, findCorrection, seemsRight, setClock } from './clock.ts';
 import { type ListeningPorts, type LoopbackPort, relayConnection, watchListeners } from './connections.ts';
+import { type ChangesStream, type FilesTarget, provideFiles, readChanges, readFiles, writeFiles } from './files.ts';
 import { toNetwork } from './network.ts';
 import { type ContainerStats, toContainerStats } from './stats.ts';
 import { type OutputName, type OutputRequest, pipeOutput, pipeStdin } from './streams.ts';
@@ -79,6 +80,8 @@ export interface GuestContainer {
   readonly disks?: readonly string[] | undefined;
   /** What the guest has to take over before; absent when there is nothing new. */
   readonly network?: NetworkConfig | undefined;
+  /** Files for its root filesystem before its program is looked for; see `provideFiles` of files.ts. */
+  readonly files?: AsyncIterable<Buffer> | undefined;
 }
 
 /** What the containers of a pod share. */
@@ -128,6 +131,9 @@ export interface GuestOptions {
  * and a shorter limit would lose data where a longer one only costs patience.
  */
 const removalLimitMs = 120_000;
+
+/** Milliseconds for the creation of a container that gets files from the host, at least: they may be many. */
+const filesLimitMs = 600_000;
 
 /** The least time between two reports of WatchOom that are read, in ms: a guest may send as many as it likes. */
 const oomReportMs = 100;
@@ -243,8 +249,13 @@ export class Guest implements Disposable {
     const network = toNetwork(container.network);
     const volumes = volumeOptions === undefined ? undefined : { options: volumeOptions };
     const spec = Buffer.from(container.spec);
-    const request = { id, spec, mounts, stdio: toStdio(stdio), volumes, network, disks: [...disks] };
-    return pidOf(await this.#call(AgentService.createContainer, request, { signal }));
+    const common = { id, spec, mounts, stdio: toStdio(stdio), volumes, network, disks: [...disks] };
+    const { files } = container;
+    const create = (awaitFiles: boolean, limitMs: number) =>
+      this.#call(AgentService.createContainer, { ...common, awaitFiles }, { signal, limitMs });
+    if (files === undefined) return pidOf(await create(false, this.#answerLimitMs));
+    const limitMs = Math.max(this.#answerLimitMs, filesLimitMs);
+    return pidOf(await provideFiles(this.#client, id, files, () => create(true, limitMs)));
   }
 
   /**
@@ -372,6 +383,29 @@ export class Guest implements Disposable {
     } finally {
       call.cancel();
     }
+  }
+
+  /** See `readChanges` of files.ts. */
+  readChanges(id: string, changedSinceNs: bigint, limitMs: number): ChangesStream {
+    return readChanges(this.#client, { id, changedSinceNs }, limitMs);
+  }
+
+  /**
+   * Puts files from an upper directory into the root filesystem of a container that is paused: what its marks say is gone is
+   * removed.
+   */
+  async provideFiles(id: string, stream: AsyncIterable<Buffer>): Promise<void> {
+    await writeFiles(this.#client, { id, path: Buffer.alloc(0), keepOwners: true }, stream);
+  }
+
+  /** A file or directory as the container's processes see it, as a tar stream. */
+  readFiles(id: string, path: Buffer): AsyncGenerator<Buffer> {
+    return readFiles(this.#client, { id, path });
+  }
+
+  /** Puts the files of a tar stream into a directory that the container's processes see. */
+  writeFiles(request: FilesTarget, stream: AsyncIterable<Buffer>): Promise<void> {
+    return writeFiles(this.#client, request, stream);
   }
 
   /** Sets the clock right again. Throws when the guest does not answer within `limitMs`. */

@@ -5,6 +5,7 @@ export {
   planRootfs,
   type RootfsPlan,
   type SnapshotMount,
+  type UpperDirectory,
   type WritableSource,
 } from './plan.ts';
 export {
@@ -17,3 +18,4 @@ export {
   type RootfsStoreOptions,
   volumeRootfs,
 } from './store.ts';
+export { describeLeftOut, type Edits, SnapshotUpper, sizeOf } from './upper.ts';

@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import { mkdirSync, readdirSync, renameSync, rmSync } from 'node:fs';
-import { mkdir, open, opendir, readFile, rm, stat, writeFile } from 'node:fs/promises';
+import { mkdir, open, readFile, rm, stat, writeFile } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import type { Logger } from 'pino';
 import { KilnError } from '../errors.ts';
@@ -177,20 +177,9 @@ async function inspect(source: LowerSource): Promise<{ tree: Tree; sources: Dire
     }
     return { tree: { kind: 'directory', path }, sources, shared: immutable };
   }
-  const { layers, upper, userxattr } = source;
-  const paths = upper !== null && !(await isEmpty(upper)) ? [upper, ...layers] : layers;
-  const sources = await Promise.all(paths.map((path) => identifyDirectory(path, 'the image layer')));
-  return { tree: { kind: 'layers', paths, userxattr }, sources, shared: paths === layers };
-}
-
-async function isEmpty(upper: string): Promise<boolean> {
-  await identifyDirectory(upper, "the snapshot's directory");
-  try {
-    await using directory = await opendir(upper);
-    return (await directory.read()) === null;
-  } catch (error) {
-    throw fileError(error, `cannot read the snapshot's directory ${upper}`);
-  }
+  const { layers, userxattr } = source;
+  const sources = await Promise.all(layers.map((path) => identifyDirectory(path, 'the image layer')));
+  return { tree: { kind: 'layers', paths: layers, userxattr }, sources, shared: true };
 }
 
 async function exists(file: string): Promise<boolean> {

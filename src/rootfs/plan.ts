@@ -24,8 +24,6 @@ export type LowerSource =
       readonly kind: 'overlay';
       /** Absolute paths, topmost layer first. Committed snapshots: their content never changes. */
       readonly layers: readonly string[];
-      /** The container's own directory on the host; what somebody put there before the start belongs on top. */
-      readonly upper: string | null;
       /** Opaque marks are in user.overlay.* instead of trusted.overlay.* (containerd in a user namespace). */
       readonly userxattr: boolean;
     }
@@ -43,10 +41,21 @@ export type WritableSource =
   /** A file in Kiln's cache that belongs to this snapshot directory, whose own content is the rootfs. */
   | { readonly kind: 'of-snapshot'; readonly snapshot: string };
 
+/** The container's own directory on the host, which the host's tools take for what it has written. */
+export interface UpperDirectory {
+  readonly path: string;
+  /** On the same filesystem; goes when the snapshot goes. */
+  readonly work: string;
+  /** As of LowerSource. */
+  readonly userxattr: boolean;
+}
+
 export interface RootfsPlan {
   readonly lower: LowerSource;
   /** null: a read-only view, nothing can be written. */
   readonly writable: WritableSource | null;
+  /** null: the snapshotter keeps what a container writes in no directory of its own. */
+  readonly upper: UpperDirectory | null;
 }
 
 /** The bundle of a container without snapshotter mounts. */
@@ -102,6 +111,7 @@ function planBundle(bundle: BundleRoot | undefined): RootfsPlan {
   return {
     lower: { kind: 'directory', path: absolute(bundle.path, 'root.path of config.json'), immutable: false },
     writable: { kind: 'in-directory', directory: absolute(bundle.workDirectory, "the bundle's work directory") },
+    upper: null,
   };
 }
 
@@ -112,6 +122,7 @@ function planBind(mount: SnapshotMount): RootfsPlan {
   return {
     lower: { kind: 'directory', path, immutable: readOnly },
     writable: readOnly ? null : { kind: 'of-snapshot', snapshot: path },
+    upper: null,
   };
 }
 
@@ -129,15 +140,17 @@ function planOverlay(mount: SnapshotMount): RootfsPlan {
     throw new KilnError('invalid-argument', 'the overlay of the root filesystem has no lowerdir');
   const upper = values.get('upperdir');
   if (upper === undefined || isReadOnly(mount)) {
-    return { lower: { kind: 'overlay', layers, upper: null, userxattr }, writable: null };
+    return { lower: { kind: 'overlay', layers, userxattr }, writable: null, upper: null };
   }
   const work = values.get('workdir');
   if (work === undefined) {
     throw new KilnError('invalid-argument', `the overlay of the root filesystem has upperdir=${upper} but no workdir`);
   }
+  const directory = absolute(unescaped(work), 'workdir of the overlay');
   return {
-    lower: { kind: 'overlay', layers, upper: absolute(unescaped(upper), 'upperdir of the overlay'), userxattr },
-    writable: { kind: 'in-directory', directory: absolute(unescaped(work), 'workdir of the overlay') },
+    lower: { kind: 'overlay', layers, userxattr },
+    writable: { kind: 'in-directory', directory },
+    upper: { path: absolute(unescaped(upper), 'upperdir of the overlay'), work: directory, userxattr },
   };
 }
 

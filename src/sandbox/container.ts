@@ -6,6 +6,8 @@ import type { ContainerStats } from '../guest/stats.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import type { LimitResources } from '../oci/limits.ts';
+import type { Changes } from './changes.ts';
+import { type ContainerFiles, filesOf } from './container-files.ts';
 import { Exec, type ExecHost, type ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
 import type { ContainerHooks, HookPlan } from './hooks.ts';
@@ -45,6 +47,8 @@ export interface ContainerProcess {
 export interface ContainerParts
   extends Pick<ContainerRequest, 'id' | 'directory' | 'terminal' | 'timeline' | 'logger'> {
   readonly resources: Resources;
+  /** Absent where nothing of what it writes comes to the host. */
+  readonly changes?: Changes | undefined;
   readonly disposal: AsyncDisposableStack;
   readonly hooks: ContainerHooks;
   /** What `hooks` was made of. */
@@ -66,6 +70,7 @@ export class Container {
   readonly oom = new OomReport({ onTold: () => this.#save() });
   #state: ContainerState;
   readonly #resources: Resources;
+  readonly #changes: Changes | undefined;
   readonly #disposal: AsyncDisposableStack;
   readonly #hooks: ContainerHooks;
   readonly #hookPlan: HookPlan;
@@ -97,6 +102,7 @@ export class Container {
     this.terminal = terminal;
     this.timeline = parts.timeline;
     this.#resources = resources;
+    this.#changes = parts.changes;
     this.#disposal = parts.disposal;
     this.#logger = parts.logger;
     this.#hooks = parts.hooks;
@@ -251,6 +257,7 @@ export class Container {
       hooks: this.#hookPlan,
       oomKills: this.oom.kills,
       disks: { lower: rootfs.lower?.file ?? null, writable: rootfs.writable?.file ?? null },
+      ...(this.#changes && { changes: this.#changes.plan }),
       ...(exit === undefined ? {} : { exit: { status: exit.status, atMs: exit.at.getTime() } }),
     };
     try {
@@ -276,7 +283,10 @@ export class Container {
     await this.#resources.sandbox.guest.resize(this.#init, size);
   }
 
-  /** Freezes all processes; afterwards what they have written is on the container's disk. */
+  /**
+   * Freezes all processes; afterwards what they have written is on the container's disk, and in its snapshot on the host.
+   * Where that fails they go on.
+   */
   async pause(): Promise<void> {
     requirePausable(this.#name, this.#state);
     const pausing: ContainerState = { kind: 'pausing' };
@@ -284,6 +294,7 @@ export class Container {
     this.#state = pausing;
     try {
       await this.#resources.sandbox.guest.pauseContainer(this.id);
+      await this.#showChanges();
       next = { kind: 'paused' };
     } finally {
       if (this.#state === pausing) this.#state = next;
@@ -292,8 +303,18 @@ export class Container {
     if (this.#state !== next) requirePausable(this.#name, this.#state);
   }
 
+  async #showChanges(): Promise<void> {
+    try {
+      await this.#changes?.paused();
+    } catch (error) {
+      await this.#resources.sandbox.guest.resumeContainer(this.id);
+      throw error;
+    }
+  }
+
   async resume(): Promise<void> {
     requireResumable(this.#name, this.#state);
+    await this.#changes?.resuming();
     await this.#resources.sandbox.guest.resumeContainer(this.id);
     if (this.state.kind === 'paused') this.#state = { kind: 'running' };
   }
@@ -313,6 +334,12 @@ export class Container {
     });
     this.#updating = update.catch(() => {});
     return update;
+  }
+
+  /** Its files as its processes see them; undefined of one that has ended. */
+  get files(): ContainerFiles | undefined {
+    if (this.#state.kind === 'stopped' || this.#state.kind === 'deleted') return undefined;
+    return filesOf(this.id, this.#resources.sandbox.guest);
   }
 
   closeStdin(): void {
@@ -396,6 +423,8 @@ export class Container {
     await this.#starting;
     // No process outlives the init, whose end has killed the others.
     await Promise.all(Array.from(this.#execs.values(), (exec) => exec.ended()));
+    // Whoever hears of the end may look at once.
+    if (vmLives) await this.#changes?.ended();
     // The stand-in lives exactly as long as the task: `kill -0` on its pid must fail once the exit is known, and not before.
     await standIn.kill();
     this.#state = afterExit(this.#state, exit);

@@ -1,6 +1,8 @@
 import { HostControlGroup } from '../host/control-group.ts';
+import type { Logger } from '../observe/logger.ts';
 import { guestMounts } from '../rootfs/index.ts';
 import { attachDevices } from './block-devices.ts';
+import { Changes, type ChangesPlan } from './changes.ts';
 import { Container } from './container.ts';
 import type { Exec } from './exec.ts';
 import { faultPoint } from './faults.ts';
@@ -47,6 +49,8 @@ export async function bootContainer(
   const devices = await attachDevices(tenancy, request.blockDevices, signal);
   timeline.mark('rootfs-attached');
   faultPoint('attach-disk');
+  const changes = changesOf(id, request.changes, resources, request.logger);
+  using edits = await changes?.edits();
   const container = {
     id,
     spec: request.spec(volumeNumbers, devices.numbers),
@@ -54,16 +58,19 @@ export async function bootContainer(
     disks: devices.disks,
     stdio: guestStdio(stdio, request.terminal, request.terminalSize),
     volumeOptions: request.volumes.length === 0 ? undefined : volumeOptions(sandbox.volumeCache),
+    files: edits?.stream,
   };
   try {
     await sandbox.createContainer(container, signal, () => pod?.save());
   } catch (error) {
     throw inHostsWords(error, request.volumes, volumeNumbers);
   }
+  if (edits !== undefined) await changes?.editsTaken();
   timeline.mark('created');
   faultPoint('container-create');
   const state: ContainerState = { kind: 'created' };
-  return new Container({ ...request, resources, disposal: stack.move(), hooks, hookPlan: request.hooks, state });
+  const parts = { ...request, resources, changes, disposal: stack.move(), hooks, hookPlan: request.hooks, state };
+  return new Container(parts);
 }
 
 /**
@@ -88,7 +95,9 @@ export async function reattachContainer(
   const disposal = disposalOf(directory, resources, { hooks, controlGroup });
   const running: ContainerState = { kind: guest.paused ? 'paused' : 'running' };
   const state: ContainerState = guest.started ? running : { kind: 'created' };
-  const parts = { id, directory, terminal, resources, disposal, hooks, hookPlan, state, timeline, logger };
+  const changes = changesOf(id, record.changes, resources, logger);
+  const common = { id, directory, terminal, resources, changes, disposal };
+  const parts = { ...common, hooks, hookPlan, state, timeline, logger };
   const container = new Container(parts);
   // The agent tells the number so far; what is known of it is no news.
   container.oom.count(record.oomKills);
@@ -103,6 +112,16 @@ export async function reattachContainer(
     }
   }
   return { container, execs };
+}
+
+function changesOf(
+  id: string,
+  plan: ChangesPlan | undefined,
+  { rootfs, sandbox }: Pick<Resources, 'rootfs' | 'sandbox'>,
+  logger: Logger,
+): Changes | undefined {
+  if (plan === undefined || rootfs.writable === null) return undefined;
+  return new Changes(plan, { id, guest: () => sandbox.guest, disk: rootfs.writable.file, logger });
 }
 
 /** The VM in which an earlier kilnd has made a container. One that is the container's alone goes on the stack. */

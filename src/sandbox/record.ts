@@ -45,7 +45,17 @@ const ofVm = {
   volumes: z.object({ server: z.record(z.string(), z.unknown()), connected: z.boolean() }).optional(),
 };
 
-const ofRootfs = { disks: z.object({ lower: z.string().nullable(), writable: z.string().nullable() }) };
+const ofRootfs = {
+  disks: z.object({ lower: z.string().nullable(), writable: z.string().nullable() }),
+  /** See ChangesPlan. */
+  changes: z
+    .object({
+      upper: z.object({ path: z.string(), work: z.string(), userxattr: z.boolean() }),
+      atPause: z.boolean(),
+      atExit: z.boolean(),
+    })
+    .optional(),
+};
 
 const slotName = z.custom<SlotName>((value) => typeof value === 'string' && /^r[ow]\d+$/.test(value));
 

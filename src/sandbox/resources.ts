@@ -17,6 +17,7 @@ import type { Parking } from '../vmm/cards.ts';
 import type { VmConfig, Vmm } from '../vmm/vmm.ts';
 import type { ContainerDevices } from './block-devices.ts';
 import type { BootSlots } from './boot-slots.ts';
+import type { ChangesPlan } from './changes.ts';
 import type { AttachedDisk } from './disk-slots.ts';
 import type { ExecRequest } from './exec.ts';
 import { faultPoint } from './faults.ts';
@@ -61,6 +62,8 @@ export interface ContainerRequest {
   readonly blockDevices: ContainerDevices;
   /** undefined for one that is the last of the volumes. */
   readonly rootfs: RootfsPlan | undefined;
+  /** When what it writes comes to its snapshot; absent where it has no directory for it. */
+  readonly changes?: ChangesPlan | undefined;
   readonly hooks: HookPlan;
   readonly files: Pick<VmConfig, 'kernel' | 'initrd' | 'guestImage'>;
   readonly memoryMib: number;

@@ -20,6 +20,9 @@ const terminal: GuestStdio = {
 
 const SIGKILL = 9;
 
+/** For what a container that has written nothing has written, in ms. */
+const changesLimitMs = 60_000;
+
 /** Makes calls of every kind that a container's life is made of. Throws what the guest refuses. */
 export async function prime(guest: Guest): Promise<void> {
   for (let round = 0; round < rounds; round += 1) {
@@ -41,6 +44,8 @@ async function liveWithPipes(guest: Guest, id: string): Promise<void> {
   await guest.stats(id);
   await guest.setLimits(id, [{ name: 'pids.max', content: 'max' }]);
   await guest.pauseContainer(id);
+  // An end waits for it, too.
+  for await (const _ of guest.readChanges(id, 0n, changesLimitMs).pieces);
   await guest.resumeContainer(id);
   await execOnce(guest, id);
   stdin.end();

@@ -155,7 +155,11 @@ describe.skipIf(!isRoot)('RootfsStore', () => {
       const first = await store.prepare(container('10'), options);
       symlinkSync(at('snapshots'), at('alias'));
       const { lower } = container('10');
-      const alias: RootfsPlan = { lower, writable: { kind: 'in-directory', directory: at('alias/10/work') } };
+      const alias: RootfsPlan = {
+        lower,
+        writable: { kind: 'in-directory', directory: at('alias/10/work') },
+        upper: null,
+      };
       await expect(store.prepare(container('10'), options)).rejects.toMatchObject(busy);
       await expect(store.prepare(alias, options)).rejects.toMatchObject(busy);
       await first.release();

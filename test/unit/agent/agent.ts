@@ -125,7 +125,7 @@ export async function create(
   { mounts = [], stdio = {}, linux }: { mounts?: Mount[]; stdio?: Partial<Stdio>; linux?: object } = {},
 ): Promise<number> {
   const spec = Buffer.from(JSON.stringify({ script, linux }));
-  const none = { volumes: undefined, network: undefined, disks: [] };
+  const none = { volumes: undefined, network: undefined, disks: [], awaitFiles: false };
   const request = { id, spec, mounts, stdio: { ...pipes, ...stdio }, ...none };
   return (await unary<{ pid: number }>((done) => client.createContainer(request, done))).pid;
 }

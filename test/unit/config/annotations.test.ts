@@ -35,7 +35,13 @@ describe('io.kiln.* annotations', () => {
       vmm: 'firecracker',
       networkMibPerS: 7,
     });
-    expect(config.storage).toEqual({ writableSizeGib: 3, diskMibPerS: 20, diskOpsPerS: 300, volumeCache: 'loose' });
+    expect(config.storage).toEqual({
+      writableSizeGib: 3,
+      changes: 'auto',
+      diskMibPerS: 20,
+      diskOpsPerS: 300,
+      volumeCache: 'loose',
+    });
   });
 
   test('that are absent leave the configuration as it is', () => {
@@ -55,7 +61,7 @@ describe('io.kiln.* annotations', () => {
     expect(error.message).toBe(
       'unknown annotation io.kiln.memory="512", did you mean io.kiln.memory_mib?; known are ' +
         'io.kiln.memory_mib, io.kiln.memory_max_mib, io.kiln.vcpus, io.kiln.kernel, io.kiln.vmm, ' +
-        'io.kiln.writable_size_gib, io.kiln.disk_mib_per_s, io.kiln.disk_ops_per_s, io.kiln.volume_cache, ' +
+        'io.kiln.writable_size_gib, io.kiln.changes, io.kiln.disk_mib_per_s, io.kiln.disk_ops_per_s, io.kiln.volume_cache, ' +
         'io.kiln.network_mib_per_s',
     );
     expect(errorOf({ 'io.kiln.constructor': '' }).message).toContain('unknown annotation');

@@ -60,7 +60,7 @@ describe('the configuration file', () => {
       },
       template: { enabled: true, keepDays: 7, maxTotalMib: 4096 },
       pool: { min: 0, max: 0 },
-      storage: { writableSizeGib: 10, diskMibPerS: 0, diskOpsPerS: 0, volumeCache: 'mmap' },
+      storage: { writableSizeGib: 10, changes: 'auto', diskMibPerS: 0, diskOpsPerS: 0, volumeCache: 'mmap' },
       daemon: { idleTimeoutS: 300, metricsAddress: '', logLevel: 'info' },
     });
   });
@@ -129,7 +129,7 @@ describe('the configuration file', () => {
       },
       template: { enabled: false, keepDays: 30, maxTotalMib: 1000 },
       pool: { min: 1, max: 8 },
-      storage: { writableSizeGib: 1, diskMibPerS: 20, diskOpsPerS: 300, volumeCache: 'none' },
+      storage: { writableSizeGib: 1, changes: 'auto', diskMibPerS: 20, diskOpsPerS: 300, volumeCache: 'none' },
       daemon: { idleTimeoutS: 0, metricsAddress: '127.0.0.1:9464', logLevel: 'debug' },
     });
   });
@@ -154,7 +154,7 @@ describe('the configuration file', () => {
         'accelerator, translation_mib, qemu, firecracker, jail, jailer, jail_uid_first, jail_uids, huge_pages, boot_timer, channel',
     );
     expect(messageFor('[storage]\ncolour = "red"')).toBe(
-      '/etc/kiln/config.toml: unknown key storage.colour = "red"; keys of [storage] are writable_size_gib, ' +
+      '/etc/kiln/config.toml: unknown key storage.colour = "red"; keys of [storage] are writable_size_gib, changes, ' +
         'disk_mib_per_s, disk_ops_per_s, volume_cache',
     );
   });

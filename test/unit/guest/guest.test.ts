@@ -155,6 +155,7 @@ describe('a call', () => {
       ],
       stdio: { stdin: true, stdout: false, stderr: true, terminal: false, width: 0, height: 0 },
       disks: [],
+      awaitFiles: false,
     });
   });
 

@@ -123,6 +123,12 @@ export class ScriptedAgent {
       resizeTerminal: (_call, done) => done(null, {}),
       removeProcess: (_call, done) => done(null, {}),
       listProcesses: (_call, done) => done(null, { processes: guestProcesses }),
+      readChanges: (call) => call.end(),
+      readFiles: (call) => call.end(),
+      writeFiles: (call, done) => {
+        call.resume();
+        call.on('end', () => done(null, {}));
+      },
       writeStdin: (call, done) => {
         call.on('data', (message: WriteStdinRequest) => this.stdin.push(message.data));
         call.on('end', () => done(null, {}));

@@ -32,24 +32,25 @@ describe('planRootfs', () => {
       lower: {
         kind: 'overlay',
         layers: [`${snapshots}/8/fs`, `${snapshots}/7/fs`],
-        upper: `${snapshots}/9/fs`,
         userxattr: false,
       },
       writable: { kind: 'in-directory', directory: `${snapshots}/9/work` },
+      upper: { path: `${snapshots}/9/fs`, work: `${snapshots}/9/work`, userxattr: false },
     });
   });
 
   test('takes an overlay without upperdir for a read-only view', () => {
     expect(planRootfs([overlay('lowerdir=/b:/a')])).toEqual({
-      lower: { kind: 'overlay', layers: ['/b', '/a'], upper: null, userxattr: false },
+      lower: { kind: 'overlay', layers: ['/b', '/a'], userxattr: false },
       writable: null,
+      upper: null,
     });
   });
 
   test('takes an overlay that is mounted ro for a read-only view', () => {
     const plan = planRootfs([overlay('ro', 'lowerdir=/a', 'upperdir=/u', 'workdir=/w')]);
     expect(plan.writable).toBeNull();
-    expect(plan.lower).toMatchObject({ upper: null });
+    expect(plan.upper).toBeNull();
   });
 
   test('lets the last of ro and rw count, as mount(8) does', () => {
@@ -60,7 +61,8 @@ describe('planRootfs', () => {
     const plan = planRootfs([
       overlay(String.raw`lowerdir=/with\:colon:/back\\slash`, String.raw`upperdir=/u\:p`, 'workdir=/w'),
     ]);
-    expect(plan.lower).toMatchObject({ layers: ['/with:colon', String.raw`/back\slash`], upper: '/u:p' });
+    expect(plan.lower).toMatchObject({ layers: ['/with:colon', String.raw`/back\slash`] });
+    expect(plan.upper?.path).toBe('/u:p');
   });
 
   test('keeps userxattr, which decides where opaque marks are read from', () => {
@@ -76,6 +78,7 @@ describe('planRootfs', () => {
     expect(planRootfs([{ type: 'bind', source: '/native/snapshots/9', options: ['rbind', 'rw'] }])).toEqual({
       lower: { kind: 'directory', path: '/native/snapshots/9', immutable: false },
       writable: { kind: 'of-snapshot', snapshot: '/native/snapshots/9' },
+      upper: null,
     });
   });
 
@@ -83,6 +86,7 @@ describe('planRootfs', () => {
     expect(planRootfs([{ type: 'bind', source: '/native/snapshots/9/', options: ['ro', 'rbind'] }])).toEqual({
       lower: { kind: 'directory', path: '/native/snapshots/9', immutable: true },
       writable: null,
+      upper: null,
     });
   });
 
@@ -90,6 +94,7 @@ describe('planRootfs', () => {
     expect(planRootfs([], { path: '/bundle/rootfs', workDirectory: '/work' })).toEqual({
       lower: { kind: 'directory', path: '/bundle/rootfs', immutable: false },
       writable: { kind: 'in-directory', directory: '/work' },
+      upper: null,
     });
   });
 

@@ -3,6 +3,7 @@ import { Command } from 'commander';
 import { pathsFromEnv } from '../config/paths.ts';
 import { kilnVersion } from '../version.ts';
 import { completionCommand } from './completion.ts';
+import { copyCommand } from './copy.ts';
 import { addOciCommands } from './oci/commands.ts';
 import { addHelp } from './oci/help.ts';
 import { poolCommand } from './pool.ts';
@@ -38,6 +39,7 @@ export function makeProgram(): Command {
     stopCommand(),
     timelineCommand(),
     poolCommand(),
+    copyCommand(),
     completionCommand(program),
   ]) {
     program.addCommand(command.helpGroup(groups.operators));

@@ -10,6 +10,7 @@ import { ControlServer } from '../shim/control/server.ts';
 import type { Keeper } from '../shim/relay/keeper.ts';
 import { RelayServer, type RelaySession } from '../shim/relay/server.ts';
 import { kilnVersion } from '../version.ts';
+import { copyFiles } from './copy.ts';
 import { removeDeadSockets } from './dead-sockets.ts';
 import { takeStock } from './earlier.ts';
 import { type ContainerMaker, Endpoints } from './endpoints.ts';
@@ -129,6 +130,8 @@ export class Daemon {
         return this.#endpoints.delete(request);
       case 'status':
         return text(0, `${JSON.stringify(this.#status())}\n`);
+      case 'copy':
+        return copyFiles(this.#endpoints.list(), request);
       case 'timeline':
         return this.#timelineOf(request);
       case 'stop':

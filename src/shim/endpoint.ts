@@ -7,7 +7,7 @@ import type { Keeper } from './relay/keeper.ts';
 import type { RelaySession } from './relay/server.ts';
 import { type SandboxContainer, SandboxService, type SandboxServiceOptions } from './sandbox-service.ts';
 import { toSandboxBefore, toTtrpcStatus } from './status.ts';
-import type { RestoredTask, TaskBefore } from './task.ts';
+import type { RestoredTask, TaskBefore, TaskContainer } from './task.ts';
 import { noTask, type SandboxState, type TaskState } from './task-record.ts';
 import { TaskService, type TaskServiceOptions, toDeleteReply } from './task-service.ts';
 
@@ -103,6 +103,11 @@ export class Endpoint {
 
   get hasTask(): boolean {
     return this.#service.busy || this.#sandbox.busy;
+  }
+
+  /** Of its task; undefined while there is none. */
+  get container(): TaskContainer | undefined {
+    return this.#service.container;
   }
 
   get busy(): boolean {

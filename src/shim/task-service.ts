@@ -208,6 +208,11 @@ export class TaskService {
     return told(name, { logger: this.#options.logger, before }, method.bind(this));
   }
 
+  /** The task's container, if there is one. */
+  get container(): TaskContainer | undefined {
+    return this.#task?.container;
+  }
+
   #find(id: string): Task {
     if (this.#task === undefined || id !== this.#options.id) {
       throw new KilnError('not-found', `container ${id} does not exist`);

@@ -2,6 +2,7 @@
 import * as api from '../../gen/containerd/task.ts';
 import type { LimitResources } from '../oci/limits.ts';
 import type { ContainerProcess, ContainerStats } from '../sandbox/container.ts';
+import type { ContainerFiles } from '../sandbox/container-files.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
 import type { OomReport } from '../sandbox/oom.ts';
 import type { ContainerState, Exit } from '../sandbox/process-state.ts';
@@ -35,6 +36,8 @@ export interface TaskContainer extends TaskProcess {
   update(resources: LimitResources): Promise<void>;
   exec(request: ExecRequest): TaskProcess;
   processes(): Promise<readonly ContainerProcess[]>;
+  /** Absent where there are none: it has ended, or is a pod. */
+  readonly files?: ContainerFiles | undefined;
   /** Ends it if need be, and releases everything; safe to call twice. */
   destroy(): Promise<void>;
 }

@@ -68,8 +68,24 @@ export interface TimelineRequest {
   readonly id: string;
 }
 
+/** Asks for files of a running container as a tar stream, or brings some. */
+export interface CopyRequest {
+  readonly kind: 'copy';
+  readonly namespace: string;
+  /** The container's id, or how it begins. */
+  readonly id: string;
+  /** "probe": whether the path is a directory, which is all of the answer. */
+  readonly direction: 'out' | 'in' | 'probe';
+  /** In the container. */
+  readonly path: string;
+  /** Where the asker listens for the stream; empty for none. */
+  readonly socket: string;
+  /** Files that are brought become whose the stream says. */
+  readonly keepOwners: boolean;
+}
+
 /** What the `kiln` command asks for. */
-export type OperatorRequest = { readonly kind: 'status' } | { readonly kind: 'stop' } | TimelineRequest;
+export type OperatorRequest = CopyRequest | { readonly kind: 'status' } | { readonly kind: 'stop' } | TimelineRequest;
 
 export type ControlRequest = StartRequest | DeleteRequest | OperatorRequest;
 
@@ -109,6 +125,8 @@ export function parseControlRequest(bytes: Uint8Array): ControlRequest {
     case 'status':
     case 'stop':
       return { kind: action };
+    case 'copy':
+      return copyRequest(fields);
     case 'timeline':
       return { kind: action, namespace: identifierOf(fields, 'namespace'), id: identifierOf(fields, 'id') };
     default:
@@ -137,6 +155,11 @@ export function encodeControlRequest(request: ControlRequest): Uint8Array {
       ['max_shim_version', request.maxShimVersion === 0 ? '' : request.maxShimVersion.toString()],
       ['launcher_started_ns', request.launcherStartedNs.toString()],
     );
+  }
+  if (request.kind === 'copy') {
+    const { namespace, id, direction, path, socket, keepOwners } = request;
+    fields.push(['namespace', namespace], ['id', id], ['direction', direction], ['path', path]);
+    fields.push(['socket', socket], ['keep_owners', keepOwners ? '1' : '0']);
   }
   if (request.kind === 'timeline') fields.push(['namespace', request.namespace], ['id', request.id]);
   for (const [key, value] of fields) {
@@ -214,6 +237,19 @@ export function launcherContext(fields: ReadonlyMap<string, string>): LauncherCo
     maxShimVersion: /^\d{1,9}$/.test(maxShimVersion) ? Number(maxShimVersion) : 0,
     launcherStartedNs: BigInt(startedNs),
   };
+}
+
+function copyRequest(fields: ReadonlyMap<string, string>): CopyRequest {
+  const direction = required(fields, 'direction');
+  if (direction !== 'out' && direction !== 'in' && direction !== 'probe') {
+    throw invalid(`field "direction" must be out, in or probe, not ${quote(direction)}`);
+  }
+  const [path, socket] = [required(fields, 'path'), required(fields, 'socket')];
+  if (!path.startsWith('/')) throw invalid(`field "path" must be an absolute path, not ${quote(path)}`);
+  if (socket !== '' && !socket.startsWith('/'))
+    throw invalid(`field "socket" must be an absolute path, not ${quote(socket)}`);
+  const names = { namespace: identifierOf(fields, 'namespace'), id: identifierOf(fields, 'id') };
+  return { kind: 'copy', ...names, direction, path, socket, keepOwners: required(fields, 'keep_owners') === '1' };
 }
 
 /** Checked here because both become parts of paths. */

@@ -22,7 +22,17 @@ import { prepareVolumes } from './volumes.ts';
 const NANOSECONDS_PER_TICK = 10_000_000n;
 
 /** What this agent can do beyond the protocol number. */
-const features: string[] = ['resources', 'identity', 'volumes', 'network', 'slew', 'devices', 'localhost', 'files'];
+const features: string[] = [
+  'resources',
+  'identity',
+  'volumes',
+  'network',
+  'slew',
+  'devices',
+  'localhost',
+  'files',
+  'ps',
+];
 
 /** What the first Hello called the sandbox's session. */
 let session = '';

@@ -24,6 +24,7 @@ import { encodePorts, type Listeners } from './listeners.ts';
 import type { GuestNetwork } from './network.ts';
 import type { Output, OutputSink } from './output.ts';
 import type { Pod } from './pod.ts';
+import { processDetails } from './process-details.ts';
 import { readStats } from './stats.ts';
 
 /** Protobuf's key of field 1, length-delimited, and where the bits of a longer length begin. */
@@ -156,6 +157,9 @@ export function createService({
     }),
     describeContainer: unary(({ id }) => containers.describe(id)),
     listProcesses: unary(({ id }) => ({ processes: containers.processes(id) })),
+    readProcesses: unary(({ id }) => ({
+      processes: containers.processes(id).flatMap(({ pid }) => processDetails(pid) ?? []),
+    })),
     resizeTerminal: unary(({ id, execId, width, height }) => {
       containers.process({ id, execId }).stdio.resize(width, height);
       return {};

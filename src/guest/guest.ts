@@ -23,6 +23,7 @@ import { type ClockReading, type Correction, findCorrection, seemsRight, setCloc
 import { type ListeningPorts, type LoopbackPort, relayConnection, watchListeners } from './connections.ts';
 import { type ChangesStream, type FilesTarget, provideFiles, readChanges, readFiles, writeFiles } from './files.ts';
 import { toNetwork } from './network.ts';
+import { type ProcessDetails, toProcessDetails } from './process-details.ts';
 import { type ContainerStats, toContainerStats } from './stats.ts';
 import { type OutputName, type OutputRequest, pipeOutput, pipeStdin } from './streams.ts';
 
@@ -323,6 +324,12 @@ export class Guest implements Disposable {
     const { processes } = await this.#call(AgentService.listProcesses, { id });
     for (const process of processes) pidOf(process);
     return processes;
+  }
+
+  /** The same with what ps(1) shows of them. */
+  async processTable(id: string): Promise<readonly ProcessDetails[]> {
+    const { processes } = await this.#call(AgentService.readProcesses, { id });
+    return processes.map(toProcessDetails);
   }
 
   /** Whether the container's program was started and is frozen, and which processes were exec'd and not removed. */

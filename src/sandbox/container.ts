@@ -2,6 +2,7 @@ import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
 import type { GuestExit, ProcessRef, TerminalSize } from '../guest/guest.ts';
+import type { ProcessDetails } from '../guest/process-details.ts';
 import type { ContainerStats } from '../guest/stats.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
@@ -34,7 +35,7 @@ import { updateLimits } from './update.ts';
 import { sigkill, statusOfVmEnd, vmKilledStatus } from './vm-end.ts';
 import { WaitableCell } from './waitable-cell.ts';
 
-export type { ContainerStats };
+export type { ContainerStats, ProcessDetails };
 
 /** A process of a container by its pid: the init's on the host, the others' in the guest. */
 export interface ContainerProcess {
@@ -275,6 +276,11 @@ export class Container {
     const known = (execId: string) => (this.#execs.has(execId) ? execId : '');
     const others = processes.filter(({ init }) => !init).map(({ pid, execId }) => ({ pid, execId: known(execId) }));
     return [{ pid: this.pid, execId: '' }, ...others];
+  }
+
+  /** The same as ps(1) shows them, by their pids in the guest. */
+  async processTable(): Promise<readonly ProcessDetails[]> {
+    return this.#exited ? [] : this.#resources.sandbox.guest.processTable(this.id);
   }
 
   /** Sets the size of the init process's terminal, if it has one. */

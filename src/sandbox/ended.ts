@@ -1,5 +1,5 @@
 import { KilnError } from '../errors.ts';
-import type { ContainerProcess } from './container.ts';
+import type { ContainerProcess, ProcessDetails } from './container.ts';
 import { OomReport } from './oom.ts';
 import {
   alreadyFinished,
@@ -74,6 +74,10 @@ export class EndedContainer extends EndedProcess {
   }
 
   async processes(): Promise<readonly ContainerProcess[]> {
+    return [];
+  }
+
+  async processTable(): Promise<readonly ProcessDetails[]> {
     return [];
   }
 

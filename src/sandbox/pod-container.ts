@@ -2,7 +2,7 @@ import { forLog, KilnError } from '../errors.ts';
 import type { StandIn } from '../host/stand-in.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
-import type { ContainerProcess, ContainerStats } from './container.ts';
+import type { ContainerProcess, ContainerStats, ProcessDetails } from './container.ts';
 import type { ContainerHooks, HookPlan } from './hooks.ts';
 import { OomReport } from './oom.ts';
 import type { Pod } from './pod.ts';
@@ -128,6 +128,11 @@ export class PodContainer {
 
   async processes(): Promise<readonly ContainerProcess[]> {
     return this.exit.peek() === undefined ? [{ pid: this.pid, execId: '' }] : [];
+  }
+
+  /** Its only process sleeps on the host. */
+  async processTable(): Promise<readonly ProcessDetails[]> {
+    return [];
   }
 
   exec(): never {

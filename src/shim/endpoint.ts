@@ -3,6 +3,7 @@ import { KilnError } from '../errors.ts';
 import { requireSocketPath } from '../host/unix-socket.ts';
 import type { Logger } from '../observe/logger.ts';
 import { TtrpcServer } from '../rpc/ttrpc/index.ts';
+import { processTable } from './process-service.ts';
 import type { Keeper } from './relay/keeper.ts';
 import type { RelaySession } from './relay/server.ts';
 import { type SandboxContainer, SandboxService, type SandboxServiceOptions } from './sandbox-service.ts';
@@ -87,7 +88,7 @@ export class Endpoint {
       },
     });
     this.#ttrpc = new TtrpcServer(
-      { ...this.#service.table(), ...this.#sandbox.table() },
+      { ...this.#service.table(), ...this.#sandbox.table(), ...processTable((id) => this.#service.containerOf(id)) },
       {
         toStatus: toTtrpcStatus,
         onClose: options.onQuiet,

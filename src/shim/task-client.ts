@@ -1,11 +1,14 @@
 import { connect } from 'node:net';
 import * as api from '../../gen/containerd/task.ts';
 import { Status } from '../../gen/containerd/task_types.ts';
+import { ListRequest, ListResponse } from '../../gen/kiln/oci/v1/processes.ts';
 import { KilnError } from '../errors.ts';
 import { type MessageCodec, TtrpcClient, TtrpcError } from '../rpc/ttrpc/index.ts';
+import type { ProcessDetails } from '../sandbox/container.ts';
+import { decodeProcesses, processService } from './process-service.ts';
 import { type TaskStats, taskStatsOf } from './runtime-stats.ts';
 
-const service = 'containerd.task.v2.Task';
+const taskService = 'containerd.task.v2.Task';
 
 /** Types of the JSON in Exec and Update. containerd typeurl, runtime-spec. */
 const processType = 'types.containerd.io/opencontainers/runtime-spec/1/Process';
@@ -67,6 +70,11 @@ export class TaskClient implements Disposable {
     return this.#call('Pids', api.PidsRequest, api.PidsResponse, { id });
   }
 
+  /** As ps(1) shows them, by their pids in the guest. */
+  async processes(id: string): Promise<readonly ProcessDetails[]> {
+    return decodeProcesses(await this.#call('List', ListRequest, ListResponse, { id }, processService));
+  }
+
   pause(id: string): Promise<unknown> {
     return this.#call('Pause', api.PauseRequest, empty, { id });
   }
@@ -102,6 +110,7 @@ export class TaskClient implements Disposable {
     requestCodec: Pick<MessageCodec<Request>, 'encode'>,
     responseCodec: Pick<MessageCodec<Response>, 'decode'>,
     request: Request,
+    service = taskService,
   ): Promise<Response> {
     try {
       const payload = requestCodec.encode(request).finish();

@@ -213,6 +213,12 @@ export class TaskService {
     return this.#task?.container;
   }
 
+  /** For what Kiln's own services ask of it. @throws KilnError not-found */
+  async containerOf(id: string): Promise<TaskContainer> {
+    await this.#restoring?.done;
+    return this.#find(id).container;
+  }
+
   #find(id: string): Task {
     if (this.#task === undefined || id !== this.#options.id) {
       throw new KilnError('not-found', `container ${id} does not exist`);

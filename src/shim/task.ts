@@ -1,7 +1,7 @@
 /** A task and its processes as the task service sees them: what it needs of them, and what it keeps of them. */
 import * as api from '../../gen/containerd/task.ts';
 import type { LimitResources } from '../oci/limits.ts';
-import type { ContainerProcess, ContainerStats } from '../sandbox/container.ts';
+import type { ContainerProcess, ContainerStats, ProcessDetails } from '../sandbox/container.ts';
 import type { ContainerFiles } from '../sandbox/container-files.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
 import type { OomReport } from '../sandbox/oom.ts';
@@ -38,6 +38,7 @@ export interface TaskContainer extends TaskProcess {
   processes(): Promise<readonly ContainerProcess[]>;
   /** Absent where there are none: it has ended, or is a pod. */
   readonly files?: ContainerFiles | undefined;
+  processTable(): Promise<readonly ProcessDetails[]>;
   /** Ends it if need be, and releases everything; safe to call twice. */
   destroy(): Promise<void>;
 }

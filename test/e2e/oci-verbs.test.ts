@@ -108,6 +108,16 @@ describe('kiln', () => {
       expect(refused).toMatchObject({ code: 255, stderr: expect.stringContaining(reason) });
     }
 
+    const execPid = join(stage.dir, 'exec.pid');
+    await stage.must(['exec', '--detach', '--user', '5', '--pid-file', execPid, id, 'sleep', '2000']);
+    const shown = await stage.must(['ps', id]);
+    expect(shown).toMatch(/^UID +PID +PPID +C +STIME +TTY +TIME +CMD\n0 .* sh -c echo up; sleep 1000\n/);
+    expect(shown).toMatch(/^5 .* sleep 2000$/m);
+    const { pid } = await stage.state(id);
+    const pids = JSON.parse(await stage.must(['ps', '--format', 'json', id]));
+    expect(pids).toEqual([pid, Number(readFileSync(execPid, 'utf8'))]);
+    expect(await stage.run(['ps', id, 'aux'])).toMatchObject({ code: 1, stderr: expect.stringContaining('ps aux: ') });
+
     await stage.must(['kill', id, 'KILL']);
     expect(await container.exit).toBe(137);
     expect(await events.exit).toBe(0);

@@ -10,6 +10,7 @@ import { addFeatures } from './features-command.ts';
 import { makeImageBundle, removeImageBundle } from './image-bundle.ts';
 import { describe, table } from './listing.ts';
 import type { StandingProcess } from './process.ts';
+import { addPs } from './ps-command.ts';
 import { OciRuntime } from './runtime.ts';
 import { parseSignal } from './signal.ts';
 import { addSpec } from './spec-command.ts';
@@ -55,6 +56,7 @@ export function addOciCommands(program: Command): void {
   addLiving(program, runtime);
   addUpdate(program, runtime);
   addLooking(program, runtime);
+  addPs(program, runtime);
   addEvents(program, runtime);
   addFeatures(program);
 }
@@ -179,19 +181,6 @@ function addLooking(program: Command, runtime: () => OciRuntime): void {
       if (quiet) process.stdout.write(there.map(({ id }) => `${id}\n`).join(''));
       else if (format === 'json') process.stdout.write(JSON.stringify(there.length === 0 ? null : there));
       else process.stdout.write(table(there));
-    });
-  program
-    .command('ps <id> [options...]')
-    .description('list the processes of a container, by their pids in the guest')
-    .option('-f, --format <format>', '"table" or "json"', 'table')
-    .passThroughOptions()
-    .action(async (id: string, _options: string[], { format }: { format: string }) => {
-      const { processes } = await runtime().withTask(id, (task, kilndId) => task.pids(kilndId));
-      requireFormat(format);
-      const pids = processes.map(({ pid }) => pid);
-      process.stdout.write(
-        format === 'json' ? JSON.stringify(pids) : ['PID', ...pids].map((pid) => `${pid}\n`).join(''),
-      );
     });
 }
 

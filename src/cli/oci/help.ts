@@ -103,10 +103,10 @@ export const verbHelp: Readonly<Record<string, VerbHelp>> = {
   },
   ps: {
     examples: [
-      { command: 'kiln ps c1', does: 'the processes of c1' },
-      { command: 'kiln ps --format json c1', does: 'their pids' },
+      { command: 'kiln ps c1', does: 'the processes of c1, as "ps -ef" has them, with their pids in the guest' },
+      { command: 'kiln ps --format json c1', does: 'pids on the host: of c1, and of each exec' },
     ],
-    notes: ['Pids are those of the guest. The pid that "state" tells is the host’s, and another one.'],
+    notes: ['The pid that "state" tells is the host’s. In the guest the container’s process has another one.'],
   },
   events: {
     examples: [

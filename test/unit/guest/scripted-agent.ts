@@ -129,6 +129,7 @@ export class ScriptedAgent {
         call.resume();
         call.on('end', () => done(null, {}));
       },
+      readProcesses: (_call, done) => done(null, { processes: [] }),
       writeStdin: (call, done) => {
         call.on('data', (message: WriteStdinRequest) => this.stdin.push(message.data));
         call.on('end', () => done(null, {}));

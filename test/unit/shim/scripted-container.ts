@@ -1,6 +1,6 @@
 /** A container without a VM: it follows Kiln's state machine, and a test decides what happens when. */
 import type { LimitResources } from '../../../src/oci/limits.ts';
-import type { ContainerProcess, ContainerStats } from '../../../src/sandbox/container.ts';
+import type { ContainerProcess, ContainerStats, ProcessDetails } from '../../../src/sandbox/container.ts';
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
 import { OomReport } from '../../../src/sandbox/oom.ts';
 import {
@@ -187,6 +187,11 @@ export class ScriptedContainer extends ScriptedProcess implements TaskContainer 
     const running = this.execs.filter(({ state }) => state.kind === 'running');
     const named = running.map(({ pid, request }) => ({ pid, execId: request.execId }));
     return [{ pid: this.pid, execId: '' }, { pid: 7, execId: '' }, ...named];
+  }
+
+  async processTable(): Promise<readonly ProcessDetails[]> {
+    const same = { ppid: 1, uid: 5, startedAt: new Date(1000), cpuMs: 20, tty: 'pts/0' };
+    return [{ pid: 100, ...same, command: `init of ${this.id}` }];
   }
 
   delete(): Promise<Exit> {

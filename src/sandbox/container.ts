@@ -9,10 +9,12 @@ import type { Timeline } from '../observe/timeline.ts';
 import type { LimitResources } from '../oci/limits.ts';
 import type { Changes } from './changes.ts';
 import { type ContainerFiles, filesOf } from './container-files.ts';
-import { Exec, type ExecHost, type ExecRequest } from './exec.ts';
+import type { Exec, ExecRequest } from './exec.ts';
+import { Execs } from './execs.ts';
 import { faultPoint } from './faults.ts';
 import type { ContainerHooks, HookPlan } from './hooks.ts';
 import { deleteDrainMs, destroyGraceMs, killLimitMs, outputGraceMs } from './limits.ts';
+import { OccupiedVm } from './occupied-vm.ts';
 import { OomReport } from './oom.ts';
 import { Positions } from './positions.ts';
 import { ProcessIo } from './process-io.ts';
@@ -32,7 +34,7 @@ import {
 import { type ContainerRecord, writeContainerRecord } from './record.ts';
 import type { ContainerRequest, Resources } from './resources.ts';
 import { updateLimits } from './update.ts';
-import { sigkill, statusOfVmEnd, vmKilledStatus } from './vm-end.ts';
+import { sigkill } from './vm-end.ts';
 import { WaitableCell } from './waitable-cell.ts';
 
 export type { ContainerStats, ProcessDetails };
@@ -78,9 +80,8 @@ export class Container {
   readonly #logger: Logger;
   readonly #directory: string;
   readonly #io: ProcessIo;
-  readonly #execs = new Map<string, Exec>();
-  /** Exec'd processes that are deleted and that the guest is still to forget, by exec id. */
-  readonly #forgetting = new Map<string, Promise<void>>();
+  readonly #execs: Execs;
+  readonly #vm: OccupiedVm;
   #starting: Promise<void> = Promise.resolve();
   /** The init process has ended; its output may still be on its way. */
   #exited = false;
@@ -90,8 +91,6 @@ export class Container {
   #updating: Promise<unknown> = Promise.resolve();
   /** Set when we end the container ourselves, so that its VM's end is nothing to report. */
   #destruction: Promise<void> | undefined;
-  /** The exit status of everything in a guest that was lost; set when somebody has noticed. */
-  #lost: Promise<number> | undefined;
   /** Settled when output, guest and VM are done with; set before `exit`. Never rejects. */
   #woundUp: Promise<void> | undefined;
 
@@ -117,6 +116,18 @@ export class Container {
       positions: new Positions(path.join(directory, 'positions')),
       report: this.#report,
     });
+    this.#vm = new OccupiedVm(resources, {
+      logger: parts.logger,
+      report: this.#report,
+      endIsWanted: () => this.#destruction !== undefined,
+    });
+    this.#execs = new Execs({
+      id,
+      guest: resources.sandbox.guest,
+      requireExecable: () => requireExecable(this.#name, this.#state),
+      lostStatus: () => this.#vm.lostStatus(),
+      report: this.#report,
+    });
     this.#save();
     resources.tenancy.enter({ id, pid: this.pid, quit: () => this.#endInGuest() });
     void this.#watchOom();
@@ -138,9 +149,7 @@ export class Container {
 
   /** One that an earlier kilnd has started, and that runs in the guest as `pid`. */
   async adoptExec(request: ExecRequest, pid: number): Promise<Exec> {
-    const exec = await Exec.adopt(this.#execHost(request.execId), request, pid);
-    this.#execs.set(request.execId, exec);
-    return exec;
+    return this.#execs.adopt(request, pid);
   }
 
   /** Runs the user's program. When it fails, the program has not run, as far as the guest has told. */
@@ -187,7 +196,7 @@ export class Container {
       }
       // The VM has ended, or will have in a moment.
       if (code === 'unavailable') {
-        void this.#lostStatus(error);
+        void this.#vm.lostStatus(error);
         await this.exit.wait();
       }
       // The guest knows of the end already, while we still deliver the output.
@@ -210,37 +219,14 @@ export class Container {
   /** SIGKILL for a guest that does not do it. */
   async #killByVm(cause: unknown): Promise<void> {
     this.#report(cause, 'cannot kill the container, so its VM is ended');
-    await this.#endVm();
+    await this.#vm.end();
     await this.exit.wait();
   }
 
   /** Registers one more process; it runs when it is started. The caller keeps its exec id unique, and deletes it. */
   exec(request: ExecRequest): Exec {
     requireExecable(this.#name, this.#state);
-    const exec = new Exec(this.#execHost(request.execId), request);
-    this.#execs.set(request.execId, exec);
-    return exec;
-  }
-
-  #execHost(execId: string): ExecHost {
-    return {
-      id: this.id,
-      guest: this.#resources.sandbox.guest,
-      requireExecable: () => requireExecable(this.#name, this.#state),
-      lostStatus: () => this.#lostStatus(),
-      deleted: () => this.#execs.delete(execId),
-      forget: (process) => this.#forget(process),
-      forgotten: async () => this.#forgetting.get(execId),
-      report: this.#report,
-    };
-  }
-
-  #forget({ id, execId }: ProcessRef): void {
-    const forgetting = this.#resources.sandbox.guest
-      .removeProcess({ id, execId })
-      .catch((error: unknown) => this.#report(error, 'cannot remove the process from the guest'))
-      .finally(() => this.#forgetting.delete(execId));
-    this.#forgetting.set(execId, forgetting);
+    return this.#execs.add(request);
   }
 
   /** Writes down what the next kilnd needs, should this one be killed. */
@@ -381,7 +367,7 @@ export class Container {
     // For the sake of a pod's other containers a little more.
     const graceMs = this.#resources.tenancy.shared ? killLimitMs : destroyGraceMs;
     await Promise.race([ended, delay(graceMs, undefined, { ref: false })]);
-    if (this.exit.peek() === undefined || !this.#resources.tenancy.shared) await this.#endVm();
+    if (this.exit.peek() === undefined || !this.#resources.tenancy.shared) await this.#vm.end();
     await this.exit.wait();
     await this.#windUp();
     await this.#disposal.disposeAsync();
@@ -404,13 +390,13 @@ export class Container {
       if (error instanceof KilnError && error.code === 'not-found') return;
       // There is nothing in it yet that would be lost.
       this.#report(error, 'cannot kill the container, so its VM is ended');
-      await this.#endVm();
+      await this.#vm.end();
     }
   }
 
   /** After the exit: what is left of the output is dropped; resolves when its filesystems are flushed and its VM gone. */
   async #windUp(): Promise<void> {
-    await Promise.all([this.#io.dispose(), ...Array.from(this.#execs.values(), (exec) => exec.release())]);
+    await Promise.all([this.#io.dispose(), this.#execs.release()]);
     await this.#woundUp;
   }
 
@@ -418,7 +404,7 @@ export class Container {
   async #supervise(): Promise<void> {
     const { standIn } = this.#resources;
     const { status, written, stats } = await this.#awaitExit();
-    const vmLives = this.#lost === undefined;
+    const vmLives = !this.#vm.isLost;
     this.#exited = true;
     this.timeline.mark('exited');
     const exit: Exit = { status, at: new Date() };
@@ -428,17 +414,16 @@ export class Container {
     this.oom.close();
     await this.#starting;
     // No process outlives the init, whose end has killed the others.
-    await Promise.all(Array.from(this.#execs.values(), (exec) => exec.ended()));
+    await this.#execs.ended();
     // Whoever hears of the end may look at once.
     if (vmLives) await this.#changes?.ended();
     // The stand-in lives exactly as long as the task: `kill -0` on its pid must fail once the exit is known, and not before.
     await standIn.kill();
     this.#state = afterExit(this.#state, exit);
-    const execs = Array.from(this.#execs.values(), (exec) => exec.drained);
-    const removed = Promise.all([this.#io.drained, ...execs]).then(() =>
-      vmLives ? this.#removeFromGuest() : undefined,
+    const removed = Promise.all([this.#io.drained, this.#execs.drained()]).then(() =>
+      vmLives ? this.#vm.removeContainer(this.id) : undefined,
     );
-    this.#woundUp = removed.then(() => this.#leaveVm());
+    this.#woundUp = removed.then(() => this.#vm.leave());
     this.exit.set(exit);
     this.#save();
   }
@@ -474,52 +459,7 @@ export class Container {
     try {
       return await this.#resources.sandbox.guest.waitExit(this.#init);
     } catch (error) {
-      return { status: await this.#lostStatus(error), written: { stdout: undefined, stderr: undefined } };
-    }
-  }
-
-  /** The exit status of whatever was in the guest when it was lost; a VM that lives on without its agent is ended. */
-  #lostStatus(cause?: unknown): Promise<number> {
-    this.#lost ??= this.#awaitVmEnd(cause);
-    return this.#lost;
-  }
-
-  async #awaitVmEnd(cause: unknown): Promise<number> {
-    const { sandbox, tenancy } = this.#resources;
-    const end = await sandbox.end();
-    const wanted = tenancy.wasEnded;
-    const level = this.#destruction === undefined && !wanted ? 'error' : 'debug';
-    this.#logger[level]({ err: cause, ...end }, 'the VM ended while the container was alive');
-    return wanted ? vmKilledStatus : statusOfVmEnd(end);
-  }
-
-  /** Flushes the container's filesystems. */
-  async #removeFromGuest(): Promise<void> {
-    try {
-      await this.#resources.sandbox.guest.removeContainer(this.id, {
-        force: true,
-        guestEnds: !this.#resources.tenancy.shared,
-      });
-    } catch (error) {
-      this.#logger.warn({ err: error }, 'the guest did not remove the container: its last writes may be lost');
-    }
-  }
-
-  /** Gives back what it has of the VM: all its memory, or its disks in a pod's. Never rejects. */
-  async #leaveVm(): Promise<void> {
-    try {
-      await this.#resources.tenancy[Symbol.asyncDispose]();
-    } catch (error) {
-      this.#report(error, 'cannot give back what the container had of its VM');
-    }
-  }
-
-  /** Ends the VM, which may be a pod's. Never rejects. */
-  async #endVm(): Promise<void> {
-    try {
-      await this.#resources.sandbox[Symbol.asyncDispose]();
-    } catch (error) {
-      this.#report(error, 'cannot end the VM');
+      return { status: await this.#vm.lostStatus(error), written: { stdout: undefined, stderr: undefined } };
     }
   }
 

@@ -28,7 +28,7 @@ const userOpaqueXattr = 'user.overlay.opaque';
 
 /** The smallest file that a guest's filesystem has room for, in bytes: so many files can a disk have, and names of them. */
 const bytesPerFile = 4096;
-const leastFiles = 65_536;
+const leastFiles = 16_384;
 
 /** Extended attributes that are a file's own. Nothing else of a guest's becomes an attribute on the host. */
 const ownXattr = /^(user\.(?!overlay\.)|security\.capability$|system\.posix_acl_(access|default)$)/;

@@ -1,7 +1,7 @@
 /** The store: what is made once, what is shared, what is found again, and what goes away. */
 import { existsSync, mkdirSync, readFileSync, renameSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs';
 import { describe, expect, test } from 'vitest';
-import { planRootfs, type RootfsPlan, RootfsStore } from '../../../src/rootfs/index.ts';
+import { planRootfs, type RootfsPlan, RootfsStore, SnapshotUpper } from '../../../src/rootfs/index.ts';
 import { mustRun } from '../../support/spawn.ts';
 import {
   at,
@@ -57,15 +57,18 @@ describe.skipIf(!isRoot)('RootfsStore', () => {
       expect(await store.collectGarbage()).toEqual([first.lower.file]);
     });
 
-    test('has what somebody put into the snapshot on the host before the start, and is then for one container', async () => {
+    test('is of the layers alone, and shared; what somebody put into the snapshot comes as files, with what is gone', async () => {
       const plan = container('10');
-      writeFileSync(at('snapshots/10/fs/copied-in'), 'x');
-      await sh(at('snapshots/10/fs'), 'mknod from-1 c 0 0');
-      const store = new RootfsStore({ cacheDir: cache() });
-      const rootfs = await store.prepare(plan, options);
-      expect(await paths(rootfs.lower.file)).toEqual(['', '/copied-in', '/from-2']);
-      await rootfs.release();
-      expect(imagesIn(cache())).toEqual([]);
+      const before = await new RootfsStore({ cacheDir: cache() }).prepare(plan, options);
+      await before.release();
+      await sh(at('snapshots/10/fs'), 'echo x >copied-in; mknod from-1 c 0 0');
+      await using rootfs = await new RootfsStore({ cacheDir: cache() }).prepare(plan, options);
+      expect(rootfs.lower.file).toBe(before.lower.file);
+      using edits = await new SnapshotUpper(plan.upper!).edits();
+      const pieces: Buffer[] = [];
+      for await (const piece of edits!.stream) pieces.push(piece);
+      const { stdout } = await mustRun('tar', ['-tf', '-'], { stdin: Buffer.concat(pieces) });
+      expect(stdout.toString()).toBe('./\n./copied-in\n./from-1\n');
     });
 
     test('of a writable directory is made afresh for each create and goes with it', async () => {

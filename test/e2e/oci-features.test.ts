@@ -78,7 +78,7 @@ it('a container has everything that `kiln features` claims', async () => {
 it('a container has namespaces of users and of time', async () => {
   const mapping = [{ containerID: 0, hostID: 100_000, size: 65_536 }];
   const bundle = await stage.bundle({
-    args: ['sh', '-c', 'cat /proc/self/uid_map; readlink /proc/self/ns/time /proc/1/ns/time'],
+    args: ['sh', '-c', 'cat /proc/self/uid_map; readlink /proc/self/ns/time'],
   });
   const file = join(bundle.directory, 'config.json');
   const config = JSON.parse(readFileSync(file, 'utf8'));

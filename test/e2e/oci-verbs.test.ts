@@ -99,7 +99,9 @@ describe('kiln', () => {
     }
 
     const execPid = join(stage.dir, 'exec.pid');
-    await stage.must(['exec', '--detach', '--user', '5', '--pid-file', execPid, id, 'sleep', '2000']);
+    // It keeps the standard streams that it is given.
+    const detached = [stage.kiln, 'exec', '--detach', '--user', '5', '--pid-file', execPid, id, 'sleep', '2000'];
+    execFileSync(detached[0] ?? '', detached.slice(1), { env: stage.env, stdio: 'ignore' });
     const shown = await stage.must(['ps', id]);
     expect(shown).toMatch(/^UID +PID +PPID +C +STIME +TTY +TIME +CMD\n0 .* sleep 1000\n/);
     expect(shown).toMatch(/^5 .* sleep 2000$/m);

@@ -57,7 +57,7 @@ describe('kiln', () => {
         '64g',
         /a memory limit of 65536 MiB is more than the \d+ MiB that the container's virtual machine has/,
       ],
-      ['--cpuset-cpus', '7', /CPU 7 of "7" does not exist/],
+      ['--cpuset-cpus', '7', /CPU 7 of ."7." does not exist/],
       ['--cpu-rt-period', '5', /cgroup v2, which the guest uses, has no such limit/],
       ['--memory', 'lots', /invalid value for memory: lots/],
     ] as const) {

@@ -21,6 +21,7 @@ import {
   removeGroup,
   wordsOf,
 } from './cgroups.ts';
+import { isEnding } from './process-identity.ts';
 import { replaceFile } from './replace-file.ts';
 import { requireSystemd, type ScopeName, type SystemdHost, scopeOf, startScope, systemdHost } from './systemd-scope.ts';
 
@@ -223,15 +224,23 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
  * as the rest of its pod, stays. Never rejects.
  */
 export async function clearControlGroup(directory: string, logger: Logger): Promise<void> {
+  // Processes leave it a little after their end; all groups together have the time.
+  const deadline = performance.now() + removalLimitMs;
   try {
     for (const group of readRecord(directory)?.made ?? []) {
-      await removeGroup(group, 0).catch((error: NodeJS.ErrnoException) => {
+      const limitMs = hasOthers(group) ? 0 : Math.max(0, deadline - performance.now());
+      await removeGroup(group, limitMs).catch((error: NodeJS.ErrnoException) => {
         if (error.code !== 'EBUSY') throw error;
       });
     }
   } catch (error) {
     logger.warn({ err: forLog(error), directory }, 'a control group of an earlier kilnd stays');
   }
+}
+
+/** Whether a process that goes on is in the group. */
+function hasOthers(group: string): boolean {
+  return wordsOf(group, 'cgroup.procs').some((pid) => !isEnding(Number(pid)));
 }
 
 function writeRecord(directory: string, record: GroupRecord): void {

@@ -109,13 +109,14 @@ export class OciRuntime {
   }
 
   /** One that nobody knows of any more has stopped: its virtual machine is gone. */
-  async status({ id, address }: ContainerState): Promise<TaskStatus> {
+  async status({ id, pid, address }: ContainerState): Promise<TaskStatus> {
     using task = new TaskClient(address);
     try {
       return await task.status(this.#name(id).id);
     } catch (error) {
       const { code } = KilnError.from(error);
-      if (code === 'not-found' || code === 'unavailable') return 'stopped';
+      // While its process is there, so is the container: then it is kilnd that cannot be had.
+      if (code === 'not-found' || (code === 'unavailable' && !runs(pid))) return 'stopped';
       throw error;
     }
   }
@@ -275,8 +276,7 @@ function notRunning(): KilnError {
 function terminalKind(wanted: boolean, { consoleSocket, foreground }: TerminalOptions): string {
   if (!wanted) {
     if (consoleSocket === undefined) return 'none';
-    const message = 'cannot use console socket if runc will not detach or allocate tty';
-    throw new KilnError('invalid-argument', message.replace('runc', 'kiln'));
+    throw new KilnError('invalid-argument', 'cannot use console socket if kiln will not detach or allocate tty');
   }
   if (consoleSocket !== undefined) return path.resolve(consoleSocket);
   if (!foreground) {

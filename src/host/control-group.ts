@@ -124,7 +124,7 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
       .filter((group) => !existsSync(group));
     const record = { ...plan, made };
     // Before the groups, so that they are found whenever this kilnd is killed.
-    writeRecord(directory, record);
+    writeRecord(directory, record, logger);
     await using stack = new AsyncDisposableStack();
     const group = stack.use(new HostControlGroup(record, logger, host));
     // Else systemd makes it, with the first process.
@@ -146,7 +146,7 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
 
   /** The same group for one more container, which may outlive the others. */
   share(directory: string): HostControlGroup {
-    writeRecord(directory, this.#record);
+    writeRecord(directory, this.#record, this.#logger);
     return new HostControlGroup(this.#record, this.#logger, this.#host, this.#entered);
   }
 
@@ -243,8 +243,13 @@ function hasOthers(group: string): boolean {
   return wordsOf(group, 'cgroup.procs').some((pid) => !isEnding(Number(pid)));
 }
 
-function writeRecord(directory: string, record: GroupRecord): void {
-  replaceFile(path.join(directory, recordName), JSON.stringify(record));
+/** What cannot be written down is lost only if this kilnd is killed: no reason to fail the container now. */
+function writeRecord(directory: string, record: GroupRecord, logger: Logger): void {
+  try {
+    replaceFile(path.join(directory, recordName), JSON.stringify(record));
+  } catch (error) {
+    logger.error({ err: forLog(error) }, 'cannot write down the control group: it would stay after a killed kilnd');
+  }
 }
 
 function readRecord(directory: string): GroupRecord | undefined {

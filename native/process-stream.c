@@ -50,17 +50,21 @@ static void drain(struct stream *stream)
 	stream->begin = count < 0 ? stream->end : stream->begin + (size_t)count;
 }
 
-bool carry(struct stream *stream, short from_events, short to_events)
+void carry(struct stream *stream, short from_events, short to_events)
 {
-	bool open = stream->to >= 0;
 	if (from_events != 0 && reads_wanted(stream))
 		fill(stream);
 	if (to_events != 0 && writes_wanted(stream))
 		drain(stream);
-	if (open && stream->ended && stream->begin == stream->end) {
-		close(stream->to);
-		stream->to = -1;
-		return true;
-	}
-	return false;
+}
+
+bool is_done(const struct stream *stream)
+{
+	return stream->to >= 0 && stream->ended && stream->begin == stream->end;
+}
+
+void close_end(struct stream *stream)
+{
+	close(stream->to);
+	stream->to = -1;
 }

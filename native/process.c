@@ -40,6 +40,11 @@
 
 /* How long output may still come after the exit was told, in ms; kilnd has delivered it before. */
 #define OUTPUT_LIMIT_MS 10000
+/*
+ * How long an output that has ended stays open for those who read it, in ms. A process's outputs end with it, and callers
+ * take the one for the other: conmon's own would be told of the end of both at once.
+ */
+#define OUTPUT_LINGER_MS 1000
 /* How long kilnd may take to forget an exec, in ms. */
 #define DELETE_LIMIT_MS 2000
 
@@ -179,11 +184,13 @@ static void on_signal(int fd)
 /* Until the process in the guest has ended, and all that it wrote is written. */
 static int follow(int signals)
 {
-	int status = 0, limit = -1;
+	int status = 0;
 	bool ended = false;
 	send_wait(&task);
 	tell_size();
-	while (!ended || out.to >= 0 || err.to >= 0) {
+	while (!ended || (out.to >= 0 && !is_done(&out)) || (err.to >= 0 && !is_done(&err))) {
+		bool lingers = is_done(&out) || is_done(&err);
+		int limit = ended ? OUTPUT_LIMIT_MS : lingers ? OUTPUT_LINGER_MS : -1;
 		struct pollfd fds[] = {
 			{.fd = ended ? -1 : signals, .events = POLLIN},
 			{.fd = ended ? -1 : task.fd, .events = POLLIN},
@@ -197,16 +204,25 @@ static int follow(int signals)
 		int count = poll(fds, sizeof fds / sizeof *fds, limit);
 		if (count < 0 && errno == EINTR)
 			continue;
-		if (count <= 0)
+		if (count <= 0 && ended)
 			break;
+		if (count <= 0) {
+			/* It has closed them, and goes on. */
+			if (is_done(&out))
+				close_end(&out);
+			if (is_done(&err))
+				close_end(&err);
+			continue;
+		}
 		if (fds[0].revents)
 			on_signal(signals);
-		if (fds[1].revents && read_exit(&task, &status)) {
+		if (fds[1].revents && read_exit(&task, &status))
 			ended = true;
-			limit = OUTPUT_LIMIT_MS;
-		}
-		if (carry(&in, fds[2].revents, fds[3].revents))
+		carry(&in, fds[2].revents, fds[3].revents);
+		if (is_done(&in)) {
+			close_end(&in);
 			send_stdin_end(&task);
+		}
 		carry(&out, fds[4].revents, fds[5].revents);
 		carry(&err, fds[6].revents, fds[7].revents);
 	}

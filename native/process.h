@@ -23,8 +23,14 @@ struct stream {
 short reads_wanted(const struct stream *stream);
 short writes_wanted(const struct stream *stream);
 
-/* Carries what can be carried without waiting. True when it has just come to its end: all is written, `to` is closed. */
-bool carry(struct stream *stream, short from_events, short to_events);
+/* Carries what can be carried without waiting. */
+void carry(struct stream *stream, short from_events, short to_events);
+
+/* All is written that ever comes, and `to` is still open. */
+bool is_done(const struct stream *stream);
+
+/* Closes `to`. */
+void close_end(struct stream *stream);
 
 /* The task service of the container, at the other end of a connected socket. */
 struct task {

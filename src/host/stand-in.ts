@@ -54,15 +54,20 @@ export async function startStandIn(options: StandInOptions): Promise<HelperProce
 }
 
 /**
- * A process of the caller's as the stand-in, which ends the container by its own end; undefined when it has ended. To kill
- * it is not Kiln's business as long as it has output to write.
+ * A process of the caller's as the stand-in, which ends the container by its own end; undefined when it has ended. When it is
+ * to be killed because the container has ended, it is left to end by itself: it may have output to write. One whose container
+ * never came is killed.
  */
 export function adoptCallersStandIn(identity: ProcessIdentity, directory: string): StandIn | undefined {
   const adopted = adoptHelper(identity, { directory, logName: standInLogName });
   if (adopted === undefined) return undefined;
+  let knowsOfEnd = false;
+  const kill = async () => {
+    knowsOfEnd = true;
+  };
   const endInTime = async () => {
-    await Promise.race([adopted.exited, delay(callersEndLimitMs, undefined, { ref: false })]);
+    if (knowsOfEnd) await Promise.race([adopted.exited, delay(callersEndLimitMs, undefined, { ref: false })]);
     await adopted.kill();
   };
-  return { ...adopted, callers: true, kill: async () => {}, [Symbol.asyncDispose]: endInTime };
+  return { ...adopted, callers: true, kill, [Symbol.asyncDispose]: endInTime };
 }

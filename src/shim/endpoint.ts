@@ -69,7 +69,9 @@ export class Endpoint {
       ...options,
       createContainer: async (request, signal) => {
         if (this.#sandbox.busy) throw new KilnError('already-exists', `${id} is a sandbox`);
-        return createContainer(request, signal);
+        const container = await createContainer(request, signal);
+        void container.exit.wait().then(() => this.#letRelayGo());
+        return container;
       },
       save: (state) => {
         this.#state = state;
@@ -91,7 +93,10 @@ export class Endpoint {
       { ...this.#service.table(), ...this.#sandbox.table(), ...processTable((id) => this.#service.containerOf(id)) },
       {
         toStatus: toTtrpcStatus,
-        onClose: options.onQuiet,
+        onClose: () => {
+          this.#letRelayGo();
+          options.onQuiet();
+        },
         maxConcurrentRequests,
       },
     );
@@ -153,8 +158,17 @@ export class Endpoint {
     this.#sandboxState = state.sandbox;
     if (state.sandbox === undefined) {
       await this.#service.restore(state, before, state.create && adopt.task(signal));
+      void this.container?.exit.wait().then(() => this.#letRelayGo());
     } else await this.#sandbox.restore(state.sandbox, toSandboxBefore(before), adopt.sandbox(signal));
     this.#options.onQuiet();
+  }
+
+  /**
+   * Whoever calls Kiln as an OCI runtime may be the relay's parent, and wait for it as for any child of its own before it
+   * asks for the container's removal: conmon does.
+   */
+  #letRelayGo(): void {
+    if (this.#service.isOver && this.#ttrpc.connectionCount === 0) this.#keeper?.end();
   }
 
   #save(): void {

@@ -7,6 +7,7 @@ import { parseLimitResources } from '../oci/limits.ts';
 import { type CallContext, type ServiceTable, unary } from '../rpc/ttrpc/index.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
 import { told } from './answers.ts';
+import { createOptionsOf } from './create-options.ts';
 import { hostCgroupMode, toMetrics } from './metrics.ts';
 import { toTaskStatus, toTimestamp } from './status.ts';
 import {
@@ -141,6 +142,11 @@ export class TaskService {
       if (state.stdinClosed.includes(tracked.execId)) this.#closeStdin(tracked);
       this.#events.followExit(task, tracked);
     }
+  }
+
+  /** A container of Kiln's own command line that has ended: what is still asked of it needs no connection. */
+  get isOver(): boolean {
+    return this.#task?.ofCommandLine === true && this.#task.container.exit.peek() !== undefined;
   }
 
   /** True while there is something that must not be lost. */
@@ -280,6 +286,7 @@ export class TaskService {
   /** From here on the task is there. */
   #hold(container: TaskContainer, request: TaskRequest): Task {
     const task: Task = {
+      ofCommandLine: createOptionsOf(request) !== undefined,
       container,
       bundle: request.bundle,
       init: track('', container, request, encodeCreate(request)),

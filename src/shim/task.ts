@@ -80,6 +80,8 @@ export interface EndedProcess {
 }
 
 export interface Task {
+  /** Kiln's own command line has made it. */
+  readonly ofCommandLine: boolean;
   readonly container: TaskContainer;
   readonly bundle: string;
   readonly init: Tracked;

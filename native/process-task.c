@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include "process.h"
+#include "ttrpc.h"
 
 #include <errno.h>
 #include <string.h>
@@ -43,17 +44,6 @@ static void put_bytes(struct message *message, unsigned field, const void *data,
 	message->length += length;
 }
 
-static void put_u32(unsigned char *at, uint32_t value)
-{
-	for (int i = 0; i < 4; i++)
-		at[i] = (unsigned char)(value >> (24 - 8 * i));
-}
-
-static uint32_t get_u32(const unsigned char *at)
-{
-	return (uint32_t)at[0] << 24 | (uint32_t)at[1] << 16 | (uint32_t)at[2] << 8 | at[3];
-}
-
 int connect_task(const char *path)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -88,8 +78,8 @@ static void call(struct task *task, const char *method, const struct message *pa
 	put_bytes(&request, 1, service, sizeof service - 1);
 	put_bytes(&request, 2, method, strlen(method));
 	put_bytes(&request, 3, payload->bytes, payload->length);
-	put_u32(request.bytes, (uint32_t)request.length - 10);
-	put_u32(request.bytes + 4, task->next_stream);
+	write_u32(request.bytes, (uint32_t)request.length - 10);
+	write_u32(request.bytes + 4, task->next_stream);
 	request.bytes[8] = REQUEST;
 	request.bytes[9] = 0;
 	task->next_stream += 2;
@@ -140,24 +130,12 @@ void send_stdin_end(struct task *task)
 	call(task, "CloseIO", &payload);
 }
 
-static bool get_varint(const unsigned char **at, const unsigned char *end, uint64_t *value)
-{
-	*value = 0;
-	for (int shift = 0; shift < 64 && *at < end; shift += 7) {
-		unsigned char byte = *(*at)++;
-		*value |= (uint64_t)(byte & 0x7f) << shift;
-		if ((byte & 0x80) == 0)
-			return true;
-	}
-	return false;
-}
-
 /* Finds a field in a message that has numbers and bytes only. False where there is none. */
 static bool find_field(const unsigned char *at, const unsigned char *end, unsigned field, uint64_t *value,
 		       const unsigned char **data)
 {
 	uint64_t key;
-	while (at < end && get_varint(&at, end, &key) && get_varint(&at, end, value)) {
+	while (at < end && read_varint(&at, end, &key) && read_varint(&at, end, value)) {
 		bool bytes = (key & 7) == 2;
 		if ((!bytes && (key & 7) != 0) || (bytes && *value > (uint64_t)(end - at)))
 			return false;
@@ -184,7 +162,7 @@ static int status_in(const unsigned char *at, const unsigned char *end)
 
 static bool on_frame(struct task *task, int *status)
 {
-	bool told = get_u32(task->header + 4) == task->awaited && task->header[8] == RESPONSE;
+	bool told = read_u32(task->header + 4) == task->awaited && task->header[8] == RESPONSE;
 	if (told)
 		*status = status_in(task->body, task->body + task->body_length);
 	task->header_length = 0;
@@ -205,7 +183,7 @@ bool read_exit(struct task *task, int *status)
 		if (task->header_length < sizeof task->header) {
 			task->header[task->header_length++] = chunk[i];
 			task->body_length = 0;
-			task->body_size = get_u32(task->header);
+			task->body_size = read_u32(task->header);
 			if (task->header_length < sizeof task->header || task->body_size > 0)
 				continue;
 		} else {

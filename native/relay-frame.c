@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include "relay.h"
+#include "ttrpc.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -13,32 +14,6 @@
 
 #define FIRST_ROOM 512	   /* bytes reserved for a frame before its data is here */
 #define MESSAGE_LIMIT 1024 /* bytes of an error's text */
-
-static uint32_t read_u32(const unsigned char *at)
-{
-	return (uint32_t)at[0] << 24 | (uint32_t)at[1] << 16 | (uint32_t)at[2] << 8 | at[3];
-}
-
-static void write_u32(unsigned char *at, uint32_t value)
-{
-	at[0] = (unsigned char)(value >> 24);
-	at[1] = (unsigned char)(value >> 16);
-	at[2] = (unsigned char)(value >> 8);
-	at[3] = (unsigned char)value;
-}
-
-/* A varint; false beyond the end, or above 64 bits. */
-static bool read_varint(const unsigned char **at, const unsigned char *end, uint64_t *value)
-{
-	*value = 0;
-	for (int shift = 0; shift < 64 && *at < end; shift += 7) {
-		unsigned char byte = *(*at)++;
-		*value |= (uint64_t)(byte & 0x7f) << shift;
-		if ((byte & 0x80) == 0)
-			return true;
-	}
-	return false;
-}
 
 /* Whether field 2 of the Request, the method, is "Wait". What cannot be read is no Wait: kilnd refuses it at once. */
 static bool is_wait(const unsigned char *at, const unsigned char *end)

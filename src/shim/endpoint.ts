@@ -35,9 +35,9 @@ export interface Adopting {
 }
 
 /**
- * What containerd takes for one shim: the task service of one container, or the sandbox service of one pod. It exists from the launcher's `start` to its
- * `delete`; connections may come and go meanwhile (containerd restarts). Its socket, and containerd's connections, belong
- * to a relay, which hands each connection over as a session, so that they outlive this kilnd.
+ * What containerd takes for one shim: the task service of one container, or the sandbox service of one pod. It exists from
+ * the launcher's `start` to its `delete`; connections may come and go meanwhile (containerd restarts). Its socket, and
+ * containerd's connections, belong to a relay, which hands each connection over as a session, so that they outlive this kilnd.
  */
 export class Endpoint {
   readonly socketPath: string;

@@ -104,7 +104,8 @@ describe('a guest in QEMU', () => {
     await expect(vm.attachDisk('rw1', writable)).rejects.toThrow(/writable behind drive slot rw1: .*lock/);
     await vm.attachDisk('rw1', workspace.file('other', Buffer.alloc(1 << 20)));
 
-    // Either may be first.
+    // Either may be first. A stream that holds what nobody has read never closes: the agent speaks first.
+    agent.resume();
     const closed = new Promise((resolve) => agent.once('close', resolve));
     process.kill(vm.pid, 'SIGKILL');
     const exit = await vm.wait();

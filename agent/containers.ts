@@ -378,6 +378,11 @@ export class Containers {
     return this.#containers.get(id)?.made?.controls?.stats();
   }
 
+  /** Follows who of the container is killed for want of memory; undefined where it has no control group of its own. */
+  followOom(id: string, onKills: (kills: bigint) => void): Disposable | undefined {
+    return this.#containers.get(id)?.made?.controls?.followOom(onKills);
+  }
+
   /** The verbs on its control group, for an action that these states allow. */
   controls(id: string, action: string, ...allowed: State['kind'][]): Controls {
     const { state, made } = this.#get(id);

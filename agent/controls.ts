@@ -5,7 +5,7 @@ import type { CgroupFile, Mount, ReadStatsResponse } from '../gen/kiln/agent/v1/
 import { Freezer } from './freezer.ts';
 import { setLimits } from './limits.ts';
 import { flushAll } from './mounts.ts';
-import { type OomSink, OomWatch } from './oom.ts';
+import { OomWatch } from './oom.ts';
 import { readStats } from './stats.ts';
 import type { Volumes } from './volumes.ts';
 
@@ -51,8 +51,9 @@ export class Controls implements Disposable {
     return setLimits(this.#cgroup, files);
   }
 
-  watchOom(sink: OomSink): void {
-    this.#oom.relayTo(sink);
+  /** See `OomWatch.follow`. */
+  followOom(onKills: (kills: bigint) => void): Disposable {
+    return this.#oom.follow(onKills);
   }
 
   [Symbol.dispose](): void {

@@ -8,17 +8,10 @@
 import { join } from 'node:path';
 import { parseFlatKeyed, readIfThere, watchFile } from './cgroup-file.ts';
 
-/** The part of a gRPC server stream that is used here. */
-export interface OomSink {
-  write(message: { kills: bigint }): unknown;
-  end(): void;
-  on(event: 'cancelled' | 'close', listener: () => void): unknown;
-}
-
 export class OomWatch implements Disposable {
   readonly #file: string;
   readonly #watch: Disposable;
-  readonly #sinks = new Map<OomSink, bigint>();
+  readonly #told = new Map<(kills: bigint) => void, bigint>();
 
   /** @param cgroup the group's directory; it exists */
   constructor(cgroup: string) {
@@ -26,27 +19,24 @@ export class OomWatch implements Disposable {
     this.#watch = watchFile(this.#file, () => this.#tell());
   }
 
-  /** Sends the number of killed processes whenever it has grown; at once if it is not 0. Ends the sink with the watch. */
-  relayTo(sink: OomSink): void {
-    this.#sinks.set(sink, 0n);
-    const leave = () => this.#sinks.delete(sink);
-    sink.on('cancelled', leave);
-    sink.on('close', leave);
+  /** Calls `onKills` with the number of killed processes whenever it has grown, until disposed; at once if it is not 0. */
+  follow(onKills: (kills: bigint) => void): Disposable {
+    this.#told.set(onKills, 0n);
     this.#tell();
+    return { [Symbol.dispose]: () => void this.#told.delete(onKills) };
   }
 
   #tell(): void {
     const kills = parseFlatKeyed(readIfThere(this.#file) ?? '').oom_kill ?? 0n;
-    for (const [sink, told] of this.#sinks) {
+    for (const [onKills, told] of this.#told) {
       if (kills <= told) continue;
-      this.#sinks.set(sink, kills);
-      sink.write({ kills });
+      this.#told.set(onKills, kills);
+      onKills(kills);
     }
   }
 
   [Symbol.dispose](): void {
     this.#watch[Symbol.dispose]();
-    for (const sink of this.#sinks.keys()) sink.end();
-    this.#sinks.clear();
+    this.#told.clear();
   }
 }

@@ -8,6 +8,7 @@ import {
   OutputStream,
   type ReadOutputRequest,
   type ReadOutputResponse,
+  WaitProcessResponse,
   type WriteStdinRequest,
 } from '../gen/kiln/agent/v1/agent.ts';
 import { FramedMessage, framePrefix } from '../src/rpc/grpc/framed-message.ts';
@@ -145,16 +146,28 @@ export function createService({
       containers.signal({ id, execId }, signal, all);
       return {};
     }),
-    waitProcess: unary(async (name) => {
-      const exit = await containers.wait(name);
-      return {
-        exitStatus: exit.status,
-        exitedAtNs: exit.atNs,
-        stdoutBytes: optionalBigInt(exit.stdoutBytes),
-        stderrBytes: optionalBigInt(exit.stderrBytes),
-        stats: name.execId === '' ? containers.finalStats(name.id) : undefined,
-      };
-    }),
+    waitProcess: async (call) => {
+      try {
+        greetedFirst();
+        const name = call.request;
+        const init = name.execId === '';
+        const tell = (oomKills: bigint) => call.write(WaitProcessResponse.fromPartial({ oomKills }));
+        using watch = init ? containers.followOom(name.id, tell) : undefined;
+        call.on('cancelled', () => watch?.[Symbol.dispose]());
+        const exit = await containers.wait(name);
+        call.write({
+          exitStatus: exit.status,
+          exitedAtNs: exit.atNs,
+          stdoutBytes: optionalBigInt(exit.stdoutBytes),
+          stderrBytes: optionalBigInt(exit.stderrBytes),
+          stats: init ? containers.finalStats(name.id) : undefined,
+          oomKills: undefined,
+        });
+        call.end();
+      } catch (error) {
+        call.emit('error', grpcStatusOf(error));
+      }
+    },
     describeContainer: unary(({ id }) => containers.describe(id)),
     listProcesses: unary(({ id }) => ({ processes: containers.processes(id) })),
     readProcesses: unary(({ id }) => ({
@@ -189,14 +202,6 @@ export function createService({
       await containers.controls(id, 'change the limits of', 'created', 'running').setLimits(files);
       return {};
     }),
-    watchOom: (call) => {
-      try {
-        greetedFirst();
-        containers.controls(call.request.id, 'watch', 'created', 'running', 'stopped').watchOom(call);
-      } catch (error) {
-        call.emit('error', grpcStatusOf(error));
-      }
-    },
     setNetwork: unary((request) => {
       if (request.network === undefined) {
         throw new AgentError('invalid-argument', 'there is no network in the request');

@@ -1,7 +1,6 @@
 import { randomBytes } from 'node:crypto';
 import type net from 'node:net';
 import type { Readable, Writable } from 'node:stream';
-import { setTimeout as delay } from 'node:timers/promises';
 import {
   type AdjustClockRequest,
   type AdjustClockResponse,
@@ -18,14 +17,15 @@ import { printable } from '../host/printable.ts';
 import type { NetworkConfig } from '../network/config.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
 import { kilnVersion } from '../version.ts';
-import { type CallOptions, toKilnError, type UnaryMethod, unary } from './call.ts';
+import { type CallOptions, type UnaryMethod, unary } from './call.ts';
 import { type ClockReading, type Correction, findCorrection, seemsRight, setClock } from './clock.ts';
 import { type ListeningPorts, type LoopbackPort, relayConnection, watchListeners } from './connections.ts';
 import { type ChangesStream, type FilesTarget, provideFiles, readChanges, readFiles, writeFiles } from './files.ts';
 import { toNetwork } from './network.ts';
 import { type ProcessDetails, toProcessDetails } from './process-details.ts';
 import { type ContainerStats, toContainerStats } from './stats.ts';
-import { type OutputName, type OutputRequest, pipeOutput, pipeStdin } from './streams.ts';
+import { type OutputRequest, pipeOutput, pipeStdin } from './streams.ts';
+import { type GuestExit, waitExit } from './wait.ts';
 
 /** What the guest says of itself when it connects. */
 export interface GuestFacts {
@@ -96,16 +96,6 @@ export interface GuestPod {
   readonly shmBytes: number;
 }
 
-/** How a process ended. */
-export interface GuestExit {
-  /** 0 to 255; 128 + n for signal n. */
-  readonly status: number;
-  /** Bytes that the process itself had written when it ended; undefined where the guest cannot tell. */
-  readonly written: Readonly<Record<OutputName, number | undefined>>;
-  /** Of a container's init: what the container has used. Undefined where the guest does not tell it here. */
-  readonly stats?: ContainerStats | undefined;
-}
-
 export interface GuestProcess {
   /** In the guest. */
   readonly pid: number;
@@ -135,9 +125,6 @@ const removalLimitMs = 120_000;
 
 /** Milliseconds for the creation of a container that gets files from the host, at least: they may be many. */
 const filesLimitMs = 600_000;
-
-/** The least time between two reports of WatchOom that are read, in ms: a guest may send as many as it likes. */
-const oomReportMs = 100;
 
 /** The longest text of a guest that is kept, in characters: what uname(2) has room for, and more. */
 const maxTextChars = 128;
@@ -308,15 +295,9 @@ export class Guest implements Disposable {
     await this.#call(AgentService.signalProcess, { id, execId, signal, all });
   }
 
-  /** Resolves when the process has ended. */
-  async waitExit({ id, execId }: ProcessRef): Promise<GuestExit> {
-    const exit = await unary(this.#client, AgentService.waitProcess, { id, execId });
-    return {
-      // A guest that is not ours any more may say anything.
-      status: exit.exitStatus & 0xff,
-      written: { stdout: toNumber(exit.stdoutBytes), stderr: toNumber(exit.stderrBytes) },
-      stats: exit.stats && toContainerStats(exit.stats),
-    };
+  /** See `waitExit` of wait.ts. */
+  waitExit(ref: ProcessRef, onOomKills?: (kills: number) => void): Promise<GuestExit> {
+    return waitExit(this.#client, ref, onOomKills);
   }
 
   /** The container's processes. */
@@ -371,25 +352,6 @@ export class Guest implements Disposable {
   /** Writes files of a container's control group, all or none; `invalid-argument` with the kernel's reason. */
   async setLimits(id: string, files: readonly { readonly name: string; readonly content: string }[]): Promise<void> {
     await this.#call(AgentService.setLimits, { id, files: [...files] });
-  }
-
-  /**
-   * Calls `onKills` whenever processes of the container were killed for want of memory, with their number so far, until
-   * the container is removed.
-   */
-  async watchOom(id: string, onKills: (kills: number) => void): Promise<void> {
-    const call = this.#client.watchOom({ id });
-    call.on('error', () => {});
-    try {
-      for await (const { kills } of call) {
-        onKills(Number(kills));
-        await delay(oomReportMs, undefined, { ref: false });
-      }
-    } catch (error) {
-      throw toKilnError(error);
-    } finally {
-      call.cancel();
-    }
   }
 
   /** See `readChanges` of files.ts. */
@@ -512,8 +474,4 @@ function shortText(text: string): string {
 function pidOf({ pid }: { readonly pid: number }): number {
   if (pid >= 1 && pid <= largestPid) return pid;
   throw new KilnError('internal', `the agent in the guest names a process ${pid}, which cannot be`);
-}
-
-function toNumber(value: bigint | undefined): number | undefined {
-  return value === undefined ? undefined : Number(value);
 }

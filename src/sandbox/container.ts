@@ -1,9 +1,10 @@
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
-import type { GuestExit, ProcessRef, TerminalSize } from '../guest/guest.ts';
+import type { ProcessRef, TerminalSize } from '../guest/guest.ts';
 import type { ProcessDetails } from '../guest/process-details.ts';
 import type { ContainerStats } from '../guest/stats.ts';
+import type { GuestExit } from '../guest/wait.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import type { LimitResources } from '../oci/limits.ts';
@@ -130,7 +131,6 @@ export class Container {
     });
     this.#save();
     resources.tenancy.enter({ id, pid: this.pid, quit: () => this.#endInGuest() });
-    void this.#watchOom();
     void this.#supervise();
     void this.#followStandIn();
   }
@@ -428,15 +428,6 @@ export class Container {
     this.#save();
   }
 
-  /** Never rejects. */
-  async #watchOom(): Promise<void> {
-    try {
-      await this.#resources.sandbox.guest.watchOom(this.id, (kills) => this.oom.count(kills));
-    } catch (error) {
-      this.#report(error, 'the guest no longer tells when memory runs out');
-    }
-  }
-
   /** The container's last numbers, told with its exit or asked for while its control group is still there. Never rejects. */
   async #countAtExit(told: ContainerStats | undefined): Promise<void> {
     try {
@@ -457,7 +448,7 @@ export class Container {
 
   async #awaitExit(): Promise<GuestExit> {
     try {
-      return await this.#resources.sandbox.guest.waitExit(this.#init);
+      return await this.#resources.sandbox.guest.waitExit(this.#init, (kills) => this.oom.count(kills));
     } catch (error) {
       return { status: await this.#vm.lostStatus(error), written: { stdout: undefined, stderr: undefined } };
     }

@@ -36,7 +36,6 @@ async function liveWithPipes(guest: Guest, id: string): Promise<void> {
   await guest.createContainer(container(id, ['/bin/cat'], pipes));
   const stdin = new PassThrough();
   const ended = beside(endOf(guest, init, stdin));
-  const forgotten = beside(guest.watchOom(id, () => {}));
   await guest.startContainer(id);
   stdin.write('primed\n');
   await guest.describe(id);
@@ -51,7 +50,6 @@ async function liveWithPipes(guest: Guest, id: string): Promise<void> {
   stdin.end();
   await ended;
   await guest.removeContainer(id, { force: false, guestEnds: false });
-  await forgotten;
 }
 
 async function execOnce(guest: Guest, id: string): Promise<void> {

@@ -151,8 +151,13 @@ function named(process: ProcessId): ProcessName {
 
 export const start = (client: AgentClient, id: string) =>
   unary((done) => client.startContainer({ id, network: undefined }, done));
-export const wait = (client: AgentClient, process: ProcessId) =>
-  unary<WaitProcessResponse>((done) => client.waitProcess(named(process), done));
+/** The last message of WaitProcess. */
+export async function wait(client: AgentClient, process: ProcessId): Promise<WaitProcessResponse> {
+  let last: WaitProcessResponse | undefined;
+  for await (const message of client.waitProcess(named(process))) last = message;
+  if (last === undefined) throw new Error('no exit was told');
+  return last;
+}
 export const remove = (client: AgentClient, id: string, force = false) =>
   unary((done) => client.removeContainer({ id, force, guestEnds: false }, done));
 export const removeProcess = (client: AgentClient, name: ProcessName) =>

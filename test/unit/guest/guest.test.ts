@@ -9,7 +9,16 @@ import { KilnError } from '../../../src/errors.ts';
 import { Guest, type GuestContainer } from '../../../src/guest/guest.ts';
 import type { OutputRequest } from '../../../src/guest/streams.ts';
 import { kilnVersion } from '../../../src/version.ts';
-import { failure, guestProcesses, helloResponse, type Script, ScriptedAgent, socketPair } from './scripted-agent.ts';
+import {
+  failure,
+  guestProcesses,
+  helloResponse,
+  type Script,
+  ScriptedAgent,
+  socketPair,
+  tellExit,
+  tellKills,
+} from './scripted-agent.ts';
 
 const session = 'the secret of the sandbox';
 /** The init process of the container. */
@@ -503,20 +512,25 @@ describe('the control group of a container', () => {
     });
   });
 
-  it('tells of killed processes until the container is removed, or the connection breaks', async () => {
+  it('tells of killed processes before the exit, until the connection breaks', async () => {
     const { guest } = await connect({
-      watchOom: (call) => {
-        call.write({ kills: 1n });
-        call.write({ kills: 3n });
-        call.end();
+      waitProcess: (call) => {
+        tellKills(call, 1n);
+        tellKills(call, 3n);
+        tellExit(call, { exitStatus: 7 });
       },
     });
     const told: number[] = [];
-    await guest.watchOom('c1', (kills) => told.push(kills));
+    expect((await guest.waitExit(init, (kills) => told.push(kills))).status).toBe(7);
     expect(told).toEqual([1, 3]);
 
-    const { guest: other, agent } = await connect({ watchOom: () => agent.disconnect() });
-    expect((await failureOf(other.watchOom('c1', () => {}))).code).toBe('unavailable');
+    const { guest: other, agent } = await connect({ waitProcess: () => agent.disconnect() });
+    expect((await failureOf(other.waitExit(init))).code).toBe('unavailable');
+  });
+
+  it('that ends the wait without an exit is told apart from a lost one', async () => {
+    const { guest } = await connect({ waitProcess: (call) => call.end() });
+    expect((await failureOf(guest.waitExit(init))).code).toBe('internal');
   });
 
   it("hands the guest's refusals over", async () => {

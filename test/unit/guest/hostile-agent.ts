@@ -6,8 +6,8 @@ import { createServer, type Socket } from 'node:net';
 import {
   HelloResponse,
   ReadOutputResponse,
+  WaitProcessResponse,
   WatchListenersResponse,
-  WatchOomResponse,
 } from '../../../gen/kiln/agent/v1/agent.ts';
 import {
   answer,
@@ -112,7 +112,7 @@ export const attacks = {
   },
   'kills without end': (socket, stream) => {
     socket.write(answerHeaders(stream));
-    const kill = grpcMessage(WatchOomResponse.encode({ kills: 7n }).finish());
+    const kill = grpcMessage(WaitProcessResponse.encode(WaitProcessResponse.fromPartial({ oomKills: 7n })).finish());
     const payload = repeated(kill, Math.floor(16_000 / kill.length));
     socket.write(repeated(frame('data', { stream, payload }), 60));
   },

@@ -14,7 +14,7 @@ import { printable } from '../../../src/host/printable.ts';
 import { toMetrics } from '../../../src/shim/metrics.ts';
 import { type AttackName, attacks } from './hostile-agent.ts';
 import { answerHeaders, literal, serveRaw, trailers } from './raw-peer.ts';
-import { failure, helloResponse, type Script, ScriptedAgent, socketPair, waitResponse } from './scripted-agent.ts';
+import { failure, helloResponse, type Script, ScriptedAgent, socketPair, tellExit } from './scripted-agent.ts';
 
 const mib = 2 ** 20;
 const name = `hostile-${process.pid}`;
@@ -73,7 +73,7 @@ const question: Victim = (guest) => guest.stats('c1');
 const readNow: Victim = (guest) => guest.pipeOutput(output, fast(), () => {});
 const readNever: Victim = (guest) => guest.pipeOutput(output, stuck(), () => {});
 const watchListeners: Victim = (guest) => guest.watchListeners(() => {});
-const watch: Victim = (guest) => guest.watchOom('c1', () => {});
+const wait: Victim = (guest) => guest.waitExit({ id: 'c1', execId: '' });
 
 const lost = /^unavailable: the connection to the guest was lost/;
 const silent = /^deadline-exceeded: the agent in the guest did not answer ReadStats within 1 s/;
@@ -103,7 +103,7 @@ const outcomes: Record<AttackName, readonly [Victim, RegExp]> = {
   'output in frames of one byte': [readNever, endless],
   'output of one byte a message': [readNever, endless],
   'output of no bytes': [readNow, endless],
-  'kills without end': [watch, endless],
+  'kills without end': [wait, endless],
   'listeners without end': [watchListeners, endless],
   'a frame of which half comes': [question, silent],
   'a line of HTTP/1.1': [question, lost],
@@ -143,15 +143,15 @@ describe('a guest that sends', () => {
     good.guest[Symbol.dispose]();
   });
 
-  it('kills without end is listened to ten times a second', async () => {
+  it('kills without end is listened to fifty times a second', async () => {
     const { guest } = await connect(`${name} kills without end`);
     let reports = 0;
-    const watching = guest.watchOom('c1', () => {
+    const watching = guest.waitExit({ id: 'c1', execId: '' }, () => {
       reports += 1;
     });
     await delay(500);
     expect(reports).toBeGreaterThan(0);
-    expect(reports).toBeLessThanOrEqual(6);
+    expect(reports).toBeLessThanOrEqual(26);
     guest[Symbol.dispose]();
     await expect(watching).rejects.toMatchObject({ code: 'unavailable' });
   });
@@ -257,7 +257,7 @@ describe('a guest that answers', () => {
 
   it('with an exit status beyond a byte has its last eight bits, whatever it says to have written', async () => {
     using guest = await guestOf({
-      waitProcess: (_call, done) => done(null, waitResponse({ exitStatus: 0xffff_ff07, stdoutBytes: 2n ** 64n - 1n })),
+      waitProcess: (call) => tellExit(call, { exitStatus: 0xffff_ff07, stdoutBytes: 2n ** 64n - 1n }),
     });
     expect(await guest.waitExit({ id: 'c1', execId: '' })).toMatchObject({ status: 7, written: { stderr: undefined } });
   });

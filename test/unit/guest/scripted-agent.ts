@@ -1,7 +1,7 @@
 /** The guest's end of a connection, played by a real gRPC server whose answers a test chooses. */
 import { once } from 'node:events';
 import { connect, createServer, type Socket } from 'node:net';
-import { status } from '@grpc/grpc-js';
+import { type ServerWritableStream, status } from '@grpc/grpc-js';
 import {
   type AgentServer,
   AgentService,
@@ -10,6 +10,7 @@ import {
   type ReadOutputRequest,
   ReadStatsResponse,
   SampleRandomnessResponse,
+  type WaitProcessRequest,
   WaitProcessResponse,
   type WriteStdinRequest,
 } from '../../../gen/kiln/agent/v1/agent.ts';
@@ -116,8 +117,8 @@ export class ScriptedAgent {
         this.exit(128 + request.signal, request.execId);
         done(null, {});
       },
-      waitProcess: ({ request }, done) => {
-        void this.exited(request.execId).then((exitStatus) => done(null, waitResponse({ exitStatus })));
+      waitProcess: (call) => {
+        void this.exited(call.request.execId).then((exitStatus) => tellExit(call, { exitStatus }));
       },
       describeContainer: (_call, done) => done(null, { started: true, paused: false, execs: [] }),
       resizeTerminal: (_call, done) => done(null, {}),
@@ -147,7 +148,6 @@ export class ScriptedAgent {
       resumeContainer: (_call, done) => done(null, {}),
       readStats: (_call, done) => done(null, ReadStatsResponse.fromPartial({})),
       setLimits: (_call, done) => done(null, {}),
-      watchOom: (call) => void this.exited().then(() => call.end()),
     };
   }
 }
@@ -167,8 +167,18 @@ export function helloResponse(fields: Parameters<typeof HelloResponse.fromPartia
   });
 }
 
-export function waitResponse(fields: Parameters<typeof WaitProcessResponse.fromPartial>[0]): WaitProcessResponse {
-  return WaitProcessResponse.fromPartial(fields);
+/** One call of WaitProcess. */
+export type WaitCall = ServerWritableStream<WaitProcessRequest, WaitProcessResponse>;
+
+/** Answers WaitProcess with an exit. */
+export function tellExit(call: WaitCall, fields: Parameters<typeof WaitProcessResponse.fromPartial>[0]): void {
+  call.write(WaitProcessResponse.fromPartial(fields));
+  call.end();
+}
+
+/** Says in an answer to WaitProcess how many processes were killed for want of memory. */
+export function tellKills(call: WaitCall, oomKills: bigint): void {
+  call.write(WaitProcessResponse.fromPartial({ oomKills }));
 }
 
 function nowNs(): bigint {

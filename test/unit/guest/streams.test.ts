@@ -4,7 +4,7 @@ import type { AgentClient, ReadOutputRequest } from '../../../gen/kiln/agent/v1/
 import type { KilnError } from '../../../src/errors.ts';
 import { Guest } from '../../../src/guest/guest.ts';
 import { type OutputRequest, pipeOutput } from '../../../src/guest/streams.ts';
-import { failure, helloResponse, type Script, ScriptedAgent, socketPair, waitResponse } from './scripted-agent.ts';
+import { failure, helloResponse, type Script, ScriptedAgent, socketPair, tellExit } from './scripted-agent.ts';
 
 const cleanups: (() => void)[] = [];
 afterEach(() => {
@@ -186,15 +186,15 @@ describe('a connection that comes back', () => {
 describe('an exit', () => {
   it('has the status and what was written of each stream, where the guest can tell', async () => {
     const answer = { exitStatus: 42, stdoutBytes: 0n, stderrBytes: 123_456_789_012n };
-    const guest = await connect({ waitProcess: (_call, done) => done(null, waitResponse(answer)) });
+    const guest = await connect({ waitProcess: (call) => tellExit(call, answer) });
     expect(await guest.waitExit(ref)).toEqual({ status: 42, written: { stdout: 0, stderr: 123_456_789_012 } });
-    const silent = await connect({ waitProcess: (_call, done) => done(null, waitResponse({ exitStatus: 1 })) });
+    const silent = await connect({ waitProcess: (call) => tellExit(call, { exitStatus: 1 }) });
     expect(await silent.waitExit(ref)).toEqual({ status: 1, written: { stdout: undefined, stderr: undefined } });
   });
 
   it('of a container tells what the container has used, where the guest tells it', async () => {
     const stats = { cpu: { usage_usec: 7n }, values: { 'pids.current': 2n } };
-    const guest = await connect({ waitProcess: (_call, done) => done(null, waitResponse({ stats })) });
+    const guest = await connect({ waitProcess: (call) => tellExit(call, { stats }) });
     expect((await guest.waitExit({ id: 'c1', execId: '' })).stats).toMatchObject({
       cpu: { usage_usec: 7n },
       pids: { current: 2n, limit: null },
@@ -203,7 +203,7 @@ describe('an exit', () => {
 
   it('of a guest that tells an absurd status is a status nevertheless', async () => {
     for (const exitStatus of [256, 4_000_000_255, 0xffffffff]) {
-      const guest = await connect({ waitProcess: (_call, done) => done(null, waitResponse({ exitStatus })) });
+      const guest = await connect({ waitProcess: (call) => tellExit(call, { exitStatus }) });
       const { status } = await guest.waitExit(ref);
       expect(status).toBe(exitStatus % 256);
     }

@@ -7,7 +7,7 @@ import { KilnError } from '../../../src/errors.ts';
 import { isAlive } from '../../../src/host/process-identity.ts';
 import { Positions } from '../../../src/sandbox/positions.ts';
 import { readContainerRecord } from '../../../src/sandbox/record.ts';
-import { failure, helloResponse, type Script } from '../guest/scripted-agent.ts';
+import { failure, helloResponse, type Script, tellKills } from '../guest/scripted-agent.ts';
 import { canMakeNetns, execRequest, session, Workbench } from './workbench.ts';
 
 const benches: Workbench[] = [];
@@ -140,7 +140,7 @@ describe.skipIf(!canMakeNetns)('a container that is taken over', () => {
 
   it('tells of memory that runs out from now on, not of what was told before', async () => {
     const watched = Promise.withResolvers<(kills: bigint) => void>();
-    const made = bench({}, { watchOom: (call) => watched.resolve((kills) => call.write({ kills })) });
+    const made = bench({}, { waitProcess: (call) => watched.resolve((kills) => tellKills(call, kills)) });
     const { container } = await made.adopt(await made.leave({ oomKills: 3 }));
     let told = 0;
     const heard = Promise.withResolvers<void>();

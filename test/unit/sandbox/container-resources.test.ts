@@ -3,7 +3,7 @@ import { afterEach, describe, expect, it } from 'vitest';
 import { type CgroupFile, ReadStatsResponse } from '../../../gen/kiln/agent/v1/agent.ts';
 import type { KilnError } from '../../../src/errors.ts';
 import type { Container } from '../../../src/sandbox/container.ts';
-import { failure, type Script } from '../guest/scripted-agent.ts';
+import { failure, type Script, tellExit, tellKills, type WaitCall } from '../guest/scripted-agent.ts';
 import { canMakeNetns, Workbench } from './workbench.ts';
 
 const mib = 2 ** 20;
@@ -111,25 +111,22 @@ describe.skipIf(!canMakeNetns)('a container', () => {
   });
 
   it('tells each time that memory has run out once, and what only the last count shows before its exit', async () => {
-    let tell: ((kills: bigint) => void) | undefined;
-    const watched = Promise.withResolvers<void>();
+    const watched = Promise.withResolvers<WaitCall>();
     const { container, made } = await running({
-      watchOom: (call) => {
-        tell = (kills) => call.write({ kills });
-        watched.resolve();
-      },
+      waitProcess: watched.resolve,
       readStats: stats({ memoryEvents: { oom_kill: 7n } }),
     });
-    await watched.promise;
+    const call = await watched.promise;
     const seen: string[] = [];
     const told = Promise.withResolvers<void>();
     container.oom.listen(() => {
       seen.push('oom');
       told.resolve();
     });
-    tell?.(3n);
+    tellKills(call, 3n);
     await told.promise;
-    tell?.(3n);
+    tellKills(call, 3n);
+    tellExit(call, { exitStatus: 137 });
     made.agent.exit(137);
     await container.exit.wait().then(() => seen.push('exit'));
     expect(seen).toEqual(['oom', 'oom', 'exit']);

@@ -4,7 +4,7 @@ import type { ExecProcessRequest, ReadOutputRequest } from '../../../gen/kiln/ag
 import type { KilnError } from '../../../src/errors.ts';
 import type { Container } from '../../../src/sandbox/container.ts';
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
-import { failure, type Script, waitResponse } from '../guest/scripted-agent.ts';
+import { failure, type Script, tellExit } from '../guest/scripted-agent.ts';
 import { canMakeNetns, execRequest, type MemoryStdio, Workbench } from './workbench.ts';
 
 const benches: Workbench[] = [];
@@ -268,10 +268,10 @@ describe.skipIf(!canMakeNetns)("an exec's exit", () => {
   it('comes before that of the container, which ends it', async () => {
     const ends = Promise.withResolvers<void>();
     const setup = await running({
-      waitProcess: ({ request }, done) => {
+      waitProcess: (call) => {
         const { agent } = latest();
-        const told = request.execId === '' ? agent.exited('') : ends.promise.then(() => 137);
-        void told.then((exitStatus) => done(null, waitResponse({ exitStatus })));
+        const told = call.request.execId === '' ? agent.exited('') : ends.promise.then(() => 137);
+        void told.then((exitStatus) => tellExit(call, { exitStatus }));
       },
     });
     const { exec } = await started(setup);
@@ -308,13 +308,12 @@ describe.skipIf(!canMakeNetns)("an exec's exit", () => {
     const call = Promise.withResolvers<{ write(message: { data: Buffer }): unknown; end(): void }>();
     const setup = await running({
       readOutput: only('e1', (output) => call.resolve(output)),
-      waitProcess: ({ request }, done) => {
-        const stdoutBytes = request.execId === '' ? undefined : 5n;
+      waitProcess: (call) => {
+        const { execId } = call.request;
+        const stdoutBytes = execId === '' ? undefined : 5n;
         void latest()
-          .agent.exited(request.execId)
-          .then((exitStatus) => {
-            done(null, waitResponse({ exitStatus, stdoutBytes }));
-          });
+          .agent.exited(execId)
+          .then((exitStatus) => tellExit(call, { exitStatus, stdoutBytes }));
       },
     });
     const { exec, stdio } = await started(setup);
@@ -367,10 +366,10 @@ describe.skipIf(!canMakeNetns)("an exec's exit", () => {
   ])('comes in spite of a guest that tells %s', async (_what, fields) => {
     const setup = await running({
       readOutput: only('e1', () => {}),
-      waitProcess: ({ request }, done) => {
+      waitProcess: (call) => {
         void latest()
-          .agent.exited(request.execId)
-          .then(() => done(null, waitResponse(fields)));
+          .agent.exited(call.request.execId)
+          .then(() => tellExit(call, fields));
       },
     });
     const { exec } = await started(setup);

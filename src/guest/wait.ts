@@ -1,0 +1,66 @@
+/** A process's end, and before it who of the container was killed for want of memory. */
+import type { AgentClient, WaitProcessResponse } from '../../gen/kiln/agent/v1/agent.ts';
+import { KilnError } from '../errors.ts';
+import { toKilnError } from './call.ts';
+import type { ProcessRef } from './guest.ts';
+import { type ContainerStats, toContainerStats } from './stats.ts';
+import type { OutputName } from './streams.ts';
+
+/** The least time between two messages of one call that are read, in ms: a guest may send as many as it likes. */
+const messageMs = 20;
+
+/** How a process ended. */
+export interface GuestExit {
+  /** 0 to 255; 128 + n for signal n. */
+  readonly status: number;
+  /** Bytes that the process itself had written when it ended; undefined where the guest cannot tell. */
+  readonly written: Readonly<Record<OutputName, number | undefined>>;
+  /** Of a container's init: what the container has used. Undefined where the guest does not tell it here. */
+  readonly stats?: ContainerStats | undefined;
+}
+
+/**
+ * Resolves when the process has ended.
+ *
+ * @param onOomKills of a container's init: called whenever processes of the container were killed for want of memory, with
+ *   their number so far
+ */
+export function waitExit(
+  client: AgentClient,
+  { id, execId }: ProcessRef,
+  onOomKills: (kills: number) => void = () => {},
+): Promise<GuestExit> {
+  return new Promise((resolve, reject) => {
+    const call = client.waitProcess({ id, execId });
+    let over = false;
+    call.on('data', (message: WaitProcessResponse) => {
+      if (over) {
+        call.cancel();
+        return;
+      }
+      if (message.oomKills === undefined) {
+        over = true;
+        resolve(toExit(message));
+        return;
+      }
+      call.pause();
+      setTimeout(() => call.resume(), messageMs).unref();
+      onOomKills(Number(message.oomKills));
+    });
+    call.on('error', (error) => reject(toKilnError(error)));
+    call.on('end', () => reject(new KilnError('internal', 'the agent in the guest does not tell how a process ended')));
+  });
+}
+
+function toExit({ exitStatus, stdoutBytes, stderrBytes, stats }: WaitProcessResponse): GuestExit {
+  return {
+    // A guest that is not ours any more may say anything.
+    status: exitStatus & 0xff,
+    written: { stdout: toNumber(stdoutBytes), stderr: toNumber(stderrBytes) },
+    stats: stats && toContainerStats(stats),
+  };
+}
+
+function toNumber(value: bigint | undefined): number | undefined {
+  return value === undefined ? undefined : Number(value);
+}

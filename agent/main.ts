@@ -8,7 +8,7 @@
  *
  * Environment: KILN_AGENT_SOCKET, a Unix socket to dial instead of vsock (on a host, for tests: then the clock and the
  * hostname are left alone); KILN_AGENT_DIR, for bundles and crun's state, /run/kiln; KILN_CRUN, crun; KILN_LISTENERS,
- * kiln-listeners.
+ * kiln-listeners; KILN_NAMESERVERS, kiln-nameservers.
  */
 import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
@@ -23,6 +23,7 @@ import { Containers } from './containers.ts';
 import { Crun } from './crun.ts';
 import { describe } from './errors.ts';
 import { Listeners } from './listeners.ts';
+import { Nameservers } from './nameservers.ts';
 import { GuestNetwork } from './network.ts';
 import { Pod } from './pod.ts';
 import { Reaper } from './reaper.ts';
@@ -80,6 +81,7 @@ async function main(): Promise<never> {
     KILN_AGENT_DIR: directory = '/run/kiln',
     KILN_CRUN: command = 'crun',
     KILN_LISTENERS: listenersProgram = '/usr/lib/kiln/kiln-listeners',
+    KILN_NAMESERVERS: nameserversProgram = '/usr/lib/kiln/kiln-nameservers',
   } = process.env;
   becomeChildSubreaper();
   // Before the host may save the guest: its clones find it done.
@@ -92,6 +94,7 @@ async function main(): Promise<never> {
   const ownsGuest = socketPath === undefined;
   const cgroup = ownsGuest ? '/sys/fs/cgroup' : undefined;
   const listeners = new Listeners({ program: listenersProgram, cgroup, reaper });
+  const nameservers = new Nameservers({ program: nameserversProgram, cgroup: cgroup ?? '', reaper });
   const network = new GuestNetwork();
   let retry = FIRST_RETRY;
   let served: ServedSocket | undefined;
@@ -113,6 +116,7 @@ async function main(): Promise<never> {
         containers,
         pod,
         listeners,
+        nameservers,
         network,
         ownsGuest,
         connectedAt: () => connectedAt,

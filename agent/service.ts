@@ -22,6 +22,7 @@ import { filesError, openWrite, sendChanges, sendFiles, takeFiles } from './file
 import { adjustClock, hello } from './hello.ts';
 import { sampleRandomness } from './identity.ts';
 import { encodePorts, type Listeners } from './listeners.ts';
+import type { Nameservers } from './nameservers.ts';
 import type { GuestNetwork } from './network.ts';
 import type { Output, OutputSink } from './output.ts';
 import type { Pod } from './pod.ts';
@@ -54,6 +55,7 @@ export interface ServiceOptions {
   readonly containers: Containers;
   readonly pod: Pod;
   readonly listeners: Listeners;
+  readonly nameservers: Nameservers;
   readonly network: GuestNetwork;
   /** See `hello`. */
   readonly ownsGuest: boolean;
@@ -68,6 +70,7 @@ export function createService({
   containers,
   pod,
   listeners,
+  nameservers,
   network,
   ownsGuest,
   connectedAt,
@@ -230,6 +233,18 @@ export function createService({
         greetedFirst();
         await relayDial(call);
         call.end();
+      } catch (error) {
+        call.emit('error', grpcStatusOf(error));
+      }
+    },
+    serveNameservers: unary(async ({ addresses }) => {
+      await nameservers.serve(addresses);
+      return {};
+    }),
+    relayQueries: (call) => {
+      try {
+        greetedFirst();
+        nameservers.relay(call);
       } catch (error) {
         call.emit('error', grpcStatusOf(error));
       }

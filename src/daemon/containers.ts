@@ -128,6 +128,8 @@ export async function createContainer(
       },
       volumes: guest.volumes,
       blockDevices: { devices, filesystems: guest.filesystems },
+      resolvConf: guest.volumes.findLast(({ destination }) => path.normalize(destination) === '/etc/resolv.conf')
+        ?.source,
       rootfs,
       changes,
       terminalSize: terminalSize(bundle.spec.process),

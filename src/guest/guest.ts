@@ -14,6 +14,7 @@ import {
 } from '../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../errors.ts';
 import { printable } from '../host/printable.ts';
+import type { NameAnswer, NameQuery } from '../network/ask.ts';
 import type { NetworkConfig } from '../network/config.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
 import { kilnVersion } from '../version.ts';
@@ -21,6 +22,7 @@ import { type CallOptions, type UnaryMethod, unary } from './call.ts';
 import { type ClockReading, type Correction, findCorrection, seemsRight, setClock } from './clock.ts';
 import { type ListeningPorts, type LoopbackPort, relayConnection, watchListeners } from './connections.ts';
 import { type ChangesStream, type FilesTarget, provideFiles, readChanges, readFiles, writeFiles } from './files.ts';
+import { encodeLoopback, relayQueries } from './nameservers.ts';
 import { toNetwork } from './network.ts';
 import { type ProcessDetails, toProcessDetails } from './process-details.ts';
 import { type ContainerStats, toContainerStats } from './stats.ts';
@@ -419,6 +421,16 @@ export class Guest implements Disposable {
   /** See `relayConnection` of connections.ts. */
   relayConnection(port: LoopbackPort, socket: net.Socket, signal: AbortSignal): Promise<void> {
     return relayConnection(this.#client, port, socket, signal);
+  }
+
+  /** Has the guest take queries for these, dotted quads or "::1", as ServeNameservers of the protocol does. */
+  async serveNameservers(addresses: readonly string[]): Promise<void> {
+    await this.#call(AgentService.serveNameservers, { addresses: addresses.map(encodeLoopback) });
+  }
+
+  /** See `relayQueries` of nameservers.ts. */
+  relayQueries(answer: (query: NameQuery) => Promise<NameAnswer>, signal: AbortSignal): Promise<void> {
+    return relayQueries(this.#client, answer, signal);
   }
 
   /** See `pipeOutput` of streams.ts. */

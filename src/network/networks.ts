@@ -8,14 +8,16 @@
  * else. Until then it waits in the namespace of the VMM. In the sandbox's namespace it says by its name which card it belongs
  * to, and by its alias which interface it stands for. So a later kilnd finds out from there.
  */
-import { readlinkSync } from 'node:fs';
+import { readlinkSync, writeFileSync } from 'node:fs';
+import { isIPv6 } from 'node:net';
 import { KilnError } from '../errors.ts';
-import { bindLoopback, type LoopbackFamily } from '../sys/loopback.ts';
+import { bindLoopback, type LoopbackFamily, openSocket } from '../sys/loopback.ts';
 import { NetworkNamespace } from '../sys/netns.ts';
 import { deleteLink, type Link, listLinks, setLink } from '../sys/rtnetlink/links.ts';
 import { openNetworkMonitor, watchNetwork } from '../sys/rtnetlink/monitor.ts';
-import { endRedirect, redirect } from '../sys/rtnetlink/redirect.ts';
+import { admitAnswers, askingPorts, endRedirect, redirect } from '../sys/rtnetlink/redirect.ts';
 import { RtnetlinkSocket } from '../sys/rtnetlink/socket.ts';
+import { ask, type NameAnswer, type NameQuery } from './ask.ts';
 import { isEthernetOfOthers, tapName } from './classify.ts';
 import type { NetworkConfig } from './config.ts';
 import { type ConnectedLink, readNetwork } from './read.ts';
@@ -40,10 +42,13 @@ const unknown = 'unknown';
 /** The largest MTU of a tap: drivers/net/tun.c, MAX_MTU. */
 const largestTapMtu = 65535 - 14;
 
+/** Of the network namespace of the thread that writes to it: ip(7). */
+const localPortRange = '/proc/sys/net/ipv4/ip_local_port_range';
+
 /** A sandbox's network, as the sandbox sees it. */
 export type ConnectedNetwork = Pick<
   SandboxNetwork,
-  'connect' | 'told' | 'watch' | 'bindLoopback' | typeof Symbol.dispose
+  'connect' | 'told' | 'watch' | 'bindLoopback' | 'ask' | 'admitAnswers' | typeof Symbol.dispose
 >;
 
 /** What makes the networks of sandboxes. */
@@ -108,6 +113,8 @@ export class SandboxNetwork implements Disposable {
   readonly #connected = new Set<number>();
   /** The cards whose taps are in the namespace, by their places. */
   readonly #moved = new Set<number>();
+  /** See `admitAnswers`. */
+  #admitsAnswers = false;
   #disposed = false;
 
   /** @param namespace is this object's from now on */
@@ -163,6 +170,36 @@ export class SandboxNetwork implements Disposable {
     return this.#namespace.run(() => bindLoopback(family, port));
   }
 
+  /** As `ask` of ask.ts, in the sandbox's namespace. Rejects with SysError where it has no such socket. */
+  async ask(query: NameQuery, signal: AbortSignal): Promise<NameAnswer> {
+    const family = isIPv6(query.nameserver) ? 'ipv6' : 'ipv4';
+    return ask(
+      this.#namespace.run(() => openSocket(family, query.transport)),
+      query,
+      signal,
+    );
+  }
+
+  /**
+   * From now on programs of the host in the namespace can ask name servers outside, as Docker's resolver does: what arrives at
+   * the interfaces goes to the guest, but for answers to ports that the namespace's own network stack has then.
+   *
+   * @throws SysError
+   */
+  admitAnswers(): void {
+    if (this.#admitsAnswers) return;
+    this.#admitsAnswers = true;
+    this.#namespace.run(() => {
+      writeFileSync(localPortRange, `${askingPorts.first} ${askingPorts.last}`);
+      using socket = new RtnetlinkSocket();
+      const links = listLinks(socket);
+      for (const tap of this.#taps(links)) {
+        const link = standsForOf(tap, links);
+        if (tap !== undefined && link !== undefined) admitAnswers(socket, link.index, tap.index);
+      }
+    });
+  }
+
   /** Finds out what an earlier kilnd has connected. @throws SysError */
   recall(): void {
     this.#namespace.run(() => {
@@ -210,6 +247,7 @@ export class SandboxNetwork implements Disposable {
       const tap = this.#bring(card, socket);
       this.#connected.add(link.index);
       connectLink(socket, link, tap);
+      if (this.#admitsAnswers) admitAnswers(socket, link.index, tap.index);
       standsFor[card] = link;
     }
     return standsFor.flatMap((link, card) => (link === undefined ? [] : [{ link, cardMac: nics[card]?.mac ?? '' }]));

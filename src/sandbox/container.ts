@@ -49,7 +49,7 @@ export interface ContainerProcess {
 
 /** What a container is made of, new or taken over. */
 export interface ContainerParts
-  extends Pick<ContainerRequest, 'id' | 'directory' | 'terminal' | 'timeline' | 'logger'> {
+  extends Pick<ContainerRequest, 'id' | 'directory' | 'terminal' | 'resolvConf' | 'timeline' | 'logger'> {
   readonly resources: Resources;
   /** Absent where nothing of what it writes comes to the host. */
   readonly changes?: Changes | undefined;
@@ -78,6 +78,7 @@ export class Container {
   readonly #disposal: AsyncDisposableStack;
   readonly #hooks: ContainerHooks;
   readonly #hookPlan: HookPlan;
+  readonly #resolvConf: string | undefined;
   readonly #logger: Logger;
   readonly #directory: string;
   readonly #io: ProcessIo;
@@ -108,6 +109,7 @@ export class Container {
     this.#logger = parts.logger;
     this.#hooks = parts.hooks;
     this.#hookPlan = parts.hookPlan;
+    this.#resolvConf = parts.resolvConf;
     this.#directory = directory;
     this.#io = new ProcessIo({
       guest: resources.sandbox.guest,
@@ -162,7 +164,7 @@ export class Container {
     try {
       // First, because it can fail; until the program reads it, stdin waits in the guest's pipe.
       stdio.startStdin();
-      await sandbox.startContainer(this.id);
+      await sandbox.startContainer(this.id, this.#resolvConf);
       faultPoint('container-start');
       this.timeline.mark('started');
       this.#state = { kind: 'running' };
@@ -245,6 +247,7 @@ export class Container {
       oomKills: this.oom.kills,
       disks: { lower: rootfs.lower?.file ?? null, writable: rootfs.writable?.file ?? null },
       ...(this.#changes && { changes: this.#changes.plan }),
+      resolvConf: this.#resolvConf,
       ...(exit === undefined ? {} : { exit: { status: exit.status, atMs: exit.at.getTime() } }),
     };
     try {

@@ -83,12 +83,15 @@ export async function reattachContainer(
   signal: AbortSignal,
 ): Promise<{ container: Container; execs: Map<string, Exec> }> {
   const { record, directory, timeline, logger } = request;
-  const { id, terminal, hooks: hookPlan } = record;
+  const { id, terminal, hooks: hookPlan, resolvConf } = record;
   await using stack = new AsyncDisposableStack();
   const sandbox = await sandboxOf(host, request, signal, stack);
   const guest = await sandbox.guest.describe(id);
   const resources = await adoptResources(host, request, sandbox, stack);
-  if (guest.started) resources.stdio.startStdin({ clientMayReturn: true });
+  if (guest.started) {
+    resources.stdio.startStdin({ clientMayReturn: true });
+    if (resolvConf !== undefined) void sandbox.followNameservers(resolvConf);
+  }
   stack.move();
   const hooks = new ContainerHooks({ id, hooks: hookPlan, logger, begun: true });
   const controlGroup = HostControlGroup.adopt(directory, logger);
@@ -96,7 +99,7 @@ export async function reattachContainer(
   const running: ContainerState = { kind: guest.paused ? 'paused' : 'running' };
   const state: ContainerState = guest.started ? running : { kind: 'created' };
   const changes = changesOf(id, record.changes, resources, logger);
-  const common = { id, directory, terminal, resources, changes, disposal };
+  const common = { id, directory, terminal, resolvConf, resources, changes, disposal };
   const parts = { ...common, hooks, hookPlan, state, timeline, logger };
   const container = new Container(parts);
   // The agent tells the number so far; what is known of it is no news.

@@ -8,19 +8,24 @@ import type { NetworkConfig } from '../network/config.ts';
 import type { ConnectedNetwork } from '../network/networks.ts';
 import type { Logger } from '../observe/logger.ts';
 import { Localhost } from './localhost.ts';
+import { Nameservers } from './nameservers.ts';
 
 /** How long after a first change others are waited for, in ms: whoever makes an interface makes several. */
 const settleMs = 50;
 
 export interface GuestNetworkOptions {
   readonly network: ConnectedNetwork;
-  readonly guest: Pick<Guest, 'setNetwork' | 'watchListeners' | 'relayConnection'>;
+  readonly guest: Pick<
+    Guest,
+    'setNetwork' | 'watchListeners' | 'relayConnection' | 'serveNameservers' | 'relayQueries'
+  >;
   readonly logger: Logger;
 }
 
 export class GuestNetwork implements Disposable {
   readonly #options: GuestNetworkOptions;
   readonly #following = new DisposableStack();
+  readonly #nameservers: Nameservers;
   #timer: NodeJS.Timeout | undefined;
   /** Ends one after the other, so that the guest has what was looked at last. */
   #last: Promise<void> = Promise.resolve();
@@ -28,6 +33,15 @@ export class GuestNetwork implements Disposable {
 
   constructor(options: GuestNetworkOptions) {
     this.#options = options;
+    this.#nameservers = this.#following.use(new Nameservers(options));
+  }
+
+  /**
+   * Has the name servers of a container's /etc/resolv.conf that are in the namespace alone be reached from the guest, now and
+   * when the file has changed together with the network. Never rejects.
+   */
+  followNameservers(file: string): Promise<void> {
+    return this.#nameservers.follow(file);
   }
 
   /** Has the guest take over, with what it is asked for, what has changed since it was asked last. */
@@ -79,6 +93,7 @@ export class GuestNetwork implements Disposable {
       } catch (error) {
         this.#report(error);
       }
+      await this.#nameservers.look();
     };
     this.#last = this.#last.then(look);
   }

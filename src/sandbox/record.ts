@@ -45,7 +45,7 @@ const ofVm = {
   volumes: z.object({ server: z.record(z.string(), z.unknown()), connected: z.boolean() }).optional(),
 };
 
-const ofRootfs = {
+const ofFiles = {
   disks: z.object({ lower: z.string().nullable(), writable: z.string().nullable() }),
   /** See ChangesPlan. */
   changes: z
@@ -55,6 +55,8 @@ const ofRootfs = {
       atExit: z.boolean(),
     })
     .optional(),
+  /** See ContainerRequest. */
+  resolvConf: z.string().optional(),
 };
 
 const slotName = z.custom<SlotName>((value) => typeof value === 'string' && /^r[ow]\d+$/.test(value));
@@ -67,7 +69,7 @@ const aloneRecord = z.object({
   place: z.literal('alone'),
   ...common,
   ...ofVm,
-  ...ofRootfs,
+  ...ofFiles,
   /** Of the host's devices that it has. */
   devices: slots.optional(),
 });
@@ -81,7 +83,7 @@ const podRecord = z.object({
 const memberRecord = z.object({
   place: z.literal('member'),
   ...common,
-  ...ofRootfs,
+  ...ofFiles,
   /** The directory of the container that stands for its pod. */
   pod: z.string(),
   slots,

@@ -60,6 +60,8 @@ export interface ContainerRequest {
   /** What it gets of the host's files. */
   readonly volumes: readonly VolumeMount[];
   readonly blockDevices: ContainerDevices;
+  /** The file of the host that is its /etc/resolv.conf, if it has one. */
+  readonly resolvConf?: string | undefined;
   /** undefined for one that is the last of the volumes. */
   readonly rootfs: RootfsPlan | undefined;
   /** When what it writes comes to its snapshot; absent where it has no directory for it. */

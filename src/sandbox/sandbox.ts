@@ -286,6 +286,11 @@ export class Sandbox implements AsyncDisposable {
     this.#network?.follow(0);
   }
 
+  /** As `GuestNetwork.followNameservers`. */
+  async followNameservers(resolvConf: string): Promise<void> {
+    await this.#network?.followNameservers(resolvConf);
+  }
+
   /** Has the guest take over, with what it is asked for, the interfaces that have come since it was asked last. */
   #withNetwork<T>(ask: (network: NetworkConfig | undefined) => Promise<T>): Promise<T> {
     return this.#network === undefined ? ask(undefined) : this.#network.tell(ask);
@@ -296,8 +301,13 @@ export class Sandbox implements AsyncDisposable {
     await this.#withNetwork((network) => this.guest.preparePod(pod, network));
   }
 
-  /** As `Guest.startContainer`, which gets the interfaces that have come since its creation. */
-  async startContainer(id: string): Promise<void> {
+  /**
+   * As `Guest.startContainer`, which gets the interfaces that have come since its creation.
+   *
+   * @param resolvConf the file of the host that is its /etc/resolv.conf, if it has one
+   */
+  async startContainer(id: string, resolvConf?: string): Promise<void> {
+    if (resolvConf !== undefined) await this.followNameservers(resolvConf);
     await this.#withNetwork((network) => this.guest.startContainer(id, network));
     this.#network?.follow(followAfterMs);
   }

@@ -1,6 +1,6 @@
 /**
- * TCP sockets at a loopback address of the network namespace in which this thread is: ip(7), ipv6(7), tcp(7). Node's own
- * `listen` makes its socket later, when the thread may be in another one.
+ * Sockets for loopback addresses of the network namespace in which this thread is: ip(7), ipv6(7), tcp(7), udp(7). Node makes
+ * its own ones later, when the thread may be in another namespace.
  */
 import { closeSync } from 'node:fs';
 import { check, declare } from './libc.ts';
@@ -9,6 +9,7 @@ import { check, declare } from './libc.ts';
 const AF_INET = 2;
 const AF_INET6 = 10;
 const SOCK_STREAM = 1;
+const SOCK_DGRAM = 2;
 const SOCK_CLOEXEC = 0o2000000;
 const SOCK_NONBLOCK = 0o4000;
 const SOL_SOCKET = 1;
@@ -30,6 +31,18 @@ const cBind = declare<[fd: number, address: Uint8Array, length: number]>(
 );
 
 /**
+ * A socket that is not bound.
+ *
+ * @returns a non-blocking, close-on-exec descriptor; the caller closes it
+ * @throws SysError EAFNOSUPPORT where there is no IPv6
+ */
+export function openSocket(family: LoopbackFamily, transport: 'tcp' | 'udp'): number {
+  const domain = family === 'ipv4' ? AF_INET : AF_INET6;
+  const type = transport === 'tcp' ? SOCK_STREAM : SOCK_DGRAM;
+  return check(cSocket(domain, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), 'socket', `${family} ${transport}`);
+}
+
+/**
  * A socket that is bound to 127.0.0.1 or ::1, for `net.Server.listen`. The interface `lo` need not be up.
  *
  * @returns a non-blocking, close-on-exec descriptor; the caller closes it
@@ -37,8 +50,7 @@ const cBind = declare<[fd: number, address: Uint8Array, length: number]>(
  */
 export function bindLoopback(family: LoopbackFamily, port: number): number {
   const name = family === 'ipv4' ? `127.0.0.1:${port}` : `[::1]:${port}`;
-  const domain = family === 'ipv4' ? AF_INET : AF_INET6;
-  const fd = check(cSocket(domain, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), 'socket', name);
+  const fd = openSocket(family, 'tcp');
   try {
     const on = Int32Array.of(1);
     // Connections of an earlier listener may not have ended.

@@ -7,6 +7,7 @@ import type { NetworkConfig } from '../../../src/network/config.ts';
 import { type Card, type ConnectedNetwork, networks } from '../../../src/network/networks.ts';
 import { NetworkNamespace } from '../../../src/sys/netns.ts';
 import { openTap } from '../../../src/sys/tap.ts';
+import { Lines, stream } from '../../support/spawn.ts';
 
 // Everything happens in namespaces of the test's own: one for the taps, one that is a sandbox's, with one end of a veth
 // pair, as CNI's bridge plugin makes it, whose other end is in a namespace that plays the host, and one that plays the guest.
@@ -60,6 +61,15 @@ const attach = (id = 'c', path = pathOf(sandbox)): ConnectedNetwork => networks.
 function knock(): string {
   const options = { encoding: 'utf8', timeout: 2000 } as const;
   return host.run(() => spawnSync('bash', ['-c', 'echo >/dev/tcp/10.9.0.2/9'], options)).stderr;
+}
+
+/** Runs a program for Node in a namespace, at least until it has said a line. */
+async function nodeIn(namespace: NetworkNamespace, program: string) {
+  const running = stream('nsenter', [`--net=${pathOf(namespace)}`, process.execPath, '-e', program], {
+    timeout: 60_000,
+  });
+  const said = await new Lines(running.stdout).waitFor(() => true, 'its first line');
+  return { said, [Symbol.asyncDispose]: () => running[Symbol.asyncDispose]() };
 }
 
 function asMessage(config: NetworkConfig): Network {
@@ -210,6 +220,48 @@ describe('a sandbox whose namespace has an interface', () => {
     });
     // The namespace still has the address, but would answer only if it saw anything.
     expect(knock()).not.toContain('refused');
+  });
+
+  test('has answers of name servers come to programs of the host in its namespace, too, and nothing else', async () => {
+    const network = attach();
+    network.admitAnswers();
+    network.connect();
+    ip(sandbox, 'neighbour', 'del', '10.9.0.1', 'dev', 'eth0');
+    ip(host, 'address', 'add', '10.9.0.1/24', 'dev', 'h0');
+    await using _server = await nodeIn(
+      host,
+      `const reply = (data) => 'answer to ' + data;
+       const socket = require('node:dgram').createSocket('udp4');
+       socket.on('message', (data, peer) => socket.send(reply(data), peer.port, peer.address));
+       require('node:net').createServer((each) => each.once('data', (data) => each.end(reply(data)))).listen(53, '10.9.0.1', () => {
+         socket.bind(53, '10.9.0.1', () => console.log('ready'));
+       });`,
+    );
+    const ask = async () => {
+      await using byUdp = await nodeIn(
+        sandbox,
+        `const socket = require('node:dgram').createSocket('udp4');
+         socket.on('message', (data) => { console.log(String(data)); socket.close(); });
+         socket.connect(53, '10.9.0.1', () => socket.send('udp'));`,
+      );
+      await using byTcp = await nodeIn(
+        sandbox,
+        `require('node:net').connect(53, '10.9.0.1').on('data', (data) => console.log(String(data))).write('tcp');`,
+      );
+      return [byUdp.said, byTcp.said];
+    };
+    const answers = ['answer to udp', 'answer to tcp'];
+    expect(await ask()).toEqual(answers);
+    // The guest may have asked.
+    await vi.waitFor(() => {
+      const bytes = Buffer.alloc(2048);
+      expect(bytes.subarray(0, readSync(taps[0]!, bytes)).toString('latin1')).toContain('answer to udp');
+    });
+    expect(knock()).not.toContain('refused');
+
+    using later = networks.adopt('c', vm(), pathOf(sandbox));
+    later.admitAnswers();
+    expect(await ask()).toEqual(answers);
   });
 
   test('has nothing new for the guest once that has taken it over, until another interface comes', () => {

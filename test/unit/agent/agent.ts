@@ -44,6 +44,8 @@ export class TestAgent implements AsyncDisposable {
   readonly fakeConsole = join(this.directory, 'fake-console');
   /** kiln-listeners, by a name that no search for leftovers knows; see `compileListeners`. */
   readonly listenersProgram = join(this.directory, 'listeners');
+  /** Stands for kiln-nameservers. */
+  readonly nameserversProgram = join(this.directory, 'nameservers');
   readonly #listener: Server;
   readonly #process: ChildProcess;
   #connection: SocketClient<AgentClient> | undefined;
@@ -58,6 +60,7 @@ export class TestAgent implements AsyncDisposable {
         KILN_AGENT_DIR: this.directory,
         KILN_CRUN: join(import.meta.dirname, 'fake-crun.sh'),
         KILN_LISTENERS: this.listenersProgram,
+        KILN_NAMESERVERS: this.nameserversProgram,
         FAKE_CONSOLE: this.fakeConsole,
       },
       stdio: ['ignore', 'inherit', 'inherit'],

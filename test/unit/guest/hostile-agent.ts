@@ -6,6 +6,7 @@ import { createServer, type Socket } from 'node:net';
 import {
   HelloResponse,
   ReadOutputResponse,
+  RelayQueriesResponse,
   WaitProcessResponse,
   WatchListenersResponse,
 } from '../../../gen/kiln/agent/v1/agent.ts';
@@ -108,6 +109,13 @@ export const attacks = {
     const listeners = { ipv4Ports: Buffer.alloc(1600, 1), ipv6Ports: Buffer.alloc(0) };
     const report = grpcMessage(WatchListenersResponse.encode(listeners).finish());
     const payload = repeated(report, Math.floor(16_000 / report.length));
+    socket.write(repeated(frame('data', { stream, payload }), 60));
+  },
+  'queries without end': (socket, stream) => {
+    socket.write(answerHeaders(stream));
+    const query = { id: 1, nameserver: Buffer.alloc(4, 1), tcp: false, query: Buffer.alloc(12) };
+    const message = grpcMessage(RelayQueriesResponse.encode(query).finish());
+    const payload = repeated(message, Math.floor(16_000 / message.length));
     socket.write(repeated(frame('data', { stream, payload }), 60));
   },
   'kills without end': (socket, stream) => {

@@ -72,6 +72,7 @@ type Victim = (guest: Guest) => Promise<unknown>;
 const question: Victim = (guest) => guest.stats('c1');
 const readNow: Victim = (guest) => guest.pipeOutput(output, fast(), () => {});
 const readNever: Victim = (guest) => guest.pipeOutput(output, stuck(), () => {});
+const relayQueries: Victim = (guest) => guest.relayQueries(async () => 'none', new AbortController().signal);
 const watchListeners: Victim = (guest) => guest.watchListeners(() => {});
 const wait: Victim = (guest) => guest.waitExit({ id: 'c1', execId: '' });
 
@@ -105,6 +106,7 @@ const outcomes: Record<AttackName, readonly [Victim, RegExp]> = {
   'output of no bytes': [readNow, endless],
   'kills without end': [wait, endless],
   'listeners without end': [watchListeners, endless],
+  'queries without end': [relayQueries, endless],
   'a frame of which half comes': [question, silent],
   'a line of HTTP/1.1': [question, lost],
   'the end of the connection': [question, lost],

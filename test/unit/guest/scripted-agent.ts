@@ -137,6 +137,8 @@ export class ScriptedAgent {
         call.on('error', () => {});
       },
       setNetwork: (_call, done) => done(null, {}),
+      serveNameservers: (_call, done) => done(null, {}),
+      relayQueries: (call) => call.on('cancelled', () => call.destroy()),
       watchListeners: (call) => call.on('cancelled', () => call.destroy()),
       dial: (call) => call.emit('error', failure('FAILED_PRECONDITION', 'nobody listens')),
       readOutput: (call) => {

@@ -84,6 +84,17 @@ describe.skipIf(!canMakeNetns)('a container that is taken over', () => {
     expect(made.logged('warn').join()).toMatch(/a device of the host that a container has .* '\/dev\/gone'/);
   });
 
+  it('has its name servers on', async () => {
+    const made = bench();
+    const resolvConf = join(made.root, 'resolv.conf');
+    writeFileSync(resolvConf, 'nameserver 127.0.0.11\n');
+    await made.adopt(await made.leave({ resolvConf }));
+    await vi.waitFor(() =>
+      expect(made.agent.calls).toEqual(expect.arrayContaining(['relayQueries', 'serveNameservers'])),
+    );
+    expect(readContainerRecord(made.directory)).toMatchObject({ resolvConf });
+  });
+
   it('that was not started is created, and can be started', async () => {
     const made = bench({ started: false });
     const { container } = await made.adopt(await made.leave({ started: false }));

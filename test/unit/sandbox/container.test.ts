@@ -1,7 +1,9 @@
-import { existsSync } from 'node:fs';
+import { existsSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { afterEach, describe, expect, it } from 'vitest';
 import type { KilnError } from '../../../src/errors.ts';
 import { guestStopGraceMs } from '../../../src/sandbox/limits.ts';
+import { readContainerRecord } from '../../../src/sandbox/record.ts';
 import { failure, type Script } from '../guest/scripted-agent.ts';
 import { canMakeNetns, isAlive, Workbench } from './workbench.ts';
 
@@ -76,6 +78,22 @@ describe.skipIf(!canMakeNetns)('a container', () => {
     expect(made.events).toEqual(['stdin started', 'vm killed', 'rootfs released']);
     expect(made.clean).toBe(true);
     expect(made.logged('warn', 'error')).toEqual([]);
+  });
+
+  it.each([
+    ['127.0.0.11', ['relayQueries', 'serveNameservers', 'startContainer']],
+    ['10.0.0.1', ['startContainer']],
+  ])('whose name server is at %s is started by %j', async (nameserver, expected) => {
+    const made = bench();
+    made.resolvConf = join(made.root, 'resolv.conf');
+    writeFileSync(made.resolvConf, 'nameserver 10.0.0.1\n');
+    const container = await made.create();
+    // As it is at the start.
+    writeFileSync(made.resolvConf, `nameserver ${nameserver}\n`);
+    await container.start();
+    const names = ['relayQueries', 'serveNameservers', 'startContainer'];
+    expect(made.agent.calls.filter((name) => names.includes(name))).toEqual(expected);
+    expect(readContainerRecord(made.directory)).toMatchObject({ resolvConf: made.resolvConf });
   });
 
   it('gives its VM back as soon as it has ended, with its filesystems flushed', async () => {

@@ -39,12 +39,16 @@ function scene() {
       return { [Symbol.dispose]: () => void events.push('watch no longer') };
     },
     bindLoopback: () => -1,
+    ask: async () => 'none' as const,
+    admitAnswers: () => {},
     [Symbol.dispose]: () => void events.push('leave'),
   };
   const guest = {
     setNetwork: async ({ interfaces }: NetworkConfig) => void told.push(interfaces.map(({ name }) => name).join()),
     watchListeners: () => new Promise<void>(() => {}),
     relayConnection: () => Promise.resolve(),
+    serveNameservers: async (addresses: readonly string[]) => void told.push(addresses.join()),
+    relayQueries: () => new Promise<void>(() => {}),
   };
   const logger = loggerTo({ write: (line: string) => void log.push(line) }, 'debug');
   const its = new GuestNetwork({ network, guest, logger });

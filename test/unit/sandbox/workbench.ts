@@ -256,6 +256,7 @@ export class Workbench implements AsyncDisposable {
   terminal = false;
   bundle = this.root;
   hooks: Partial<Pick<HookPlan, keyof typeof noHooks>> = {};
+  resolvConf: string | undefined;
   /** Lines of shell in place of a stand-in that is well. */
   standIn = `exec ${unshare} -- /bin/sh -c 'echo ready >&3; exec 3>&-; exec sleep 1000'`;
   vm: ScriptedVm | undefined;
@@ -387,6 +388,8 @@ export class Workbench implements AsyncDisposable {
       connect: () => undefined,
       told: () => {},
       bindLoopback: () => -1,
+      ask: async () => 'none' as const,
+      admitAnswers: () => {},
       watch: () => ({ [Symbol.dispose]: () => {} }),
       [Symbol.dispose]: leave,
     };
@@ -450,6 +453,7 @@ export class Workbench implements AsyncDisposable {
       spec: (numbers, devices) => JSON.stringify({ numbers, ...(devices.length > 0 && { devices }) }),
       volumes: this.volumes,
       blockDevices: this.blockDevices,
+      resolvConf: this.resolvConf,
       networkNamespace: undefined,
       rootfs: {} as RootfsPlan,
       hooks: {

@@ -84,3 +84,12 @@ export async function setClock(first: ClockReading, ask: (byMs: number) => Promi
 function boundsOf({ askedAt, answeredAt, guestMs }: ClockReading): { least: number; most: number } {
   return { least: askedAt - guestMs, most: answeredAt - guestMs };
 }
+
+/** The agent tells times in nanoseconds. */
+export function toMs(ns: bigint): number {
+  return Number(ns) / 1e6;
+}
+
+export function toNs(ms: number): bigint {
+  return BigInt(Math.round(ms * 1e6));
+}

@@ -1,4 +1,3 @@
-import { randomBytes } from 'node:crypto';
 import type net from 'node:net';
 import type { Readable, Writable } from 'node:stream';
 import {
@@ -6,118 +5,34 @@ import {
   type AdjustClockResponse,
   AgentClient,
   AgentService,
-  type Identity,
-  type Mount,
-  Protocol,
   type SampleRandomnessResponse,
-  type Stdio,
 } from '../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../errors.ts';
-import { printable } from '../host/printable.ts';
 import type { NameAnswer, NameQuery } from '../network/ask.ts';
 import type { NetworkConfig } from '../network/config.ts';
 import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transport.ts';
-import { kilnVersion } from '../version.ts';
 import { type CallOptions, type UnaryMethod, unary } from './call.ts';
-import { type ClockReading, type Correction, findCorrection, seemsRight, setClock } from './clock.ts';
+import { type ClockReading, type Correction, findCorrection, seemsRight, setClock, toMs, toNs } from './clock.ts';
 import { type ListeningPorts, type LoopbackPort, relayConnection, watchListeners } from './connections.ts';
 import { type ChangesStream, type FilesTarget, provideFiles, readChanges, readFiles, writeFiles } from './files.ts';
+import { type GuestFacts, type HelloOptions, sayHello } from './hello.ts';
 import { encodeLoopback, relayQueries } from './nameservers.ts';
 import { toNetwork } from './network.ts';
 import { type ProcessDetails, toProcessDetails } from './process-details.ts';
 import { type ContainerStats, toContainerStats } from './stats.ts';
 import { type OutputRequest, pipeOutput, pipeStdin } from './streams.ts';
+import {
+  type GuestContainer,
+  type GuestPod,
+  type GuestProcess,
+  type GuestStdio,
+  type ProcessRef,
+  pidOf,
+  type TerminalSize,
+  toMount,
+  toStdio,
+} from './terms.ts';
 import { type GuestExit, waitExit } from './wait.ts';
-
-/** What the guest says of itself when it connects. */
-export interface GuestFacts {
-  readonly kernelRelease: string;
-  readonly bootId: string;
-  readonly memoryBytes: number;
-  readonly vcpus: number;
-  /** When the agent's process started, on the host's clock (epoch ms): kernel and init were done then. */
-  readonly agentStartedAtMs: number;
-}
-
-/** One mount of a container's root filesystem, in the guest's terms. */
-export interface GuestMount {
-  /** A disk of the VM by its slot name, or any other source for mount(2). */
-  readonly source: { readonly disk: string } | { readonly device: string };
-  readonly target: string;
-  readonly type: string;
-  readonly options: readonly string[];
-  /** Directories below target to create after the mount. */
-  readonly directories: readonly string[];
-}
-
-/** A process of a container: its init has the empty exec id. */
-export interface ProcessRef {
-  readonly id: string;
-  readonly execId: string;
-}
-
-/** How a process reads and writes: a pipe each or /dev/null, or one terminal for all three. */
-export interface GuestStdio {
-  readonly stdin: boolean;
-  readonly stdout: boolean;
-  readonly stderr: boolean;
-  readonly terminal: boolean;
-  /** The terminal's size in characters; undefined leaves it as the spec has it. */
-  readonly size: TerminalSize | undefined;
-}
-
-export interface TerminalSize {
-  readonly width: number;
-  readonly height: number;
-}
-
-export interface GuestContainer {
-  readonly id: string;
-  /** The guest's runtime-spec, JSON. */
-  readonly spec: string;
-  readonly mounts: readonly GuestMount[];
-  readonly stdio: GuestStdio;
-  /** v9fs's mount options for the host's files; absent for a spec that needs none of them. */
-  readonly volumeOptions?: string | undefined;
-  /** The serials of disks that it has as devices. */
-  readonly disks?: readonly string[] | undefined;
-  /** What the guest has to take over before; absent when there is nothing new. */
-  readonly network?: NetworkConfig | undefined;
-  /** Files for its root filesystem before its program is looked for; see `provideFiles` of files.ts. */
-  readonly files?: AsyncIterable<Buffer> | undefined;
-}
-
-/** What the containers of a pod share. */
-export interface GuestPod {
-  /** Empty for the guest's own. */
-  readonly hostname: string;
-  readonly domainname: string;
-  /** Parameters of the network and of the IPC namespace. */
-  readonly sysctl: Readonly<Record<string, string>>;
-  /** Size of /dev/shm. */
-  readonly shmBytes: number;
-}
-
-export interface GuestProcess {
-  /** In the guest. */
-  readonly pid: number;
-  /** Of a process that was exec'd; else empty. */
-  readonly execId: string;
-  readonly init: boolean;
-}
-
-export interface GuestOptions {
-  /** The guest's hostname until a container sets its own. */
-  readonly hostname: string;
-  /** Milliseconds for the agent's answer to one call, before the call fails with `deadline-exceeded`. */
-  readonly answerLimitMs: number;
-  /** The sandbox's secret, by which a later connection knows the agent again. */
-  readonly session: string;
-  /** True when the agent was told the session on an earlier connection. */
-  readonly returning?: boolean;
-  /** The guest is about to be saved as a template: it gets no identity, and no session (which is empty). */
-  readonly becomesTemplate?: boolean;
-}
 
 /**
  * Milliseconds that RemoveContainer may take, at least: it writes all that the guest still holds in memory to the disk,
@@ -128,20 +43,9 @@ const removalLimitMs = 120_000;
 /** Milliseconds for the creation of a container that gets files from the host, at least: they may be many. */
 const filesLimitMs = 600_000;
 
-/** The longest text of a guest that is kept, in characters: what uname(2) has room for, and more. */
-const maxTextChars = 128;
-
 /** The most containers of a guest that are looked at: it may name as many as it likes, of any length. */
 const maxContainers = 1000;
 const maxIdChars = 255;
-
-/** PID_MAX_LIMIT, linux/threads.h. */
-const largestPid = 2 ** 22;
-
-/** Bytes of entropy that a guest gets: twice what its generator is seeded with. */
-const entropyBytes = 64;
-
-const rebuildHint = 'build the guest image again with `npm run setup`';
 
 /** The agent of one VM. Every call fails with `unavailable` once the connection is gone. */
 export class Guest implements Disposable {
@@ -161,61 +65,21 @@ export class Guest implements Disposable {
 
   /**
    * Speaks Hello on a connection that the agent dialled; the guest has an identity of its own and the right time
-   * afterwards. Takes the socket over, also when it throws: `failed-precondition` when host and guest speak different protocols,
-   * `permission-denied` when the caller is not the agent that was told the session.
+   * afterwards. Takes the socket over, also when it throws.
+   *
+   * @throws KilnError as `sayHello`
    */
-  static async connect(
-    socket: net.Socket,
-    { hostname, answerLimitMs, session, returning = false, becomesTemplate = false }: GuestOptions,
-  ): Promise<Guest> {
-    const connectedRealtimeNs = BigInt(Date.now()) * 1_000_000n;
+  static async connect(socket: net.Socket, options: HelloOptions): Promise<Guest> {
+    const { answerLimitMs } = options;
+    const connectedAtMs = Date.now();
     const connection = clientOverSocket(AgentClient, socket, { peer: 'the guest' });
     try {
-      const hello = {
-        protocol: Protocol.PROTOCOL_CURRENT,
-        kilnVersion,
-        features: [],
-        connectedRealtimeNs,
-        hostname,
-        session,
-        identity: returning ? undefined : newIdentity(),
-        becomesTemplate,
-      };
-      const askedAt = Date.now();
-      const answer = await unary(connection.client, AgentService.hello, hello, { limitMs: answerLimitMs });
-      const answeredAt = Date.now();
-      if (answer.protocol !== Protocol.PROTOCOL_CURRENT) {
-        throw new KilnError(
-          'failed-precondition',
-          `the guest image speaks agent protocol ${answer.protocol} (Kiln ${shortText(answer.kilnVersion)}), ` +
-            `this kilnd speaks ${Protocol.PROTOCOL_CURRENT} (Kiln ${kilnVersion})`,
-          { hint: rebuildHint },
-        );
-      }
-      if (returning && answer.session !== session) {
-        throw new KilnError('permission-denied', 'the caller is not the agent of this VM');
-      }
-      const ageMs = Number(answer.answeredNs - answer.agentStartedNs) / 1e6;
-      const facts = {
-        kernelRelease: shortText(answer.kernelRelease),
-        bootId: shortText(answer.bootId),
-        memoryBytes: Number(answer.memoryBytes),
-        vcpus: answer.vcpus,
-        // No time in the future, nor before there were clocks.
-        agentStartedAtMs: answeredAt - Math.min(Math.max(ageMs, 0), answeredAt),
-      };
+      const { facts, reading } = await sayHello(connection.client, options, connectedAtMs);
       const guest = new Guest(connection, facts, answerLimitMs);
-      if (answer.realtimeNs !== 0n) {
-        const reading = { askedAt, answeredAt, guestMs: toMs(answer.realtimeNs) };
-        if (!seemsRight(reading)) await guest.checkClock(answerLimitMs);
-      }
+      if (reading !== undefined && !seemsRight(reading)) await guest.checkClock(answerLimitMs);
       return guest;
     } catch (error) {
       connection.close();
-      // The agent found the mismatch: its message names both versions, and the remedy is the same.
-      if (error instanceof KilnError && error.code === 'failed-precondition' && error.hint === undefined) {
-        throw new KilnError(error.code, error.message, { hint: rebuildHint, cause: error });
-      }
       throw error;
     }
   }
@@ -225,20 +89,11 @@ export class Guest implements Disposable {
    * its reason; what the guest has made by then ends with the VM.
    */
   async createContainer(container: GuestContainer, signal?: AbortSignal): Promise<number> {
-    const mounts: Mount[] = container.mounts.map((mount) => ({
-      source:
-        'disk' in mount.source
-          ? { $case: 'disk', value: mount.source.disk }
-          : { $case: 'device', value: mount.source.device },
-      target: mount.target,
-      type: mount.type,
-      options: [...mount.options],
-      directories: [...mount.directories],
-    }));
     const { id, stdio, volumeOptions, disks = [] } = container;
     const network = toNetwork(container.network);
     const volumes = volumeOptions === undefined ? undefined : { options: volumeOptions };
     const spec = Buffer.from(container.spec);
+    const mounts = container.mounts.map(toMount);
     const common = { id, spec, mounts, stdio: toStdio(stdio), volumes, network, disks: [...disks] };
     const { files } = container;
     const create = (awaitFiles: boolean, limitMs: number) =>
@@ -460,30 +315,4 @@ export class Guest implements Disposable {
   [Symbol.dispose](): void {
     this.#connection.close();
   }
-}
-
-function toMs(ns: bigint): number {
-  return Number(ns) / 1e6;
-}
-
-function toNs(ms: number): bigint {
-  return BigInt(Math.round(ms * 1e6));
-}
-
-function newIdentity(): Identity {
-  return { entropy: randomBytes(entropyBytes), machineId: randomBytes(16).toString('hex') };
-}
-
-function toStdio({ size, ...stdio }: GuestStdio): Stdio {
-  return { ...stdio, width: size?.width ?? 0, height: size?.height ?? 0 };
-}
-
-function shortText(text: string): string {
-  return printable(text.slice(0, maxTextChars)).replaceAll('\n', ' ');
-}
-
-/** @throws KilnError internal for what no process has; 0 would mean one that does not exist yet */
-function pidOf({ pid }: { readonly pid: number }): number {
-  if (pid >= 1 && pid <= largestPid) return pid;
-  throw new KilnError('internal', `the agent in the guest names a process ${pid}, which cannot be`);
 }

@@ -8,7 +8,7 @@ import { setImmediate as nextTurn } from 'node:timers/promises';
 import { type AgentClient, OutputStream } from '../../gen/kiln/agent/v1/agent.ts';
 import { countRelayed } from '../sys/garbage.ts';
 import { toKilnError } from './call.ts';
-import type { ProcessRef } from './guest.ts';
+import type { ProcessRef } from './terms.ts';
 
 /** The most bytes of stdin in one message: big enough to amortise a message, small against HTTP/2's window. */
 const stdinChunkBytes = 128 * 1024;

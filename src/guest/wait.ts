@@ -2,9 +2,9 @@
 import type { AgentClient, WaitProcessResponse } from '../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../errors.ts';
 import { toKilnError } from './call.ts';
-import type { ProcessRef } from './guest.ts';
 import { type ContainerStats, toContainerStats } from './stats.ts';
 import type { OutputName } from './streams.ts';
+import type { ProcessRef } from './terms.ts';
 
 /** The least time between two messages of one call that are read, in ms: a guest may send as many as it likes. */
 const messageMs = 20;

@@ -1,9 +1,9 @@
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
-import type { ProcessRef, TerminalSize } from '../guest/guest.ts';
 import type { ProcessDetails } from '../guest/process-details.ts';
 import type { ContainerStats } from '../guest/stats.ts';
+import type { ProcessRef, TerminalSize } from '../guest/terms.ts';
 import type { GuestExit } from '../guest/wait.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';

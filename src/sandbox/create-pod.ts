@@ -1,6 +1,6 @@
 import { mkdir, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
-import type { GuestPod } from '../guest/guest.ts';
+import type { GuestPod } from '../guest/terms.ts';
 import { HostControlGroup } from '../host/control-group.ts';
 import type { PodFiles } from '../oci/cri-pod.ts';
 import { faultPoint } from './faults.ts';

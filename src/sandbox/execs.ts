@@ -1,4 +1,5 @@
-import type { Guest, ProcessRef } from '../guest/guest.ts';
+import type { Guest } from '../guest/guest.ts';
+import type { ProcessRef } from '../guest/terms.ts';
 import { Exec, type ExecHost, type ExecRequest } from './exec.ts';
 
 /** What the exec'd processes of a container need of it; see ExecHost. */

@@ -1,8 +1,9 @@
 import { Writable } from 'node:stream';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
-import type { Guest, GuestStdio, ProcessRef, TerminalSize } from '../guest/guest.ts';
+import type { Guest } from '../guest/guest.ts';
 import type { OutputName } from '../guest/streams.ts';
+import type { GuestStdio, ProcessRef, TerminalSize } from '../guest/terms.ts';
 import type { GuestExit } from '../guest/wait.ts';
 import { outputGraceMs } from './limits.ts';
 import type { Positions } from './positions.ts';

@@ -1,7 +1,7 @@
 import { mkdirSync, rmSync } from 'node:fs';
 import type { KilnConfig } from '../config/config.ts';
 import { forLog, KilnError } from '../errors.ts';
-import type { TerminalSize } from '../guest/guest.ts';
+import type { TerminalSize } from '../guest/terms.ts';
 import { type ControlGroup, type GroupPlan, HostControlGroup } from '../host/control-group.ts';
 import { adoptHelper, type HelperProcess } from '../host/helper-process.ts';
 import { identityOf } from '../host/process-identity.ts';

@@ -3,8 +3,9 @@
  * in the guest's page cache, and what a container's start touches first is touched. All clones share that.
  */
 import { PassThrough, type Readable } from 'node:stream';
-import type { Guest, GuestContainer, GuestStdio, ProcessRef } from '../guest/guest.ts';
+import type { Guest } from '../guest/guest.ts';
 import type { OutputName } from '../guest/streams.ts';
+import type { GuestContainer, GuestStdio, ProcessRef } from '../guest/terms.ts';
 
 /** Rounds of calls. The first reads files and compiles; the second runs what is compiled by then. */
 const rounds = 2;

@@ -6,8 +6,9 @@ import { PassThrough, Readable, Writable } from 'node:stream';
 import { afterEach, describe, expect, it } from 'vitest';
 import { OutputStream, Protocol } from '../../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../../../src/errors.ts';
-import { Guest, type GuestContainer } from '../../../src/guest/guest.ts';
+import { Guest } from '../../../src/guest/guest.ts';
 import type { OutputRequest } from '../../../src/guest/streams.ts';
+import type { GuestContainer } from '../../../src/guest/terms.ts';
 import { kilnVersion } from '../../../src/version.ts';
 import {
   failure,

@@ -3,6 +3,7 @@ import { KilnError } from '../errors.ts';
 import { requireSocketPath } from '../host/unix-socket.ts';
 import type { Logger } from '../observe/logger.ts';
 import { TtrpcServer } from '../rpc/ttrpc/index.ts';
+import { toDeleteReply } from './delete-reply.ts';
 import { processTable } from './process-service.ts';
 import type { Keeper } from './relay/keeper.ts';
 import type { RelaySession } from './relay/server.ts';
@@ -10,9 +11,10 @@ import { type SandboxContainer, SandboxService, type SandboxServiceOptions } fro
 import { toSandboxBefore, toTtrpcStatus } from './status.ts';
 import type { RestoredTask, TaskBefore, TaskContainer } from './task.ts';
 import { noTask, type SandboxState, type TaskState } from './task-record.ts';
-import { TaskService, type TaskServiceOptions, toDeleteReply } from './task-service.ts';
+import { TaskService } from './task-service.ts';
+import { TaskSlot, type TaskSlotOptions } from './task-slot.ts';
 
-export interface EndpointOptions extends TaskServiceOptions, Pick<SandboxServiceOptions, 'createSandbox'> {
+export interface EndpointOptions extends TaskSlotOptions, Pick<SandboxServiceOptions, 'createSandbox'> {
   /** What the relay listens on. */
   readonly socketPath: string;
   /** Called whenever `busy` may have changed to false. */
@@ -45,7 +47,7 @@ export class Endpoint {
   readonly id: string;
   readonly #options: EndpointOptions;
   readonly logger: Logger;
-  readonly #service: TaskService;
+  readonly #task: TaskSlot;
   readonly #sandbox: SandboxService;
   #state: TaskState = noTask;
   #sandboxState: SandboxState | undefined;
@@ -65,7 +67,7 @@ export class Endpoint {
     this.id = options.id;
     this.logger = options.logger;
     const { id, logger, createContainer, createSandbox } = options;
-    this.#service = new TaskService({
+    this.#task = new TaskSlot({
       ...options,
       createContainer: async (request, signal) => {
         if (this.#sandbox.busy) throw new KilnError('already-exists', `${id} is a sandbox`);
@@ -81,7 +83,7 @@ export class Endpoint {
     this.#sandbox = new SandboxService({
       ...{ id, logger },
       createSandbox: async (request, signal) => {
-        if (this.#service.busy) throw new KilnError('already-exists', `${id} is a container`);
+        if (this.#task.busy) throw new KilnError('already-exists', `${id} is a container`);
         return createSandbox(request, signal);
       },
       save: (state) => {
@@ -90,7 +92,11 @@ export class Endpoint {
       },
     });
     this.#ttrpc = new TtrpcServer(
-      { ...this.#service.table(), ...this.#sandbox.table(), ...processTable((id) => this.#service.containerOf(id)) },
+      {
+        ...new TaskService(this.#task, logger).table(),
+        ...this.#sandbox.table(),
+        ...processTable((id) => this.#task.containerOf(id)),
+      },
       {
         toStatus: toTtrpcStatus,
         onClose: () => {
@@ -108,12 +114,12 @@ export class Endpoint {
   }
 
   get hasTask(): boolean {
-    return this.#service.busy || this.#sandbox.busy;
+    return this.#task.busy || this.#sandbox.busy;
   }
 
   /** Of its task; undefined while there is none. */
   get container(): TaskContainer | undefined {
-    return this.#service.container;
+    return this.#task.container;
   }
 
   get busy(): boolean {
@@ -157,7 +163,7 @@ export class Endpoint {
     const { signal } = this.#giveUp;
     this.#sandboxState = state.sandbox;
     if (state.sandbox === undefined) {
-      await this.#service.restore(state, before, state.create && adopt.task(signal));
+      await this.#task.restore(state, before, state.create && adopt.task(signal));
       void this.container?.exit.wait().then(() => this.#letRelayGo());
     } else await this.#sandbox.restore(state.sandbox, toSandboxBefore(before), adopt.sandbox(signal));
     this.#options.onQuiet();
@@ -168,7 +174,7 @@ export class Endpoint {
    * asks for the container's removal: conmon does.
    */
   #letRelayGo(): void {
-    if (this.#service.isOver && this.#ttrpc.connectionCount === 0) this.#keeper?.end();
+    if (this.#task.isOver && this.#ttrpc.connectionCount === 0) this.#keeper?.end();
   }
 
   #save(): void {
@@ -220,7 +226,7 @@ export class Endpoint {
     // now: a relay that is slow, or dead, must not be found by the next `start` of this container.
     this.#keeper?.end();
     rmSync(this.socketPath, { force: true });
-    const [response, sandbox] = await Promise.all([this.#service.forceDelete(), this.#sandbox.forceDelete()]);
+    const [response, sandbox] = await Promise.all([this.#task.forceDelete(), this.#sandbox.forceDelete()]);
     await this.#ttrpc.close();
     await this.#keeper?.gone();
     this.#options.onDeleted();

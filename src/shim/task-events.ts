@@ -1,7 +1,7 @@
-import type * as api from '../../gen/containerd/task.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Exit } from '../sandbox/process-state.ts';
 import { Announcer, type AnnouncerOptions } from './announcer.ts';
+import { toDeleteResponse } from './delete-reply.ts';
 import { toTimestamp } from './status.ts';
 import { allExited, type EndedProcess, type Task, type TaskRequest, type Tracked } from './task.ts';
 import type { TaskEvent } from './topics.ts';
@@ -152,9 +152,4 @@ export class TaskEvents {
   #once(name: string, event: TaskEvent): void {
     if (!this.#silent) this.#announcer.announce(name, event);
   }
-}
-
-/** What Delete answers. */
-export function toDeleteResponse({ pid, exit }: Pick<EndedProcess, 'pid' | 'exit'>): api.DeleteResponse {
-  return { pid, exitStatus: exit.status, exitedAt: toTimestamp(exit.at) };
 }

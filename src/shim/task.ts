@@ -68,7 +68,7 @@ export interface Tracked {
   /** CloseIO has come. */
   stdinClosed: boolean;
   /** The Delete that is under way. */
-  deletion: Promise<api.DeleteResponse> | undefined;
+  deletion: Promise<EndedProcess> | undefined;
 }
 
 /** A process that is deleted. */

@@ -7,6 +7,7 @@ import { toTtrpcStatus } from '../../../src/shim/status.ts';
 import type { TaskRequest } from '../../../src/shim/task.ts';
 import type { TaskState } from '../../../src/shim/task-record.ts';
 import { TaskService } from '../../../src/shim/task-service.ts';
+import { TaskSlot } from '../../../src/shim/task-slot.ts';
 import type { TaskEvent } from '../../../src/shim/topics.ts';
 import { type Gate, ScriptedContainer } from './scripted-container.ts';
 import { TaskClient } from './task-client.ts';
@@ -35,12 +36,13 @@ export class Bench {
   creation: Gate | undefined;
   request: TaskRequest | undefined;
   signal: AbortSignal | undefined;
-  readonly service: TaskService;
+  readonly slot: TaskSlot;
   readonly server: TtrpcServer;
   readonly client: TaskClient;
 
   constructor() {
-    this.service = new TaskService({
+    const logger = loggerTo({ write: (line) => void this.log.push(JSON.parse(line) as LogLine) }, 'trace');
+    this.slot = new TaskSlot({
       namespace: 'ns',
       id,
       createContainer: async (request, signal) => {
@@ -62,9 +64,9 @@ export class Bench {
         if (this.takesEvents) onSent();
       },
       save: (state) => void this.saved.push(state),
-      logger: loggerTo({ write: (line) => void this.log.push(JSON.parse(line) as LogLine) }, 'trace'),
+      logger,
     });
-    this.server = new TtrpcServer(this.service.table(), { toStatus: toTtrpcStatus });
+    this.server = new TtrpcServer(new TaskService(this.slot, logger).table(), { toStatus: toTtrpcStatus });
     this.client = this.connect();
   }
 

@@ -259,7 +259,7 @@ describe("the init's exit", () => {
     const made = await running();
     await made.client.exec();
     await made.client.start({ execId: 'e1' });
-    await made.service.forceDelete();
+    await made.slot.forceDelete();
     made.container.execs[0]?.end(137);
     expect(await errorOf(made.client.state())).toBe('NotFound: container c1 does not exist');
     expect(told(made)).toEqual(['TaskExecAdded e1', 'TaskExecStarted e1']);

@@ -16,11 +16,11 @@ afterEach(async () => {
 async function running(start?: Gate) {
   const made = new Bench();
   benches.push(made);
-  const { container, events, service, client } = made;
+  const { container, events, slot, client } = made;
   if (start !== undefined) container.gates.start = start;
   await client.create();
   const started = client.start();
-  return { container, events, service, client, started, types: () => made.types };
+  return { container, events, slot, client, started, types: () => made.types };
 }
 
 describe('Pause and Resume', () => {
@@ -144,9 +144,9 @@ describe('TaskOOM', () => {
   });
 
   it('is not told of once containerd has declared the task dead', async () => {
-    const { container, service, started, types } = await running();
+    const { container, slot, started, types } = await running();
     await started;
-    await service.forceDelete();
+    await slot.forceDelete();
     container.oom.count(1);
     expect(types()).toEqual(['TaskCreate', 'TaskStart']);
   });

@@ -51,7 +51,7 @@ async function restored(state: TaskState) {
   const made = bench();
   made.container.state = { kind: 'running' };
   const process = await runningExec(made);
-  await made.service.restore(
+  await made.slot.restore(
     state,
     before,
     Promise.resolve({ container: made.container, execs: new Map([['e1', process]]) }),
@@ -66,7 +66,7 @@ describe('a task that is taken over', () => {
     expect(await made.client.state()).toEqual({ ...common, ...io, pid: 4242, execId: '' });
     expect(await made.client.state({ execId: 'e1' })).toEqual({ ...common, ...exec, pid: 100 });
     expect(await made.client.connect()).toMatchObject({ taskPid: 4242 });
-    expect(made.service.busy).toBe(true);
+    expect(made.slot.busy).toBe(true);
     expect(made.types).toEqual([]);
     expect(await errorOf(made.client.create(io))).toBe('AlreadyExists: container c1 already exists');
   });
@@ -91,7 +91,7 @@ describe('a task that is taken over', () => {
     process.end(137);
     made.container.state = { kind: 'running' };
     made.container.end(5);
-    await made.service.restore(
+    await made.slot.restore(
       state,
       before,
       Promise.resolve({ container: made.container, execs: new Map([['e1', process]]) }),
@@ -114,7 +114,7 @@ describe('a task that is taken over', () => {
     made.container.state = { kind: 'running' };
     made.container.end(5);
     const adopting = Promise.resolve({ container: made.container, execs: new Map([['e1', process]]) });
-    await made.service.restore(state, before, adopting);
+    await made.slot.restore(state, before, adopting);
     await made.client.wait();
     const told = ['TaskCreate', 'TaskStart', 'TaskExecAdded', 'TaskExecStarted', 'TaskExit', 'TaskExit'];
     expect(made.types).toEqual(told);
@@ -132,7 +132,7 @@ describe('a task that is taken over', () => {
     await first.client.delete();
     expect(latest(first).due).toEqual(['delete']);
     const made = bench();
-    await made.service.restore(latest(first), before, undefined);
+    await made.slot.restore(latest(first), before, undefined);
     expect(made.types).toEqual(['TaskDelete']);
     expect(latest(made)).toMatchObject({ due: [], announced: expect.arrayContaining(['delete']) });
   });
@@ -147,7 +147,7 @@ describe('a task that is taken over', () => {
     const made = bench();
     made.container.state = { kind: 'running' };
     made.container.end(5);
-    await made.service.restore(latest(first), before, Promise.resolve({ container: made.container, execs: new Map() }));
+    await made.slot.restore(latest(first), before, Promise.resolve({ container: made.container, execs: new Map() }));
     expect((await made.client.delete()).exitStatus).toBe(5);
     expect(made.types).toEqual(['TaskDelete']);
   });
@@ -156,7 +156,7 @@ describe('a task that is taken over', () => {
     const state = await killed({ startExec: false });
     const made = bench();
     made.container.state = { kind: 'running' };
-    await made.service.restore(state, before, Promise.resolve({ container: made.container, execs: new Map() }));
+    await made.slot.restore(state, before, Promise.resolve({ container: made.container, execs: new Map() }));
     expect(await made.client.state({ execId: 'e1' })).toMatchObject({ ...exec, pid: 0, status: Status.CREATED });
     expect(await made.client.start({ execId: 'e1' })).toEqual({ pid: 100 });
     expect(made.types).toEqual(['TaskExecStarted']);
@@ -201,7 +201,7 @@ describe('a task that is taken over', () => {
     await first.client.delete({ execId: 'e1' });
     const made = bench();
     made.container.state = { kind: 'running' };
-    await made.service.restore(latest(first), before, Promise.resolve({ container: made.container, execs: new Map() }));
+    await made.slot.restore(latest(first), before, Promise.resolve({ container: made.container, execs: new Map() }));
     expect(made.events).toEqual(first.events.slice(2));
     expect(made.types).toEqual(['TaskExecAdded', 'TaskExecStarted', 'TaskExit']);
   });
@@ -213,19 +213,19 @@ describe('a task that is taken over', () => {
     await first.client.delete();
     expect(latest(first).create).toBeUndefined();
     const made = bench();
-    await made.service.restore(latest(first), before, undefined);
-    expect(made.service.busy).toBe(false);
+    await made.slot.restore(latest(first), before, undefined);
+    expect(made.slot.busy).toBe(false);
     expect(await errorOf(made.client.state())).toBe('NotFound: container c1 does not exist');
     expect(await errorOf(made.client.delete())).toBe('NotFound: container c1 does not exist');
-    expect(DeleteResponse.decode(await made.service.forceDelete())).toEqual({ pid: 4242, exitStatus: 137, exitedAt });
+    expect(DeleteResponse.decode(await made.slot.forceDelete())).toEqual({ pid: 4242, exitStatus: 137, exitedAt });
     expect(made.types).toEqual([]);
   });
 
   it('that cannot be is as if it had never been, and the log tells', async () => {
     const made = bench();
     const refused = Promise.reject(new KilnError('internal', 'no'));
-    await made.service.restore(await killed(), before, refused);
-    expect(made.service.busy).toBe(false);
+    await made.slot.restore(await killed(), before, refused);
+    expect(made.slot.busy).toBe(false);
     expect(await errorOf(made.client.state())).toBe('NotFound: container c1 does not exist');
     expect(made.log.filter(({ level }) => level === 'error').map(({ msg }) => msg)).toEqual([
       'cannot take the task over',
@@ -240,8 +240,8 @@ describe('while a task is taken over', () => {
     const process = await runningExec(made);
     const gate = new Gate();
     const adopting = gate.pass().then(() => ({ container: made.container, execs: new Map([['e1', process]]) }));
-    const restoring = made.service.restore(await killed(), before, adopting);
-    expect(made.service.busy).toBe(true);
+    const restoring = made.slot.restore(await killed(), before, adopting);
+    expect(made.slot.busy).toBe(true);
     expect(await made.client.state()).toEqual({
       ...{ id, bundle: '/run/bundle', ...before, ...io, execId: '', exitStatus: 0, exitedAt: undefined },
     });
@@ -267,8 +267,8 @@ describe('while a task is taken over', () => {
     made.container.state = { kind: 'running' };
     const gate = new Gate();
     const adopting = gate.pass().then(() => ({ container: made.container, execs: new Map() }));
-    const restoring = made.service.restore(await killed({ startExec: false }), before, adopting);
-    const deleted = made.service.forceDelete();
+    const restoring = made.slot.restore(await killed({ startExec: false }), before, adopting);
+    const deleted = made.slot.forceDelete();
     await made.client.state();
     expect(made.container.calls).toEqual([]);
     gate.open();
@@ -363,7 +363,7 @@ describe('a request that comes a second time', () => {
     expect(await errorOf(first.client.delete({ execId: 'e1' }))).toBe('NotFound: container c1 has no process e1');
     const made = bench();
     made.container.state = { kind: 'running' };
-    await made.service.restore(latest(first), before, Promise.resolve({ container: made.container, execs: new Map() }));
+    await made.slot.restore(latest(first), before, Promise.resolve({ container: made.container, execs: new Map() }));
     expect(await made.replaying().delete({ execId: 'e1' })).toEqual(answer);
     expect(await errorOf(made.replaying().delete({ execId: 'e2' }))).toBe('NotFound: container c1 has no process e2');
     expect(made.types).toEqual([]);
@@ -379,7 +379,7 @@ describe('a request that comes a second time', () => {
     first.takesEvents = false;
     const answer = await first.client.delete();
     const made = bench();
-    await made.service.restore(latest(first), before, undefined);
+    await made.slot.restore(latest(first), before, undefined);
     expect(await made.replaying().delete()).toEqual(answer);
     expect(made.types).toEqual(['TaskDelete']);
     expect(latest(made).announced).toContain('delete');
@@ -405,7 +405,7 @@ describe('a request that comes a second time', () => {
     expect(latest(first).announced).toEqual([]);
     const made = bench();
     made.container.state = { kind: 'running' };
-    await made.service.restore(latest(first), before, Promise.resolve({ container: made.container, execs: new Map() }));
+    await made.slot.restore(latest(first), before, Promise.resolve({ container: made.container, execs: new Map() }));
     const client = made.connect(undefined, 2);
     expect(await client.create(io)).toEqual({ pid: 4242 });
     expect(await client.start()).toEqual({ pid: 4242 });

@@ -2,7 +2,7 @@ import { afterEach, describe, expect, it, vi } from 'vitest';
 import { DeleteResponse } from '../../../gen/containerd/task.ts';
 import { Status } from '../../../gen/containerd/task_types.ts';
 import { KilnError } from '../../../src/errors.ts';
-import { unknownTaskDeleted } from '../../../src/shim/task-service.ts';
+import { unknownTaskDeleted } from '../../../src/shim/delete-reply.ts';
 import { Gate } from './scripted-container.ts';
 import { Bench, exitedAt, id } from './task-bench.ts';
 import { errorOf } from './task-client.ts';
@@ -69,12 +69,12 @@ describe('a whole life', () => {
   });
 
   it('may be followed by another under the same id', async () => {
-    const { client, service } = bench();
+    const { client, slot } = bench();
     await client.create();
     await client.delete();
-    expect(service.busy).toBe(false);
+    expect(slot.busy).toBe(false);
     await client.create();
-    expect(service.busy).toBe(true);
+    expect(slot.busy).toBe(true);
   });
 });
 
@@ -85,7 +85,7 @@ describe('Create', () => {
     made.creation.fail(new KilnError('not-found', 'no such layer: /x', { hint: 'pull the image again' }));
     expect(await errorOf(made.client.create())).toBe('NotFound: no such layer: /x (pull the image again)');
     expect(made.types).toEqual([]);
-    expect(made.service.busy).toBe(false);
+    expect(made.slot.busy).toBe(false);
     expect(made.log).toMatchObject([{ level: 'error', msg: 'Create failed', err: { message: 'no such layer: /x' } }]);
     expect(await errorOf(made.client.state())).toBe('NotFound: container c1 does not exist');
     // containerd's way after a failure.
@@ -152,14 +152,14 @@ describe('Create', () => {
     made.creation = Object.assign(creation, { fail: () => creation.open() });
     const create = errorOf(made.client.create());
     await creation.entered;
-    const printed = made.service.forceDelete();
+    const printed = made.slot.forceDelete();
     await container.gates.destroy.entered;
-    expect(made.service.busy).toBe(true);
+    expect(made.slot.busy).toBe(true);
     container.gates.destroy.open();
     expect(DeleteResponse.decode(await printed)).toMatchObject({ pid: 0, exitStatus: 137 });
     expect(await create).toBe('Canceled: container c1 was deleted during Create');
     expect(made.types).toEqual([]);
-    expect(made.service.busy).toBe(false);
+    expect(made.slot.busy).toBe(false);
   });
 });
 
@@ -396,11 +396,11 @@ describe("the launcher's delete", () => {
     const made = bench();
     await made.running();
     const waiting = made.client.wait();
-    const { pid, exitStatus } = DeleteResponse.decode(await made.service.forceDelete());
+    const { pid, exitStatus } = DeleteResponse.decode(await made.slot.forceDelete());
     expect({ pid, exitStatus }).toEqual({ pid: 4242, exitStatus: 137 });
     expect((await waiting).exitStatus).toBe(137);
     expect(made.types).toEqual(['TaskCreate', 'TaskStart']);
-    expect(made.service.busy).toBe(false);
+    expect(made.slot.busy).toBe(false);
   });
 
   it('after Delete prints how the task ended', async () => {
@@ -408,13 +408,13 @@ describe("the launcher's delete", () => {
     await made.running();
     made.container.end(42);
     await made.client.delete();
-    expect(DeleteResponse.decode(await made.service.forceDelete())).toEqual({ pid: 4242, exitStatus: 42, exitedAt });
+    expect(DeleteResponse.decode(await made.slot.forceDelete())).toEqual({ pid: 4242, exitStatus: 42, exitedAt });
     expect(made.container.calls).toEqual(['start', 'delete']);
   });
 
   it('without a task prints that it was killed', async () => {
     const made = bench();
-    const printed = DeleteResponse.decode(await made.service.forceDelete());
+    const printed = DeleteResponse.decode(await made.slot.forceDelete());
     expect(printed).toMatchObject({ pid: 0, exitStatus: 137 });
     expect(DeleteResponse.decode(unknownTaskDeleted())).toMatchObject({ pid: 0, exitStatus: 137 });
   });
@@ -427,7 +427,7 @@ describe("the launcher's delete", () => {
     made.creation = new Gate();
     made.creation.fail(new Error('disk full'));
     expect(await errorOf(made.client.create())).toBe('Internal: disk full');
-    expect(DeleteResponse.decode(await made.service.forceDelete())).toMatchObject({ pid: 0, exitStatus: 137 });
+    expect(DeleteResponse.decode(await made.slot.forceDelete())).toMatchObject({ pid: 0, exitStatus: 137 });
   });
 
   it('during Create gives it up, waits for it, and leaves nothing', async () => {
@@ -435,10 +435,10 @@ describe("the launcher's delete", () => {
     made.creation = new Gate();
     const create = errorOf(made.client.create());
     await made.creation.entered;
-    expect(DeleteResponse.decode(await made.service.forceDelete())).toMatchObject({ pid: 0, exitStatus: 137 });
+    expect(DeleteResponse.decode(await made.slot.forceDelete())).toMatchObject({ pid: 0, exitStatus: 137 });
     expect(await create).toBe('Canceled: container c1 was deleted during Create');
     expect(made.types).toEqual([]);
-    expect(made.service.busy).toBe(false);
+    expect(made.slot.busy).toBe(false);
   });
 
   it('during Start and during Delete is silent as well', async () => {
@@ -448,7 +448,7 @@ describe("the launcher's delete", () => {
     starting.container.gates.start = gate;
     const start = starting.client.start();
     await gate.entered;
-    const printed = starting.service.forceDelete();
+    const printed = starting.slot.forceDelete();
     gate.open();
     await Promise.all([start, printed]);
     expect(starting.types).toEqual(['TaskCreate']);
@@ -461,7 +461,7 @@ describe("the launcher's delete", () => {
     await deleting.client.wait();
     const deletion = deleting.client.delete();
     await held.entered;
-    await deleting.service.forceDelete();
+    await deleting.slot.forceDelete();
     held.open();
     await deletion;
     expect(deleting.types).toEqual(['TaskCreate', 'TaskStart', 'TaskExit']);
@@ -469,7 +469,7 @@ describe("the launcher's delete", () => {
 
   it('is the end of the service: a Create that comes later is refused', async () => {
     const made = bench();
-    await made.service.forceDelete();
+    await made.slot.forceDelete();
     expect(await errorOf(made.client.create())).toBe('Unavailable: container c1 is being deleted');
   });
 
@@ -478,8 +478,8 @@ describe("the launcher's delete", () => {
     await made.running();
     made.container.gates.destroy = new Gate();
     made.container.gates.destroy.fail(new Error('EBUSY: rmdir /run/kiln/c/x'));
-    expect(DeleteResponse.decode(await made.service.forceDelete())).toMatchObject({ pid: 4242, exitStatus: 137 });
-    expect(made.service.busy).toBe(false);
+    expect(DeleteResponse.decode(await made.slot.forceDelete())).toMatchObject({ pid: 4242, exitStatus: 137 });
+    expect(made.slot.busy).toBe(false);
     expect(made.log).toMatchObject([{ level: 'error', err: { message: 'EBUSY: rmdir /run/kiln/c/x' } }]);
   });
 });

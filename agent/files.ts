@@ -98,7 +98,6 @@ export async function takeFiles(
     marks: awaited ? 'obey' : 'refuse',
     xattr: own,
     devices: awaited ? 'make' : 'leave-out',
-    limits: { bytes: Number.MAX_SAFE_INTEGER, files: Number.MAX_SAFE_INTEGER },
     owner: awaited || keepOwners ? undefined : { uid: 0, gid: 0 },
   };
   const chunks = async function* () {

@@ -8,7 +8,7 @@ import { KilnError } from '../errors.ts';
 import { packFiles } from '../files/pack.ts';
 import { Place } from '../files/place.ts';
 import { FilesError, shown } from '../files/tar-entry.ts';
-import { unpackFiles } from '../files/unpack.ts';
+import { describeLeftOut, unpackFiles } from '../files/unpack.ts';
 import { listenPrivately } from '../host/unix-socket.ts';
 import type { CopyRequest } from '../shim/control/request.ts';
 import { ask } from './ask.ts';
@@ -80,20 +80,18 @@ async function copyOut({ id, path: source }: InContainer, target: string, option
   const to = Buffer.from(as).toString('latin1');
   const keep = options.archive === true;
   await withStream(request, async (socket) => {
-    const { leftOut, leftOutCount } = await unpackFiles(socket as AsyncIterable<Buffer>, place, {
+    const unpacked = await unpackFiles(socket as AsyncIterable<Buffer>, place, {
       walk: 'beneath',
       taken: 'same-kind',
       marks: 'refuse',
       devices: 'leave-out',
       xattr: (attribute) => (keep && ownXattr.test(attribute) ? attribute : undefined),
-      limits: { bytes: Number.MAX_SAFE_INTEGER, files: Number.MAX_SAFE_INTEGER },
       owner: keep ? undefined : { uid: process.getuid?.() ?? 0, gid: process.getgid?.() ?? 0 },
       modeMask: keep ? undefined : plainMode,
       rename: (given) => renamed(given, prefix, to),
     });
-    if (leftOutCount === 0) return;
-    const names = leftOut.map(shown).join(', ');
-    process.stderr.write(`kiln: ${leftOutCount} devices were not copied: ${names}\n`);
+    if (unpacked.leftOutCount === 0) return;
+    process.stderr.write(`kiln: devices were not copied: ${describeLeftOut(unpacked)}\n`);
   });
 }
 

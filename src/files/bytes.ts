@@ -4,9 +4,25 @@ import { FilesError } from './tar-entry.ts';
 export class Bytes {
   readonly #chunks: AsyncIterator<Buffer>;
   #chunk: Buffer = Buffer.alloc(0);
+  #taken = 0;
 
   constructor(source: AsyncIterable<Buffer>) {
     this.#chunks = source[Symbol.asyncIterator]();
+  }
+
+  /** How many have been taken. */
+  get taken(): number {
+    return this.#taken;
+  }
+
+  /** Whether the stream ends here. */
+  async atEnd(): Promise<boolean> {
+    while (this.#chunk.length === 0) {
+      const next = await this.#chunks.next();
+      if (next.done) return true;
+      this.#chunk = next.value;
+    }
+    return false;
   }
 
   /** Exactly so many. @throws FilesError invalid-argument when the stream ends before, in the middle of `what` */
@@ -22,13 +38,11 @@ export class Bytes {
 
   /** At least one, and at most so many; none for none. */
   async some(most: number, what: string): Promise<Buffer> {
-    while (this.#chunk.length === 0 && most > 0) {
-      const next = await this.#chunks.next();
-      if (next.done) throw new FilesError('invalid-argument', `the tar stream ends in the middle of ${what}`);
-      this.#chunk = next.value;
-    }
+    if (most > 0 && (await this.atEnd()))
+      throw new FilesError('invalid-argument', `the tar stream ends in the middle of ${what}`);
     const part = this.#chunk.subarray(0, most);
     this.#chunk = this.#chunk.subarray(part.length);
+    this.#taken += part.length;
     return part;
   }
 

@@ -13,7 +13,7 @@ import { setImmediate as nextTurn } from 'node:timers/promises';
 import { promisify } from 'node:util';
 import { nextExtent } from '../sys/sparse.ts';
 import { lgetxattr, llistxattr } from '../sys/xattr.ts';
-import { Place, type Walk } from './place.ts';
+import { Place } from './place.ts';
 import { type BinaryString, FilesError, type Piece, shown, type TarEntry, type TarType } from './tar-entry.ts';
 import { padding, sparseMap, tarEnd, tarHeader } from './tar-write.ts';
 
@@ -91,13 +91,13 @@ class Packer {
     let looked = 0;
     const waiting: BinaryString[] = [''];
     for (let directory = waiting.pop(); directory !== undefined; directory = waiting.pop()) {
-      using place = openIfThere(top, directory);
+      using place = Place.openIfThere(top.fd, directory, 'beneath');
       if (place === undefined) continue;
       const children: BinaryString[] = [];
       for (const name of readdirSync(`/proc/self/fd/${place.fd}`, 'latin1').sort()) {
         looked += 1;
         if (looked % looksPerTurn === 0) await nextTurn();
-        const stats = lstatIfThere(place.at(name));
+        const stats = lstatSync(place.at(name), { bigint: true, throwIfNoEntry: false });
         if (stats === undefined || stats.isSocket()) continue;
         const path = directory === '' ? name : `${directory}/${name}`;
         yield* this.one(place.at(name), `${as}/${path}`, stats);
@@ -186,22 +186,4 @@ function xattrsOf(file: Buffer, nameOf: PackOptions['xattr']): Map<string, Buffe
     if (as !== undefined && value !== undefined) xattrs.set(as, value);
   }
   return xattrs;
-}
-
-function openIfThere(top: Place, directory: BinaryString): Place | undefined {
-  const walk: Walk = 'beneath';
-  return ifThere(() => Place.open(top.fd, directory, walk));
-}
-
-function lstatIfThere(path: Buffer): BigIntStats | undefined {
-  return ifThere(() => lstatSync(path, { bigint: true }));
-}
-
-function ifThere<T>(look: () => T): T | undefined {
-  try {
-    return look();
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
-    throw error;
-  }
 }

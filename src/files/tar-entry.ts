@@ -6,7 +6,9 @@
  * ("27 mtime=1700000000.5\n", the length first). Extended attributes are records SCHILY.xattr.<name>, as GNU tar, bsdtar and
  * Go's archive/tar have them; a file with holes comes as GNU tar's sparse format 1.0.
  *
- * Kiln has a reader of its own because what a guest says may be hostile: each part of a stream has a limit before it is read.
+ * Kiln has a reader of its own because what a guest or an image says may be hostile, so each part of a stream has a limit before
+ * it is read; because names and attributes are bytes, which libraries take for text (a file's capabilities are none); and
+ * because of the holes.
  */
 
 /** One character for each byte of a name, because a name need not be UTF-8: Buffer's "latin1". */

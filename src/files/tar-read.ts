@@ -23,6 +23,16 @@ export interface TarFile {
   readonly entry: TarEntry;
   /** The content without holes: each piece at its offset. */
   readonly content: AsyncIterable<{ readonly offset: number; readonly data: Buffer }>;
+  /** Where the content stands in the stream, in one piece; undefined of a file with holes, and of what has none. */
+  readonly stored: Piece | undefined;
+}
+
+export interface ReadOptions {
+  /**
+   * "required": a stream that just stops may have been cut off, and is refused. "optional": who reads knows by other means
+   * that it is whole. Not every program that writes images ends its tars.
+   */
+  readonly end: 'required' | 'optional';
 }
 
 const typesByLetter = new Map(Object.entries(typeLetters).map(([type, letter]) => [letter, type as TarType]));
@@ -36,10 +46,14 @@ type Records = Map<string, Buffer>;
  * @throws FilesError invalid-argument for what is no tar stream, or ends too early; resource-exhausted for a header beyond
  *   its limits; unimplemented for formats that Kiln does not read
  */
-export async function* readTar(source: AsyncIterable<Buffer>): AsyncGenerator<TarFile> {
+export async function* readTar(
+  source: AsyncIterable<Buffer>,
+  { end }: ReadOptions = { end: 'required' },
+): AsyncGenerator<TarFile> {
   const bytes = new Bytes(source);
   let records: Records = new Map();
   for (;;) {
+    if (end === 'optional' && records.size === 0 && (await bytes.atEnd())) return;
     const header = await bytes.take(blockBytes, 'a header');
     if (header.every((byte) => byte === 0)) {
       await bytes.drain();
@@ -58,20 +72,24 @@ export async function* readTar(source: AsyncIterable<Buffer>): AsyncGenerator<Ta
       if (letter === 'K') records.set('linkpath', untilNul(extra));
       continue;
     }
-    const { entry, stored } = entryOf(header, letter, records);
+    const { entry, length } = entryOf(header, letter, records);
     const sparse = records.has('GNU.sparse.major');
     if (sparse && text(records, 'GNU.sparse.major') !== '1')
       throw new FilesError('unimplemented', `${shown(entry.path)} has holes in a format that Kiln does not read`);
     records = new Map();
-    let left = stored;
+    let left = length;
     const next = async (most: number): Promise<Buffer> => {
       const data = await bytes.some(Math.min(left, most), 'the content of a file');
       left -= data.length;
       return data;
     };
-    yield { entry, content: sparse ? sparseContent(entry, next, () => left) : wholeContent(next, () => left) };
+    yield {
+      entry,
+      content: sparse ? sparseContent(entry, next, () => left) : wholeContent(next, () => left),
+      stored: sparse || entry.type !== 'file' ? undefined : { offset: bytes.taken, length },
+    };
     while (left > 0) await next(left);
-    await bytes.take(fill(stored), 'the content of a file');
+    await bytes.take(fill(length), 'the content of a file');
   }
 }
 
@@ -123,7 +141,7 @@ function* piecesOf(numbers: readonly number[]): Generator<Piece> {
   for (let at = 1; at + 1 < numbers.length; at += 2) yield { offset: numbers[at] ?? 0, length: numbers[at + 1] ?? 0 };
 }
 
-function entryOf(header: Buffer, letter: string, records: Records): { entry: TarEntry; stored: number } {
+function entryOf(header: Buffer, letter: string, records: Records): { entry: TarEntry; length: number } {
   const prefix = untilNul(header.subarray(345, 500)).toString('latin1');
   const isPosix = header.toString('latin1', 257, 263) === 'ustar\0';
   const name = untilNul(header.subarray(0, 100)).toString('latin1');
@@ -138,7 +156,7 @@ function entryOf(header: Buffer, letter: string, records: Records): { entry: Tar
     if (value.length > maxPathBytes) throw new FilesError('resource-exhausted', `the name ${shown(value)} is too long`);
     if (value.includes('\0')) throw new FilesError('invalid-argument', `the name ${shown(value)} has a NUL in it`);
   }
-  const stored = type === 'file' ? (decimal(records, 'size') ?? number(header, 124, 12)) : 0;
+  const length = type === 'file' ? (decimal(records, 'size') ?? number(header, 124, 12)) : 0;
   const unchanged = decimal(records, unchangedRecord);
   const mtime = text(records, 'mtime');
   const xattrs = new Map<string, Buffer>();
@@ -153,14 +171,14 @@ function entryOf(header: Buffer, letter: string, records: Records): { entry: Tar
     uid: decimal(records, 'uid') ?? number(header, 108, 8),
     gid: decimal(records, 'gid') ?? number(header, 116, 8),
     mtimeNs: mtime === undefined ? BigInt(number(header, 136, 12)) * 1_000_000_000n : nanoseconds(mtime),
-    size: unchanged ?? decimal(records, 'GNU.sparse.realsize') ?? stored,
+    size: unchanged ?? decimal(records, 'GNU.sparse.realsize') ?? length,
     target,
     major: number(header, 329, 8),
     minor: number(header, 337, 8),
     xattrs,
     unchanged: unchanged !== undefined,
   };
-  return { entry, stored };
+  return { entry, length };
 }
 
 function checkSum(header: Buffer): void {

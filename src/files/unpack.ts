@@ -1,5 +1,4 @@
 import {
-  type BigIntStats,
   chmodSync,
   chownSync,
   closeSync,
@@ -15,13 +14,22 @@ import {
   unlinkSync,
 } from 'node:fs';
 import { open } from 'node:fs/promises';
+import { SysError } from '../sys/error.ts';
 import { setFileTimes } from '../sys/file-times.ts';
 import { makeNode, S_IFBLK, S_IFCHR, S_IFIFO } from '../sys/mknod.ts';
 import { O_PATH } from '../sys/openat2.ts';
 import { lsetxattr } from '../sys/xattr.ts';
 import { Place, splitPath, type Walk } from './place.ts';
 import { type BinaryString, FilesError, shown, type TarEntry } from './tar-entry.ts';
-import { readTar, type TarFile } from './tar-read.ts';
+import { type ReadOptions, readTar, type TarFile } from './tar-read.ts';
+
+/** Marks that are files by their names, as images have them. */
+export interface NamedMarks {
+  /** Does what a file's name asks for in its directory. @returns false for one that is no mark, and is to be made */
+  obey(directory: Place, name: BinaryString): boolean;
+  /** Told of each file that is made. */
+  made(directory: Place, name: BinaryString): void;
+}
 
 export interface UnpackOptions {
   /** How directories on the way to a file are found. */
@@ -36,12 +44,19 @@ export interface UnpackOptions {
    * that hides what is below it. "keep": made as they are. "obey": what they say is done. "refuse": they are devices like any.
    */
   readonly marks: 'keep' | 'obey' | 'refuse';
+  readonly namedMarks?: NamedMarks;
   /** What becomes of devices, marks aside: it matters to whoever may open them where they are made. */
   readonly devices: 'make' | 'leave-out';
   /** Under which name an extended attribute is set; undefined leaves it out. */
-  readonly xattr: (name: string, value: Buffer) => string | undefined;
-  /** The most bytes of content, and the most files. */
-  readonly limits: { readonly bytes: number; readonly files: number };
+  readonly xattr: (name: string, value: Buffer, path: BinaryString) => string | undefined;
+  /** Told of an extended attribute that the filesystem cannot keep. Absent: that is an error. */
+  readonly unkept?: (name: string, path: BinaryString) => void;
+  /** The most bytes of content, and the most files; absent: as many as there is room for. */
+  readonly limits?: { readonly bytes: number; readonly files: number };
+  /** Makes directories on the way to a file that the stream does not have; absent: they must be there. */
+  readonly makesParents?: boolean;
+  /** Absent: required. */
+  readonly end?: ReadOptions['end'];
   /** What a path of the stream is called where it is made, also as what a hard link names. */
   readonly rename?: ((path: BinaryString) => BinaryString) | undefined;
   /** The bits of a mode that count; absent: all. */
@@ -63,6 +78,12 @@ export interface Unpacked {
 
 const namedLeftOut = 10;
 
+/** For a message. */
+export function describeLeftOut({ leftOut, leftOutCount }: Unpacked): string {
+  const names = leftOut.map(shown).join(', ');
+  return leftOutCount > leftOut.length ? `${names} and ${leftOutCount - leftOut.length} more` : names;
+}
+
 /** overlayfs's mark of a directory that hides what is below it. */
 export const opaqueXattr = 'trusted.overlay.opaque';
 
@@ -79,7 +100,7 @@ export async function unpackFiles(
   options: UnpackOptions,
 ): Promise<Unpacked> {
   using unpacker = new Unpacker(top, options);
-  for await (const file of readTar(source)) await unpacker.make(file);
+  for await (const file of readTar(source, { end: options.end ?? 'required' })) await unpacker.make(file);
   return unpacker.finish();
 }
 
@@ -101,11 +122,10 @@ class Unpacker implements Disposable {
   }
 
   async make({ entry: given, content }: TarFile): Promise<void> {
-    const { limits } = this.#options;
+    const { files: most = Infinity } = this.#options.limits ?? {};
     const entry = this.#renamed(given);
     this.#files += 1;
-    if (this.#files > limits.files)
-      throw new FilesError('resource-exhausted', `the tar stream has more than ${limits.files} files`);
+    if (this.#files > most) throw new FilesError('resource-exhausted', `the tar stream has more than ${most} files`);
     const { directory, name } = splitPath(entry.path);
     if (name === '') {
       if (entry.type !== 'directory')
@@ -114,12 +134,18 @@ class Unpacker implements Disposable {
       return;
     }
     const place = this.#directory(directory);
-    const file = place.at(name);
+    const { namedMarks } = this.#options;
+    if (namedMarks?.obey(place, name)) return;
+    await this.#makeFile(place.at(name), entry, content);
+    namedMarks?.made(place, name);
+  }
+
+  async #makeFile(file: Buffer, entry: TarEntry, content: TarFile['content']): Promise<void> {
     switch (entry.type) {
       case 'directory':
         return this.#makeDirectory(file, entry);
       case 'file':
-        return this.#makeFile(file, entry, content);
+        return this.#makeRegular(file, entry, content);
       case 'symlink':
         this.#makeRoom(file, entry);
         symlinkSync(Buffer.from(entry.target, 'latin1'), file);
@@ -147,10 +173,10 @@ class Unpacker implements Disposable {
   finish(): Unpacked {
     for (const { path, mtimeNs } of this.#times.reverse()) {
       const { directory, name } = splitPath(path);
-      setFileTimes(
-        name === '' ? Buffer.from(`/proc/self/fd/${this.#top.fd}/.`) : this.#directory(directory).at(name),
-        mtimeNs,
-      );
+      // What came later may have removed it, or be in its place.
+      using place = Place.openIfThere(this.#top.fd, directory, this.#options.walk);
+      const file = place?.at(name === '' ? '.' : name);
+      if (file !== undefined && lstatSync(file, { throwIfNoEntry: false })?.isDirectory()) setFileTimes(file, mtimeNs);
     }
     return { files: this.#files, bytes: this.#bytes, leftOut: this.#leftOut, leftOutCount: this.#leftOutCount };
   }
@@ -163,14 +189,14 @@ class Unpacker implements Disposable {
     this.#attributes(file, entry);
   }
 
-  async #makeFile(file: Buffer, entry: TarEntry, content: TarFile['content']): Promise<void> {
+  async #makeRegular(file: Buffer, entry: TarEntry, content: TarFile['content']): Promise<void> {
     this.#makeRoom(file, entry);
     if (entry.unchanged) return this.#makeUnchanged(file, entry);
     const flags = constants.O_WRONLY | constants.O_CREAT | constants.O_EXCL | constants.O_NOFOLLOW;
     await using handle = await open(file, flags, 0o600);
     for await (const { offset, data } of content) {
       this.#bytes += data.length;
-      const { bytes } = this.#options.limits;
+      const { bytes = Infinity } = this.#options.limits ?? {};
       if (this.#bytes > bytes)
         throw new FilesError('resource-exhausted', `the tar stream has more than ${bytes} bytes of content`);
       await writeAll(handle, data, offset);
@@ -190,9 +216,9 @@ class Unpacker implements Disposable {
     const { previous } = this.#options;
     if (previous === undefined) throw missing();
     const { directory, name } = splitPath(path);
-    using place = ifThere(() => Place.open(previous.fd, directory, 'beneath'));
+    using place = Place.openIfThere(previous.fd, directory, 'beneath');
     if (place === undefined) throw missing();
-    const stats = lstatIfThere(place.at(name));
+    const stats = lstatSync(place.at(name), { bigint: true, throwIfNoEntry: false });
     if (stats === undefined || !stats.isFile() || stats.size !== BigInt(size)) throw missing();
     linkSync(place.at(name), file);
   }
@@ -236,7 +262,7 @@ class Unpacker implements Disposable {
   /** @returns true when a directory is there already, and is to stay */
   #makeRoom(file: Buffer, { path, type }: TarEntry): boolean {
     const { taken } = this.#options;
-    const stats = lstatIfThere(file);
+    const stats = lstatSync(file, { bigint: true, throwIfNoEntry: false });
     if (stats === undefined) return false;
     if (taken === 'refuse') throw new FilesError('invalid-argument', `the tar stream has ${shown(path)} twice`);
     if (stats.isDirectory() && type === 'directory') return true;
@@ -270,10 +296,7 @@ class Unpacker implements Disposable {
       chownSync(itself, uid, gid);
       // Afterwards: chown(2) takes setuid and setgid away.
       chmodSync(itself, mode);
-      for (const [name, value] of entry.xattrs) {
-        const wanted = this.#options.xattr(name, value);
-        if (wanted !== undefined) lsetxattr(file, wanted, value);
-      }
+      for (const [name, value] of entry.xattrs) this.#attribute(file, entry.path, name, value);
       if (type === 'directory') this.#times.push({ path: entry.path, mtimeNs });
       else setFileTimes(file, mtimeNs);
     } finally {
@@ -281,11 +304,24 @@ class Unpacker implements Disposable {
     }
   }
 
+  #attribute(file: Buffer, path: BinaryString, name: string, value: Buffer): void {
+    const { xattr, unkept } = this.#options;
+    const wanted = xattr(name, value, path);
+    if (wanted === undefined) return;
+    try {
+      lsetxattr(file, wanted, value);
+    } catch (error) {
+      if (unkept === undefined || !(error instanceof SysError) || error.code !== 'EOPNOTSUPP') throw error;
+      unkept(name, path);
+    }
+  }
+
   #directory(path: BinaryString): Place {
     if (this.#last?.path === path) return this.#last.place;
     this.#last?.place[Symbol.dispose]();
     this.#last = undefined;
-    const place = Place.open(this.#top.fd, path, this.#options.walk);
+    const { walk, makesParents = false } = this.#options;
+    const place = makesParents ? Place.make(this.#top.fd, path, walk) : Place.open(this.#top.fd, path, walk);
     this.#last = { path, place };
     return place;
   }
@@ -305,19 +341,5 @@ async function writeAll(handle: Awaited<ReturnType<typeof open>>, data: Buffer, 
   for (let at = 0; at < data.length; ) {
     const { bytesWritten } = await handle.write(data, at, data.length - at, offset + at);
     at += bytesWritten;
-  }
-}
-
-function lstatIfThere(path: Buffer): BigIntStats | undefined {
-  return ifThere(() => lstatSync(path, { bigint: true }));
-}
-
-function ifThere<T>(look: () => T): T | undefined {
-  try {
-    return look();
-  } catch (error) {
-    const { code } = error as NodeJS.ErrnoException;
-    if (code === 'ENOENT' || code === 'ENOTDIR') return undefined;
-    throw error;
   }
 }

@@ -5,14 +5,9 @@ import { Readable } from 'node:stream';
 import { buffer } from 'node:stream/consumers';
 import { pipeline } from 'node:stream/promises';
 import { createGunzip, createZstdDecompress } from 'node:zlib';
-import { extract } from 'tar-stream';
 import { KilnError } from '../errors.ts';
-import { partsOf } from './scoped-path.ts';
-
-interface Member {
-  readonly offset: number;
-  readonly size: number;
-}
+import type { BinaryString, Piece } from '../files/tar-entry.ts';
+import { readTar } from '../files/tar-read.ts';
 
 /** No manifest or configuration comes near; a runaway one must not fill memory. */
 const maxJsonBytes = 4 * 1024 * 1024;
@@ -24,10 +19,10 @@ export class Archive {
   /** For messages. */
   readonly name: string;
   readonly #file: string;
-  readonly #members: ReadonlyMap<string, Member>;
+  readonly #members: ReadonlyMap<string, Piece>;
   readonly #links: ReadonlyMap<string, string>;
 
-  private constructor(name: string, file: string, members: Map<string, Member>, links: Map<string, string>) {
+  private constructor(name: string, file: string, members: Map<string, Piece>, links: Map<string, string>) {
     this.name = name;
     this.#file = file;
     this.#members = members;
@@ -41,20 +36,19 @@ export class Archive {
   static async open(name: string, scratch: string): Promise<Archive> {
     try {
       const file = await plainTar(name, scratch);
-      const members = new Map<string, Member>();
+      const members = new Map<string, Piece>();
       const links = new Map<string, string>();
-      const entries = extract();
       const reading = createReadStream(file);
-      reading.on('error', (error) => entries.destroy(error));
-      reading.pipe(entries);
-      for await (const entry of entries) {
-        const { header } = entry;
-        const { byteOffset, size } = header as typeof header & { readonly byteOffset: number };
-        const path = partsOf(header.name).join('/');
-        if (header.type === 'file') members.set(path, { offset: byteOffset, size });
-        if (header.type === 'symlink') links.set(path, linkTarget(path, header.linkname));
-        if (header.type === 'link') links.set(path, partsOf(header.linkname).join('/'));
-        entry.resume();
+      try {
+        for await (const { entry, stored } of readTar(reading as AsyncIterable<Buffer>, { end: 'optional' })) {
+          const path = pathOf(textOf(entry.path));
+          const target = textOf(entry.target);
+          if (stored !== undefined) members.set(path, stored);
+          if (entry.type === 'symlink') links.set(path, linkTarget(path, target));
+          if (entry.type === 'link') links.set(path, pathOf(target));
+        }
+      } finally {
+        reading.destroy();
       }
       return new Archive(name, file, members, links);
     } catch (error) {
@@ -70,14 +64,14 @@ export class Archive {
 
   /** @throws KilnError invalid-argument for a member that is not there */
   read(path: string): Readable {
-    const { offset, size } = this.#require(path);
-    return size === 0 ? Readable.from([]) : createReadStream(this.#file, { start: offset, end: offset + size - 1 });
+    const { offset, length } = this.#require(path);
+    return length === 0 ? Readable.from([]) : createReadStream(this.#file, { start: offset, end: offset + length - 1 });
   }
 
   /** @throws KilnError invalid-argument for a member that is not there, too large, or no JSON */
   async readJson(path: string, digest?: string): Promise<unknown> {
-    const { size } = this.#require(path);
-    if (size > maxJsonBytes) throw this.error(`${path} has ${size} bytes, which is too much for what it should be`);
+    const { length } = this.#require(path);
+    if (length > maxJsonBytes) throw this.error(`${path} has ${length} bytes, which is too much for what it should be`);
     const bytes = await buffer(this.read(path));
     if (digest !== undefined) this.requireDigest(path, digest, createHash('sha256').update(bytes).digest('hex'));
     try {
@@ -97,14 +91,14 @@ export class Archive {
     return new KilnError('invalid-argument', `${this.name}: ${message}`, cause === undefined ? {} : { cause });
   }
 
-  #require(path: string): Member {
+  #require(path: string): Piece {
     const member = this.#find(path);
     if (member === undefined) throw this.error(`${path} is missing`);
     return member;
   }
 
-  #find(path: string): Member | undefined {
-    let at = partsOf(path).join('/');
+  #find(path: string): Piece | undefined {
+    let at = pathOf(path);
     for (let links = 0; links < maxLinks; links++) {
       const next = this.#links.get(at);
       if (next === undefined) return this.#members.get(at);
@@ -112,6 +106,20 @@ export class Archive {
     }
     return undefined;
   }
+}
+
+/** A name in the archive as those of its manifest are. @throws KilnError invalid-argument for one that climbs */
+function pathOf(name: string): string {
+  const parts = name.split('/').filter((part) => part !== '' && part !== '.');
+  if (!parts.includes('..')) return parts.join('/');
+  throw new KilnError(
+    'invalid-argument',
+    `the image has a file called ${JSON.stringify(name)}, which is no place in it`,
+  );
+}
+
+function textOf(name: BinaryString): string {
+  return Buffer.from(name, 'latin1').toString();
 }
 
 /** A link's target within the archive, as a path from its root; one that leaves it leads nowhere. */

@@ -1,7 +1,8 @@
 /** Who an image's User is: image-spec, config.md: `user`, `uid`, `user:group`, `uid:gid` and mixtures, by the image's own lists. */
-import { readFileSync, statSync } from 'node:fs';
+import { closeSync, constants, fstatSync, openSync, readFileSync } from 'node:fs';
 import { KilnError } from '../errors.ts';
-import { fileIn } from './scoped-path.ts';
+import { SysError } from '../sys/error.ts';
+import { openat2, RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS } from '../sys/openat2.ts';
 
 export interface User {
   readonly uid: number;
@@ -45,9 +46,32 @@ function numberOf(text: string | undefined): number | undefined {
 }
 
 function linesOf(root: string, list: string): string[][] {
-  const path = fileIn(root, list);
-  if (path === undefined || statSync(path).size > maxListBytes) return [];
-  return readFileSync(path, 'utf8')
-    .split('\n')
-    .map((line) => line.split(':'));
+  const fd = openList(root, list);
+  if (fd === undefined) return [];
+  try {
+    const stats = fstatSync(fd);
+    if (!stats.isFile() || stats.size > maxListBytes) return [];
+    return readFileSync(fd, 'utf8')
+      .split('\n')
+      .map((line) => line.split(':'));
+  } finally {
+    closeSync(fd);
+  }
+}
+
+/** Links lead where they would in a container. Undefined where there is none. */
+function openList(root: string, list: string): number | undefined {
+  const top = openSync(root, constants.O_DIRECTORY | constants.O_RDONLY);
+  try {
+    // O_NONBLOCK: it may be a FIFO.
+    const flags = constants.O_RDONLY | constants.O_NONBLOCK;
+    return openat2(top, Buffer.from(list), flags, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
+  } catch (cause) {
+    if (cause instanceof SysError && (cause.code === 'ENOENT' || cause.code === 'ENOTDIR')) return undefined;
+    throw new KilnError('invalid-argument', `cannot read /${list} of the image: ${(cause as Error).message}`, {
+      cause,
+    });
+  } finally {
+    closeSync(top);
+  }
 }

@@ -18,4 +18,4 @@ export {
   type RootfsStoreOptions,
   volumeRootfs,
 } from './store.ts';
-export { describeLeftOut, type Edits, SnapshotUpper, sizeOf } from './upper.ts';
+export { type Edits, SnapshotUpper, sizeOf } from './upper.ts';

@@ -12,7 +12,7 @@ import { join } from 'node:path';
 import { KilnError } from '../errors.ts';
 import { packFiles } from '../files/pack.ts';
 import { Place } from '../files/place.ts';
-import { FilesError, shown } from '../files/tar-entry.ts';
+import { FilesError } from '../files/tar-entry.ts';
 import { tarEnd } from '../files/tar-write.ts';
 import { opaqueXattr, type Unpacked, unpackFiles } from '../files/unpack.ts';
 import { exchange } from '../sys/rename.ts';
@@ -159,12 +159,6 @@ export async function sizeOf(disk: string): Promise<number> {
 export function toKilnError(error: unknown, what: string): KilnError {
   if (error instanceof FilesError) return new KilnError(error.code, `${what}: ${error.message}`, { cause: error });
   return KilnError.from(fileError(error, what));
-}
-
-/** For a log. */
-export function describeLeftOut({ leftOut, leftOutCount }: Unpacked): string {
-  const names = leftOut.map(shown).join(', ');
-  return leftOutCount > leftOut.length ? `${names} and ${leftOutCount - leftOut.length} more` : names;
 }
 
 /** A guest may send as much as it likes, also of what is no file. */

@@ -8,16 +8,10 @@
  * into the directory meanwhile goes the other way, at the container's creation and when it goes on after a pause.
  */
 import { forLog, KilnError } from '../errors.ts';
+import { describeLeftOut } from '../files/unpack.ts';
 import type { Guest } from '../guest/guest.ts';
 import type { Logger } from '../observe/logger.ts';
-import {
-  describeLeftOut,
-  type Edits,
-  type RootfsPlan,
-  SnapshotUpper,
-  sizeOf,
-  type UpperDirectory,
-} from '../rootfs/index.ts';
+import { type Edits, type RootfsPlan, SnapshotUpper, sizeOf, type UpperDirectory } from '../rootfs/index.ts';
 
 /** What `storage.changes` may say. */
 export type ChangesSetting = 'auto' | 'keep' | 'discard';

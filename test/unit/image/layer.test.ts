@@ -14,7 +14,9 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Readable } from 'node:stream';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { tarEnd, tarHeader } from '../../../src/files/tar-write.ts';
 import { applyLayer } from '../../../src/image/layer.ts';
+import { lgetxattr } from '../../../src/sys/xattr.ts';
 import { type LayerEntry, layerTar, opaque, whiteout } from '../../support/images.ts';
 
 const isRoot = process.getuid?.() === 0;
@@ -22,6 +24,19 @@ const file = (path: string, content = path): LayerEntry => ({ kind: 'file', path
 const dir = (path: string): LayerEntry => ({ kind: 'dir', path });
 const symlink = (path: string, target: string): LayerEntry => ({ kind: 'symlink', path, target });
 const link = (path: string, target: string): LayerEntry => ({ kind: 'link', path, target });
+
+const owner = { uid: process.getuid?.() ?? 0, gid: process.getgid?.() ?? 0 };
+const empty = {
+  type: 'file',
+  mode: 0o644,
+  ...owner,
+  size: 0,
+  mtimeNs: 0n,
+  target: '',
+  major: 0,
+  minor: 0,
+  unchanged: false,
+} as const;
 
 describe('a layer', () => {
   let outside: string;
@@ -75,7 +90,7 @@ describe('a layer', () => {
   it('keeps capabilities of files, and leaves out attributes that mean something to the host', async () => {
     const xattrs = { 'user.tea': 'green', 'trusted.overlay.opaque': 'y' };
     await apply([{ ...file('f'), xattrs }]);
-    expect(warnings).toEqual(['f: its attribute trusted.overlay.opaque is left out']);
+    expect(warnings).toEqual(['"f": its attribute "trusted.overlay.opaque" is left out']);
   });
 
   it('replaces what is there, but for folders, which stay', async () => {
@@ -100,6 +115,23 @@ describe('a layer', () => {
     expect(read('a/new')).toBe('newer');
   });
 
+  it('hides a folder but for its own files in it, and a file but for its own link to it', async () => {
+    await apply(
+      [file('d/sub/x'), file('d/y'), file('a')],
+      [file('d/sub/own'), whiteout('d'), link('b', 'a'), whiteout('a')],
+    );
+    expect(files()).toEqual(['b', 'd', 'd/sub', 'd/sub/own']);
+    expect(read('b')).toBe('a');
+  });
+
+  it('knows its own files by whatever link they are named', async () => {
+    await apply(
+      [file('usr/x'), symlink('l', '/usr')],
+      [file('usr/own'), file('l/other'), opaque('l'), whiteout('l/own')],
+    );
+    expect(files()).toEqual(['l', 'usr', 'usr/other', 'usr/own']);
+  });
+
   it('takes names from the root, and makes folders that are not listed', async () => {
     await apply([file('/abs/f'), file('./dot/f'), file('deep/er/f')]);
     expect(files()).toEqual(['abs', 'abs/f', 'deep', 'deep/er', 'deep/er/f', 'dot', 'dot/f']);
@@ -113,9 +145,43 @@ describe('a layer', () => {
     expect(files()).toEqual(['abs', 'lib', 'usr', 'usr/lib', 'usr/lib/a', 'usr/lib/b']);
   });
 
+  it('makes what links lead to, as a container would', async () => {
+    await apply([symlink('lib', 'usr/lib'), symlink('usr/lib', '../deep/er/'), file('lib/a'), file('lib/b/c')]);
+    expect(files()).toEqual(['deep', 'deep/er', 'deep/er/a', 'deep/er/b', 'deep/er/b/c', 'lib', 'usr', 'usr/lib']);
+  });
+
+  it('keeps names and attributes that are no text', async () => {
+    // Version 2, effective; permitted is CAP_SETUID: linux/capability.h.
+    const capability = Buffer.from('0100000280000000000000000000000000000000', 'hex');
+    const xattrs = new Map([['user.tea', Buffer.of(0xff, 0)]]);
+    if (isRoot) xattrs.set('security.capability', capability);
+    const name = 'not \xff utf-8';
+    await applyLayer(Readable.from([tarHeader({ ...empty, path: name, xattrs }), tarEnd]), { root, warn: () => {} });
+    const path = Buffer.from(`${root}/${name}`, 'latin1');
+    for (const [key, value] of xattrs) expect(lgetxattr(path, key)).toEqual(value);
+  });
+
+  it('of GNU tar keeps its holes and times', async () => {
+    const script =
+      'truncate -s 8M holes; printf end >>holes; touch -d @1000000000.123456789 holes; tar -cSf - --format=pax holes';
+    const tar = execFileSync('sh', ['-euc', `cd "$(mktemp -d)"; ${script}; rm -r "$PWD"`]);
+    await applyLayer(Readable.from([tar]), { root, warn: () => {} });
+    const { size, blocks, mtimeNs } = lstatSync(join(root, 'holes'), { bigint: true });
+    expect([size, mtimeNs]).toEqual([8_388_611n, 1_000_000_000_123_456_789n]);
+    expect(blocks * 512n).toBeLessThan(size / 2n);
+    expect(read('holes').slice(-4)).toBe('\0end');
+  });
+
+  it('may lack the end of a tar', async () => {
+    const tar = await layerTar([file('f')]);
+    await applyLayer(Readable.from([tar.subarray(0, 1024)]), { root, warn: () => {} });
+    await applyLayer(Readable.from([]), { root, warn: () => {} });
+    expect(read('f')).toBe('f');
+  });
+
   it('leaves device nodes out, and says so', async () => {
     await apply([{ kind: 'char', path: 'dev/null', major: 1, minor: 3 }]);
-    expect(warnings).toEqual(['dev/null: device nodes of an image are left out']);
+    expect(warnings).toEqual(['device nodes of an image are left out: "dev/null"']);
     expect(existsSync(join(root, 'dev/null'))).toBe(false);
   });
 });

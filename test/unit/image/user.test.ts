@@ -40,7 +40,14 @@ describe('the user of an image', () => {
     expect(() => userOf(root, 'daemon')).toThrow(/too many symbolic links/);
     rmSync(join(root, 'etc'));
     mkdirSync(join(root, 'etc'));
+    // In a container it leads to itself.
     symlinkSync('../../../../../../etc/passwd', join(root, 'etc/passwd'));
+    expect(() => userOf(root, 'daemon')).toThrow(/cannot read \/etc\/passwd of the image: ELOOP/);
+    rmSync(join(root, 'etc/passwd'));
+    symlinkSync('../../../../../../../etc/group', join(root, 'etc/passwd'));
+    expect(() => userOf(root, 'daemon')).toThrow(/does not have/);
+    rmSync(join(root, 'etc/passwd'));
+    mkdirSync(join(root, 'etc/passwd'));
     expect(() => userOf(root, 'daemon')).toThrow(/does not have/);
   });
 

@@ -7,7 +7,7 @@ import { busyboxLayer, layerTar } from './images.ts';
 import { assertNothingLeft, findLeft, type HostSnapshot, kilndPids, snapshotHost } from './leftovers.ts';
 import { distBin, projectRoot } from './paths.ts';
 import { sharedTemplatesVariable } from './shared-templates.ts';
-import { mustRun, type RunningProgram, type RunOptions, type RunResult, run, stream } from './spawn.ts';
+import { mustRun, type RunningProgram, type RunOptions, type RunResult, run, stream, takeLine } from './spawn.ts';
 import { signal, waitForEnd } from './wait-for-end.ts';
 
 /** A config.json as tests write it. */
@@ -16,6 +16,7 @@ export interface BundleSpec {
   readonly terminal?: boolean;
   readonly readonlyRoot?: boolean;
   readonly networkNamespace?: string;
+  readonly cgroupsPath?: string;
   readonly annotations?: Readonly<Record<string, string>>;
   readonly mounts?: readonly object[];
   /** Put over the whole config.json. */
@@ -121,18 +122,23 @@ export class OciStage {
   }
 
   /** `kiln create` below a subreaper, which ends as the container does. Resolves when the container is created. */
-  async create(id: string, bundle: Bundle, options: { interactive?: boolean } = {}) {
-    const pidFile = join(this.dir, `${id}.pid`);
-    const create = [this.kiln, 'create', '--bundle', bundle.directory, '--pid-file', pidFile, id];
-    const program = stream(this.subreaper, [pidFile, ...create], { env: this.env, ...options });
-    const created = async () => {
-      while ((await this.run(['state', id])).code !== 0) {
-        const ended = await Promise.race([program.exit, Promise.resolve(undefined)]);
-        if (ended !== undefined) throw new Error(`kiln create ended with ${ended}`);
-      }
-      return Number(readFileSync(pidFile, 'utf8'));
-    };
-    return { program, pid: await created() };
+  async create(
+    id: string,
+    bundle: Bundle,
+    options: { interactive?: boolean; timeout?: number } = {},
+  ): Promise<{ program: RunningProgram; pid: number }> {
+    const [pidFile, log] = [join(this.dir, `${id}.pid`), join(this.dir, `${id}.log`)];
+    const create = [this.kiln, '--log', log, 'create', '--bundle', bundle.directory, '--pid-file', pidFile, id];
+    // The container is silent before its start, so this line comes first.
+    const program = stream(this.subreaper, [pidFile, '/bin/sh', '-c', '"$0" "$@" && echo created', ...create], {
+      env: this.env,
+      ...options,
+    });
+    if ((await takeLine(program.stdout)) !== 'created') {
+      program.stderr.resume();
+      throw new Error(`kiln create ended with ${await program.exit}: ${readFileSync(log, 'utf8')}`);
+    }
+    return { program, pid: Number(readFileSync(pidFile, 'utf8')) };
   }
 
   async state(id: string): Promise<{ status: string; pid: number }> {
@@ -165,7 +171,7 @@ const capabilities = ['CAP_CHOWN', 'CAP_DAC_OVERRIDE', 'CAP_FOWNER', 'CAP_KILL',
 
 /** A spec as `runc spec` makes it, as far as it matters. */
 function configOf({ args, terminal = false, readonlyRoot = false, networkNamespace, ...others }: BundleSpec): object {
-  const { annotations, mounts = [], over = {} } = others;
+  const { annotations, cgroupsPath, mounts = [], over = {} } = others;
   const network = { type: 'network', ...(networkNamespace === undefined ? {} : { path: networkNamespace }) };
   return {
     ociVersion: '1.0.2',
@@ -186,6 +192,7 @@ function configOf({ args, terminal = false, readonlyRoot = false, networkNamespa
     ...(annotations === undefined ? {} : { annotations }),
     linux: {
       namespaces: [{ type: 'pid' }, network, { type: 'ipc' }, { type: 'uts' }, { type: 'mount' }],
+      ...(cgroupsPath === undefined ? {} : { cgroupsPath }),
     },
     ...over,
   };

@@ -115,6 +115,20 @@ export async function bytes(readable: Readable): Promise<Buffer> {
   return Buffer.concat(chunks);
 }
 
+/** The first line of a stream that nobody has read from, without its end; what follows stays in the stream. Undefined: it has none. */
+export async function takeLine(readable: Readable): Promise<string | undefined> {
+  let seen: Buffer = Buffer.alloc(0);
+  while (!seen.includes('\n')) {
+    const chunk: Buffer | null = readable.read();
+    if (chunk !== null) seen = Buffer.concat([seen, chunk]);
+    else if (readable.readableEnded || readable.destroyed) return undefined;
+    else await Promise.race([once(readable, 'readable'), once(readable, 'close')]);
+  }
+  const end = seen.indexOf('\n');
+  if (end + 1 < seen.length) readable.unshift(seen.subarray(end + 1));
+  return seen.toString('utf8', 0, end);
+}
+
 /** SHA-256 (hex) and length of everything a stream carries, without keeping it. */
 export async function digest(readable: Readable): Promise<{ sha256: string; length: number }> {
   const hash = createHash('sha256');

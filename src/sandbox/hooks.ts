@@ -21,7 +21,7 @@ export interface HookPlan {
   readonly annotations: Readonly<Record<string, string>>;
 }
 
-/** Where nerdctl's hook looks for the network namespace before it looks at the pid; Kata Containers sets it, too. */
+/** Where nerdctl's createRuntime hook looks for the network namespace before it looks at the pid; Kata Containers sets it, too. */
 const networkNamespaceAnnotation = 'nerdctl/network-namespace';
 
 /**
@@ -107,13 +107,11 @@ export class ContainerHooks {
     }
   }
 
-  /** runtime.md "State". A container that is stopped has no pid, and no namespace to find by it. */
+  /** runtime.md "State". @param pid absent of a container that is stopped */
   #state(status: 'creating' | 'running' | 'stopped', pid?: number): string {
     const { ociVersion, bundle, annotations } = this.#plan;
-    const alive =
-      pid === undefined
-        ? { annotations }
-        : { pid, annotations: { [networkNamespaceAnnotation]: `/proc/${pid}/ns/net`, ...annotations } };
-    return JSON.stringify({ ociVersion, id: this.#id, status, bundle, ...alive });
+    const namespace = status === 'creating' ? { [networkNamespaceAnnotation]: `/proc/${pid}/ns/net` } : {};
+    const state = { ociVersion, id: this.#id, status, bundle, pid, annotations: { ...namespace, ...annotations } };
+    return JSON.stringify(state);
   }
 }

@@ -80,13 +80,12 @@ describe.skipIf(!canMakeNetns)('the hooks of a container', () => {
       'poststop[1] stopped',
     ]);
     const alive = { ociVersion: '1.2.1', id: 'c1', bundle: made.root, pid: container.pid };
-    const annotations = { 'org.example': 'x', 'nerdctl/network-namespace': `/proc/${container.pid}/ns/net` };
-    expect(traced[0]?.state).toEqual({ ...alive, status: 'creating', annotations });
+    const annotations = { 'org.example': 'x' };
+    const namespace = { 'nerdctl/network-namespace': `/proc/${container.pid}/ns/net` };
+    expect(traced[0]?.state).toEqual({ ...alive, status: 'creating', annotations: { ...annotations, ...namespace } });
     expect(traced[3]?.state).toEqual({ ...alive, status: 'running', annotations });
-    expect(traced[4]?.state).toEqual({
-      ...{ ociVersion: '1.2.1', id: 'c1', bundle: made.root, status: 'stopped' },
-      annotations: { 'org.example': 'x' },
-    });
+    const { pid: _, ...ended } = alive;
+    expect(traced[4]?.state).toEqual({ ...ended, status: 'stopped', annotations });
   });
 
   it("run while the container's network namespace is there, and before the guest has made anything", async () => {

@@ -161,6 +161,25 @@ describe('kiln as an OCI runtime', () => {
     await stage.must(['delete', id]);
   });
 
+  it('has stopped when its process has ended, also before who waits for that takes notice', async () => {
+    const bundle = await stage.bundle({ args: ['true'] });
+    const id = stage.id();
+    const { program, pid } = await stage.create(id, bundle);
+    await using _program = program;
+    program.stdout.resume();
+    program.stderr.resume();
+    signal(program.pid, 'SIGSTOP');
+    await stage.must(['start', id]);
+    await waitForEnd(pid, 60_000);
+    // The relay goes with it, so that only the process is left to tell.
+    const { address } = JSON.parse(readFileSync(join(stage.root, id, 'state.json'), 'utf8'));
+    await expect.poll(() => existsSync(address), { timeout: 20_000 }).toBe(false);
+    expect(await stage.state(id)).toMatchObject({ status: 'stopped', pid: 0 });
+    await stage.must(['delete', id]);
+    signal(program.pid, 'SIGCONT');
+    expect(await program.exit).toBe(0);
+  });
+
   describe('bad cases', () => {
     it('refuses what is no container, and leaves nothing behind', async () => {
       const { directory } = await stage.bundle({ args: ['true'] });

@@ -4,6 +4,7 @@ import { readFileSync } from 'node:fs';
 import path from 'node:path';
 import type { Duplex } from 'node:stream';
 import { KilnError } from '../../errors.ts';
+import { isEnding } from '../../host/process-identity.ts';
 
 /** Beside the `kiln` command: the bundle is dist/lib/kiln.mjs. */
 const program = path.resolve(import.meta.dirname, '../libexec/kiln-process');
@@ -89,10 +90,10 @@ async function exitOf(child: ChildProcess): Promise<number> {
   return code ?? 255;
 }
 
-/** Whether a process that was started for an exec or a container still runs. */
+/** Whether a process that was started for an exec or a container still runs. One that its parent has yet to wait for does not. */
 export function runs(pid: number): boolean {
   try {
-    return readFileSync(`/proc/${pid}/comm`, 'utf8').trim() === 'kiln-process';
+    return readFileSync(`/proc/${pid}/comm`, 'utf8').trim() === 'kiln-process' && !isEnding(pid);
   } catch {
     return false;
   }

@@ -143,8 +143,8 @@ export class OciRuntime {
       this.states.remove(id);
       return;
     }
-    const status = await this.status(state);
-    if (!force && (status === 'running' || status === 'paused')) {
+    const status = force ? 'stopped' : await this.status(state);
+    if (status === 'running' || status === 'paused') {
       const message = `cannot delete container ${id} that is not stopped: ${status}`;
       throw new KilnError('failed-precondition', message);
     }

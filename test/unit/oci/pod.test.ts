@@ -152,4 +152,21 @@ describe("a sandbox's spec", () => {
       'annotation io.kubernetes.cri.sandbox-memory="1Gi": must be a number',
     );
   });
+
+  it.each(['io.kubernetes.cri-o.PodLinuxResources', 'pod-linux-resources.crio.io'])(
+    'gets them from CRI-O by the annotation %s',
+    (name) => {
+      const resourcesOf = (value: string) =>
+        withPodResources(sandbox({ annotations: { [name]: value } })).linux?.resources;
+      const value = '{"cpu_period":100000,"cpu_quota":250000,"memory_limit_in_bytes":1073741824}';
+      expect(resourcesOf(value)).toEqual({ memory: { limit: 2 ** 30 }, cpu: { quota: 250_000, period: 100_000 } });
+      for (const nothing of ['null', '{}']) expect(resourcesOf(nothing)?.memory?.limit).toBe(0);
+      for (const bad of ['', '[]', '5', '{"memory_limit_in_bytes":']) {
+        expect(() => resourcesOf(bad)).toThrow(`annotation ${name}=${JSON.stringify(bad)}: must be an object in JSON`);
+      }
+      expect(() => resourcesOf('{"memory_limit_in_bytes":"1Gi"}')).toThrow(
+        `annotation ${name}: memory_limit_in_bytes="1Gi": must be a number`,
+      );
+    },
+  );
 });

@@ -30,7 +30,7 @@ import { openStdio, type StdioPaths } from '../shim/stdio.ts';
 import type { ExecTaskRequest, TaskContainer, TaskRequest } from '../shim/task.ts';
 import type { ContainerContext } from './endpoints.ts';
 import { guestFiles } from './installation.ts';
-import { makePod } from './pods.ts';
+import { makePod, requireNetworkOf } from './pods.ts';
 import { selectVmm } from './vmm.ts';
 
 /** What belongs to kilnd, not to one container. */
@@ -87,6 +87,7 @@ export async function createContainer(
     place.kind === 'member'
       ? await pods.findForNew(context.directoryOf(place.sandboxId), place.sandboxId, signal)
       : undefined;
+  if (pod !== undefined) await requireNetworkOf(pod, bundle.spec, ours?.processPid);
   const nodeAt = await findNodes(possibleNodes(bundle.spec));
   const guestOptions = {
     id,

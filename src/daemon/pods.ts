@@ -1,5 +1,7 @@
 import { existsSync } from 'node:fs';
+import { stat } from 'node:fs/promises';
 import path from 'node:path';
+import { KilnError } from '../errors.ts';
 import { planControlGroup } from '../host/control-group.ts';
 import { readBundle } from '../oci/bundle.ts';
 import { podPlace } from '../oci/pod.ts';
@@ -7,6 +9,7 @@ import { guestPodOf, networkNamespaceOf, withPodResources } from '../oci/pod-spe
 import type { Spec } from '../oci/spec.ts';
 import { podVmSize } from '../oci/vm-size.ts';
 import { bootPod, type PodRequest } from '../sandbox/create-pod.ts';
+import type { Pod } from '../sandbox/pod.ts';
 import type { PodContainer } from '../sandbox/pod-container.ts';
 import type { Installation } from './containers.ts';
 
@@ -50,6 +53,39 @@ export async function makePod(
     making.then(({ pod }) => pod),
   );
   return (await making).container;
+}
+
+/**
+ * A container that names a network has to name its pod's. Annotations alone do not make it one of the pod: CRI-O lets them be
+ * overwritten by those that a pod's author gives, and a namespace is nothing that he can choose.
+ *
+ * @param processPid of the process that stands for the container, where the caller has started it: it has joined the namespace
+ *   as the caller sees it, whose mounts need not be ours
+ * @throws KilnError invalid-argument for another one, not-found for none
+ */
+export async function requireNetworkOf(pod: Pod, spec: Spec, processPid: number | undefined): Promise<void> {
+  const file = networkNamespaceOf(spec);
+  if (file === undefined) return;
+  const joined = processPid === undefined ? file : networkOf(processPid);
+  const [named, ofPod] = await Promise.all([identityOf(joined), identityOf(networkOf(pod.pid))]);
+  if (named === ofPod) return;
+  throw new KilnError('invalid-argument', `the network namespace ${file} is not that of the container's pod`, {
+    hint: "the annotations name another pod's",
+  });
+}
+
+function networkOf(pid: number): string {
+  return `/proc/${pid}/ns/net`;
+}
+
+/** What tells namespaces apart. namespaces(7) */
+async function identityOf(namespace: string): Promise<string> {
+  try {
+    const { dev, ino } = await stat(namespace);
+    return `${dev}:${ino}`;
+  } catch (cause) {
+    throw new KilnError('not-found', `there is no network namespace ${namespace}`, { cause });
+  }
 }
 
 /** Whether a bundle is of what stands for a pod: a container of CRI's, or a sandbox, whose bundle has no config.json. */

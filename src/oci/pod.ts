@@ -16,8 +16,9 @@ export type PodPlace =
   | { readonly kind: 'member'; readonly sandboxId: string };
 
 const dialects = [
-  { type: 'io.kubernetes.cri.container-type', sandbox: 'io.kubernetes.cri.sandbox-id' },
+  // First: CRI-O hands on what a pod's author has annotated, which may be the other's words.
   { type: 'io.kubernetes.cri-o.ContainerType', sandbox: 'io.kubernetes.cri-o.SandboxID' },
+  { type: 'io.kubernetes.cri.container-type', sandbox: 'io.kubernetes.cri.sandbox-id' },
 ];
 
 /**
@@ -69,7 +70,8 @@ const shared: Readonly<Record<string, string>> = { ipc: 'ipc', uts: 'uts', pid: 
  * The guest's path of a pod's namespace, or of one of its containers', that a spec names by the host's; undefined for any
  * other.
  *
- * A path outside of /proc is one that CRI-O has given the namespace of a pod, and of nothing else.
+ * A path outside of /proc is one that CRI-O has given the namespace of a pod. Of processes that is one of a container
+ * (CRI's NamespaceMode TARGET), and does not tell which: of it the host has but its own.
  */
 export function podNamespace(type: string, path: string, { pid, containerAt }: PodOfSpec): string | undefined {
   const name = shared[type];
@@ -78,6 +80,7 @@ export function podNamespace(type: string, path: string, { pid, containerAt }: P
   const ofProcess = type === 'pid' ? /^\/proc\/(\d+)\/ns\/pid$/.exec(path)?.[1] : undefined;
   const container = ofProcess === undefined ? undefined : containerAt?.(Number(ofProcess));
   if (container !== undefined) return `${guestPodDirectory}/pid-of/${container}`;
-  if (path !== `/proc/${pid}/ns/${name}` && path.startsWith('/proc/')) return undefined;
+  const named = !path.startsWith('/proc/') && type !== 'pid';
+  if (path !== `/proc/${pid}/ns/${name}` && !named) return undefined;
   return `${guestPodDirectory}/${type}`;
 }

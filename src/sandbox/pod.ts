@@ -230,7 +230,9 @@ export class Pods {
     const pod = await this.#pods.get(directory);
     if (pod === undefined) {
       throw new KilnError('not-found', `there is no pod ${name}`, {
-        hint: 'first comes the container that stands for the pod, with the same runtime and in the same namespace',
+        hint:
+          'first comes the container that stands for the pod, with the same runtime and in the same namespace; ' +
+          'CRI-O makes it with drop_infra_ctr = false',
       });
     }
     if (pod.wasEnded || pod.vmHasEnded) throw new KilnError('failed-precondition', `the pod ${name} has ended`);

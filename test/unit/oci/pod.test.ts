@@ -42,6 +42,13 @@ describe("a container's place in a pod", () => {
     expect(podPlace({ annotations: annotations as Record<string, string> })).toEqual(place);
   });
 
+  it("is told by CRI-O's words, whatever a pod's author has annotated beside them", () => {
+    const ofAuthor = { 'io.kubernetes.cri.container-type': 'container', 'io.kubernetes.cri.sandbox-id': 'other' };
+    expect(podPlace({ annotations: { ...ofAuthor, 'io.kubernetes.cri-o.ContainerType': 'sandbox' } })).toEqual({
+      kind: 'sandbox',
+    });
+  });
+
   it('is told by the cgroup where podman says nothing: of what stands for its pod', () => {
     const [pod, id] = ['a'.repeat(64), 'b'.repeat(64)];
     const kindIn = (cgroupsPath: string, annotations: Record<string, string> = {}) => {
@@ -95,6 +102,19 @@ describe("a pod's container in the guest", () => {
     };
     expect(translate(joining('pid')).linux?.namespaces?.[0]).toEqual({ type: 'pid', path: '/run/kiln/pod/pid-of/web' });
     expect(() => translate(joining('ipc'))).toThrow('joining a ipc namespace is not supported yet: /proc/4712/ns/ipc');
+  });
+
+  it("joins the pod's namespaces by the names that CRI-O gives them, which has none for processes", () => {
+    const named = (types: readonly string[]) => {
+      const namespaces = (spec().linux?.namespaces ?? []).map((namespace) =>
+        types.includes(namespace.type)
+          ? { type: namespace.type, path: `/run/${namespace.type}ns/1` }
+          : { ...namespace },
+      );
+      return spec({ linux: { namespaces } });
+    };
+    expect(translate(named(['ipc', 'uts', 'network'])).linux?.namespaces).toEqual(translate(spec()).linux?.namespaces);
+    expect(() => translate(named(['pid']))).toThrow('joining a pid namespace is not supported yet: /run/pidns/1');
   });
 
   it("joins nobody else's", () => {

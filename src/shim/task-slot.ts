@@ -4,6 +4,7 @@ import type { CallContext } from '../rpc/ttrpc/index.ts';
 import type { ExecRequest } from '../sandbox/exec.ts';
 import { createOptionsOf } from './create-options.ts';
 import { killedStatus, toDeleteReply, unknownTaskDeleted } from './delete-reply.ts';
+import { noteOom } from './oom-file.ts';
 import {
   type EndedProcess,
   type ExecTaskRequest,
@@ -246,8 +247,9 @@ export class TaskSlot {
 
   /** From here on the task is there. */
   #hold(container: TaskContainer, request: TaskRequest): Task {
+    const ours = createOptionsOf(request);
     const task: Task = {
-      ofCommandLine: createOptionsOf(request) !== undefined,
+      ofCommandLine: ours !== undefined,
       container,
       bundle: request.bundle,
       init: track('', container, request, encodeCreate(request)),
@@ -255,6 +257,7 @@ export class TaskSlot {
       oomAnnounced: Promise.resolve(),
     };
     container.oom.listen(() => {
+      if (ours !== undefined && ours.oomFile !== '') noteOom(ours.oomFile, this.#options.logger);
       task.oomAnnounced = this.#announceOom(task);
     });
     this.#task = task;

@@ -9,6 +9,7 @@ import { stringifyJson } from '../../oci/json.ts';
 import { networkNamespaceOf } from '../../oci/pod-spec.ts';
 import type { Process } from '../../oci/spec.ts';
 import { encodeCreateOptions } from '../../shim/create-options.ts';
+import { oomFileOf } from '../../shim/oom-file.ts';
 import { TaskClient, type TaskStatus } from '../../shim/task-client.ts';
 import { type ContainerState, ContainerStates } from './container-state.ts';
 import { deleteEndpoint, type EndpointName, endpointName, startEndpoint } from './endpoint.ts';
@@ -83,7 +84,7 @@ export class OciRuntime {
     await task.create({
       ...{ id: name.id, bundle: bundle.dir, rootfs: [], checkpoint: '', parentCheckpoint: '' },
       ...stdioPaths(where),
-      options: encodeCreateOptions({ processPid: standing.pid }),
+      options: encodeCreateOptions({ processPid: standing.pid, oomFile: oomFileOf(bundle.dir, spec) }),
     });
     this.states.write({
       ...{ ociVersion: spec.ociVersion, id, pid: standing.pid, bundle: bundle.dir, rootfs: bundle.rootPath },

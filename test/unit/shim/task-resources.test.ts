@@ -1,9 +1,14 @@
 /** Pause, Resume, Stats, Update and TaskOOM of the task service. */
-import { afterEach, describe, expect, it } from 'vitest';
+import { existsSync, mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, describe, expect, it, onTestFinished } from 'vitest';
 import * as v1 from '../../../gen/containerd/metrics_v1.ts';
 import * as v2 from '../../../gen/containerd/metrics_v2.ts';
 import { Status } from '../../../gen/containerd/task_types.ts';
+import { encodeCreateOptions } from '../../../src/shim/create-options.ts';
 import { hostCgroupMode } from '../../../src/shim/metrics.ts';
+import { oomFileOf } from '../../../src/shim/oom-file.ts';
 import { Gate } from './scripted-container.ts';
 import { Bench, id } from './task-bench.ts';
 import { errorOf } from './task-client.ts';
@@ -141,6 +146,25 @@ describe('TaskOOM', () => {
     await client.wait();
     await client.delete();
     expect(types().slice(3)).toEqual(['TaskOOM', 'TaskExit', 'TaskDelete']);
+  });
+
+  it('is noted in the file that the command line names, by then; a place that cannot be written to is logged', async () => {
+    const directory = mkdtempSync(join(tmpdir(), 'kiln-oom-'));
+    onTestFinished(() => rmSync(directory, { recursive: true }));
+    const spec = { annotations: { 'io.container.manager': 'cri-o' } };
+    for (const bundle of [directory, join(directory, 'missing')]) {
+      const made = new Bench();
+      benches.push(made);
+      await made.client.create({ options: encodeCreateOptions({ processPid: 1, oomFile: oomFileOf(bundle, spec) }) });
+      await made.client.start();
+      expect(existsSync(join(bundle, 'oom'))).toBe(false);
+      made.container.oom.count(1);
+      expect(existsSync(join(bundle, 'oom'))).toBe(bundle === directory);
+      const warnings = made.log.map(({ msg }) => msg).filter((message) => message.startsWith('cannot note'));
+      expect(warnings).toHaveLength(bundle === directory ? 0 : 1);
+    }
+    expect(oomFileOf(directory, {})).toBe('');
+    expect(oomFileOf(directory, { annotations: { 'io.container.manager': 'someone' } })).toBe('');
   });
 
   it('is not told of once containerd has declared the task dead', async () => {

@@ -24,10 +24,11 @@ import type { Pods } from '../sandbox/pod.ts';
 import type { SandboxPool } from '../sandbox/pool.ts';
 import type { HostServices } from '../sandbox/resources.ts';
 import { isIdentifier } from '../shim/control/request.ts';
-import { createOptionsOf } from '../shim/create-options.ts';
+import { createOptionsOf, standInOfExec } from '../shim/create-options.ts';
 import { unheededOptions } from '../shim/runtime-options.ts';
 import { openStdio, type StdioPaths } from '../shim/stdio.ts';
 import type { ExecTaskRequest, TaskContainer, TaskRequest } from '../shim/task.ts';
+import { ProcessHandle } from '../sys/pidfd.ts';
 import type { ContainerContext } from './endpoints.ts';
 import { guestFiles } from './installation.ts';
 import { makePod, requireNetworkOf } from './pods.ts';
@@ -176,10 +177,12 @@ export function prepareExec(request: ExecTaskRequest, context: ExecContext): Exe
   const { process, warnings } = toGuestProcess(given, { id, rootfsPath: guestRootDirectory(id) });
   for (const warning of warnings) logger.warn({ execId }, warning);
   const directory = path.join(context.directory, `exec-${execId}`);
+  const standInPid = standInOfExec(spec.typeUrl);
   return {
     execId,
     directory,
     process: stringifyJson(process),
+    ...(standInPid !== undefined && { openStandIn: () => ProcessHandle.open(standInPid) }),
     terminal,
     terminalSize: terminalSize(given),
     openStdio: () => openStdioOf({ stdin, stdout, stderr, terminal }, { ...context, directory }),

@@ -19,6 +19,7 @@ import {
   requireStarted,
 } from './process-state.ts';
 import type { ContainerStdio } from './stdio.ts';
+import { sigkill } from './vm-end.ts';
 import { WaitableCell } from './waitable-cell.ts';
 
 /** Exit status of a process that was never started: nobody can tell another. */
@@ -30,10 +31,17 @@ export interface ExecRequest {
   readonly directory: string;
   /** The guest's runtime-spec `process`, JSON. */
   readonly process: string;
+  /** Where the caller has a process on the host that stands for it: when that ends first, this is killed. */
+  readonly openStandIn?: () => ExecStandIn | undefined;
   readonly terminal: boolean;
   /** Undefined leaves it as the guest makes it. */
   readonly terminalSize: TerminalSize | undefined;
   readonly openStdio: () => Promise<ContainerStdio>;
+}
+
+/** Disposing it lets go of the process. */
+export interface ExecStandIn extends Disposable {
+  readonly ended: Promise<void>;
 }
 
 /** What an exec'd process needs of its container. */
@@ -154,6 +162,7 @@ export class Exec {
     this.#io = new ProcessIo({ guest, process: this.#ref, stdio, terminal, positions, report });
     this.#state = { kind: 'running' };
     void this.#supervise(this.#io);
+    void this.#followStandIn();
   }
 
   /** Sends a signal; `not-found` when there is no process any more, `failed-precondition` before there is one. */
@@ -217,6 +226,20 @@ export class Exec {
     const exit: Exit = { status, at: new Date() };
     this.#state = afterExit(this.#state, exit);
     this.exit.set(exit);
+  }
+
+  /** Never rejects. */
+  async #followStandIn(): Promise<void> {
+    const { openStandIn } = this.#request;
+    if (openStandIn === undefined) return;
+    try {
+      using standIn = openStandIn();
+      // One that is not there any more has ended.
+      await Promise.race([standIn?.ended, this.exit.wait()]);
+      if (this.exit.peek() === undefined) await this.kill(sigkill);
+    } catch (error) {
+      this.#host.report(error, 'cannot kill the process whose stand-in has ended');
+    }
   }
 
   async #awaitExit(): Promise<GuestExit> {

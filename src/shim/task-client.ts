@@ -5,13 +5,13 @@ import { ListRequest, ListResponse } from '../../gen/kiln/oci/v1/processes.ts';
 import { KilnError } from '../errors.ts';
 import { type MessageCodec, TtrpcClient, TtrpcError } from '../rpc/ttrpc/index.ts';
 import type { ProcessDetails } from '../sandbox/container.ts';
+import { execTypeUrl } from './create-options.ts';
 import { decodeProcesses, processService } from './process-service.ts';
 import { type TaskStats, taskStatsOf } from './runtime-stats.ts';
 
 const taskService = 'containerd.task.v2.Task';
 
-/** Types of the JSON in Exec and Update. containerd typeurl, runtime-spec. */
-const processType = 'types.containerd.io/opencontainers/runtime-spec/1/Process';
+/** Type of the JSON in Update. containerd typeurl, runtime-spec. */
 const resourcesType = 'types.containerd.io/opencontainers/runtime-spec/1/LinuxResources';
 
 export type TaskStatus = 'created' | 'running' | 'paused' | 'stopped';
@@ -56,9 +56,12 @@ export class TaskClient implements Disposable {
     return this.#call('Kill', api.KillRequest, empty, request);
   }
 
-  /** @param process as config.json has it, in JSON */
-  exec(request: Omit<api.ExecProcessRequest, 'spec'>, process: string): Promise<unknown> {
-    const spec = { typeUrl: processType, value: Buffer.from(process) };
+  /**
+   * @param process as config.json has it, in JSON
+   * @param processPid of the process on the host that stands for it
+   */
+  exec(request: Omit<api.ExecProcessRequest, 'spec'>, process: string, processPid: number): Promise<unknown> {
+    const spec = { typeUrl: execTypeUrl(processPid), value: Buffer.from(process) };
     return this.#call('Exec', api.ExecProcessRequest, empty, { ...request, spec });
   }
 

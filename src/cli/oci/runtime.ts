@@ -184,7 +184,7 @@ export class OciRuntime {
       execId,
     });
     stack.defer(() => standing.abandon());
-    await task.exec({ id: name.id, execId, ...stdioPaths(where) }, stringifyJson(request.process));
+    await task.exec({ id: name.id, execId, ...stdioPaths(where) }, stringifyJson(request.process), standing.pid);
     stack.defer(() => task.delete(name.id, execId).then(() => {}));
     await task.start(name.id, execId);
     writeFileSync(path.join(directory, 'pid'), String(standing.pid));

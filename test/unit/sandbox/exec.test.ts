@@ -64,6 +64,35 @@ const only = (execId: string, readOutput: NonNullable<Script['readOutput']>): No
 };
 
 describe.skipIf(!canMakeNetns)('an exec', () => {
+  it('is killed with the process that stands for it on the host, or for want of it, and lets go of that at its end', async () => {
+    const signals: number[] = [];
+    const setup = await running({
+      signalProcess: ({ request }, done) => {
+        signals.push(request.signal);
+        setup.made.agent.exit(128 + request.signal, request.execId);
+        done(null, {});
+      },
+    });
+    const ended = Promise.withResolvers<void>();
+    const released = vi.fn();
+    const standIn = { ended: ended.promise, [Symbol.dispose]: released };
+    const { exec } = await started(setup, 'e1', { openStandIn: () => standIn });
+    ended.resolve();
+    expect((await exec.exit.wait()).status).toBe(137);
+    await vi.waitFor(() => expect(released).toHaveBeenCalledOnce());
+
+    const alone = await started(setup, 'e2', { openStandIn: () => undefined });
+    expect((await alone.exec.exit.wait()).status).toBe(137);
+    expect(signals).toEqual([9, 9]);
+
+    const living = { ...standIn, ended: new Promise<void>(() => {}) };
+    const other = await started(setup, 'e3', { openStandIn: () => living });
+    setup.made.agent.exit(3, 'e3');
+    expect((await other.exec.exit.wait()).status).toBe(3);
+    await vi.waitFor(() => expect(released).toHaveBeenCalledTimes(2));
+    expect(signals).toEqual([9, 9]);
+  });
+
   it('is created, runs, has a pid of the guest, ends with its status, and is removed from the guest', async () => {
     const requests: ExecProcessRequest[] = [];
     const setup = await running({

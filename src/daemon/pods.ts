@@ -41,6 +41,7 @@ export async function makePod(
   signal: AbortSignal,
 ): Promise<PodContainer> {
   const { id, directory, config } = means;
+  await refuseIpcOfHost(spec);
   const size = podVmSize(config, withPodResources(spec));
   const request = {
     ...{ ...means, ...size, guestPod: guestPodOf(spec, id), networkNamespace: networkNamespaceOf(spec) },
@@ -74,6 +75,23 @@ export async function requireNetworkOf(pod: Pod, spec: Spec, processPid: number 
   });
 }
 
+/**
+ * Without an IPC namespace, a pod wants the host's, which the translation of its spec refuses. CRI-O's has one: a name for the
+ * host's own.
+ *
+ * @throws KilnError invalid-argument
+ */
+async function refuseIpcOfHost({ linux }: Spec): Promise<void> {
+  const file = linux?.namespaces?.find(({ type }) => type === 'ipc')?.path || undefined;
+  if (file === undefined) return;
+  // One that is not seen from here is not the host's: who has made it, has mounted it.
+  const named = await identityOf(file).catch(() => undefined);
+  if (named !== (await identityOf('/proc/self/ns/ipc'))) return;
+  throw new KilnError('invalid-argument', "a pod in a virtual machine cannot share the host's IPC objects", {
+    hint: `${file} is the host's IPC namespace, as hostIPC asks for`,
+  });
+}
+
 function networkOf(pid: number): string {
   return `/proc/${pid}/ns/net`;
 }
@@ -84,7 +102,7 @@ async function identityOf(namespace: string): Promise<string> {
     const { dev, ino } = await stat(namespace);
     return `${dev}:${ino}`;
   } catch (cause) {
-    throw new KilnError('not-found', `there is no network namespace ${namespace}`, { cause });
+    throw new KilnError('not-found', `there is no namespace ${namespace}`, { cause });
   }
 }
 

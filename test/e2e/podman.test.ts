@@ -92,6 +92,14 @@ describe('podman', () => {
     expect(await podman.must(['ps', '--all', '--quiet'])).toBe('');
   });
 
+  it('tells of a container that has run out of memory', async () => {
+    const hungry = ['dd', 'if=/dev/zero', 'of=/dev/null', 'bs=60M'];
+    const flags = ['--name', 'hungry', '--network', 'none', '--memory', '20m'];
+    expect(await podman.run(['run', ...flags, podman.image, ...hungry])).toMatchObject({ code: 137 });
+    expect(await podman.must(['inspect', '--format', '{{.State.OOMKilled}}', 'hungry'])).toBe('true');
+    await podman.must(['rm', 'hungry']);
+  });
+
   it('is told why what cannot be is refused', async () => {
     const host = await podman.run(['run', '--rm', '--network', 'host', podman.image, 'true']);
     expect(host).toMatchObject({ code: 126, stderr: expect.stringContaining("cannot share the host's network") });

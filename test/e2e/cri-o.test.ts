@@ -9,7 +9,7 @@ import { mustRun } from '../support/spawn.ts';
 import { signal } from '../support/wait-for-end.ts';
 
 /** Ends with SIGTERM. */
-const waiting = ['sh', '-c', 'trap "exit 9" TERM; while :; do usleep 20000; done'];
+const waiting = ['sh', '-c', 'trap "exit 9" TERM; while :; do sleep 1000 & wait $!; done'];
 const mib = 2 ** 20;
 const bootId = '/proc/sys/kernel/random/boot_id';
 const podResources = 'io.kubernetes.cri-o.PodLinuxResources';

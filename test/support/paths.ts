@@ -37,6 +37,8 @@ function inTree(...parts: string[]): string {
 
 export const containerdBin = (version: ContainerdVersion): string => inTree(`containerd-${version}`, 'usr', 'bin');
 export const runcBin = (): string => inTree('runc', 'usr', 'sbin');
+/** Debian's crun, with a library that it needs, unpacked. */
+export const crunTree = (): string => inTree('crun');
 export const cniPlugins = (): string => inTree('cni', 'usr', 'lib', 'cni');
 /** Debian's podman, with conmon and what else it needs, unpacked. */
 export const podmanTree = (): string => inTree('podman');

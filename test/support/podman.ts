@@ -37,6 +37,9 @@ export class Podman {
     const wrapper = join(this.#dir, 'kiln');
     const variables = Object.entries(this.#stage.env).map(([name, value]) => `export ${name}='${value}'\n`);
     writeFileSync(wrapper, `#!/bin/sh\n${variables.join('')}exec ${this.#stage.kiln} "$@"\n`, { mode: 0o755 });
+    // For the podman that conmon calls at a container's end: else it does not find its libraries, and the end is not recorded.
+    const names = ['PATH', 'LD_LIBRARY_PATH', 'HOME', 'CONTAINERS_CONF', 'CONTAINERS_STORAGE_CONF'];
+    const forConmon = names.map((name) => JSON.stringify(`${name}=${this.#env[name]}`));
     writeFileSync(
       join(this.#dir, 'containers.conf'),
       `[containers]
@@ -46,6 +49,7 @@ runtime = "kiln"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 network_backend = "netavark"
+conmon_env_vars = [${forConmon.join(', ')}]
 conmon_path = ["${join(tree, 'usr/bin/conmon')}"]
 helper_binaries_dir = ["${join(tree, 'usr/lib/podman')}", "${join(tree, 'usr/libexec/podman')}", "${join(tree, 'usr/bin')}"]
 tmp_dir = "${join(this.#dir, 'tmp')}"

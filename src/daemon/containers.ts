@@ -89,10 +89,12 @@ export async function createContainer(
       ? await pods.findForNew(context.directoryOf(place.sandboxId), place.sandboxId, signal)
       : undefined;
   if (pod !== undefined) await requireNetworkOf(pod, bundle.spec, ours?.processPid);
+  // Without mounts of a snapshotter (a bundle of ours or Docker's, `ctr run --rootfs`), what it writes is in the directory.
+  const liveRoot = ours !== undefined || request.rootfs.length === 0 ? bundle.rootPath : undefined;
   const nodeAt = await findNodes(possibleNodes(bundle.spec));
   const guestOptions = {
     id,
-    liveRoot: ours && bundle.rootPath,
+    liveRoot,
     rootfsPath: guestRootDirectory(id),
     bundle: bundle.dir,
     nodeAt,
@@ -108,9 +110,7 @@ export async function createContainer(
     logger.warn(`runtime options (${unheeded}) are not looked at: Kiln is configured by config.toml`);
   }
   requireSameTerminal(`container ${id}`, terminal, bundle.spec.process.terminal);
-  const rootfs = ours
-    ? undefined
-    : planRootfs(request.rootfs, { path: bundle.rootPath, workDirectory: path.join(bundle.dir, 'work') });
+  const rootfs = liveRoot === undefined ? planRootfs(request.rootfs) : undefined;
   const changes = rootfs && planChanges(config.storage.changes, rootfs, bundle.spec.annotations);
   return bootContainer(
     host,

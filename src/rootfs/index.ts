@@ -1,6 +1,5 @@
 export { guestMounts, guestRootDirectory, type RootfsMount, type RootfsSerials } from './guest-mounts.ts';
 export {
-  type BundleRoot,
   type LowerSource,
   planRootfs,
   type RootfsPlan,

@@ -5,7 +5,7 @@
  *   overlay  lowerdir=TOP:…:BOTTOM, upperdir=, workdir=   an image's layers under a container's own directory
  *   overlay  lowerdir= alone                              a read-only view of several layers
  *   bind     one directory, rw or ro                      the native snapshotter; overlayfs with no or one layer
- *   nothing  root.path of config.json, as it is           `ctr run --rootfs`
+ * With none at all, root.path of config.json is the container's as it is, and no disk.
  * An option that could change what is in the tree, and that we do not carry out, is refused and never ignored.
  */
 import { isAbsolute, resolve } from 'node:path';
@@ -58,14 +58,6 @@ export interface RootfsPlan {
   readonly upper: UpperDirectory | null;
 }
 
-/** The bundle of a container without snapshotter mounts. */
-export interface BundleRoot {
-  /** root.path of config.json, absolute. */
-  readonly path: string;
-  /** A directory that lives as long as the container, for its writable layer (containerd: the bundle's `work`). */
-  readonly workDirectory: string;
-}
-
 /** Flags of mount(8) that cannot change what a tree holds; the guest sets its own. */
 const neutralFlags = new Set(
   'bind rbind private rprivate slave rslave shared rshared suid nosuid dev nodev exec noexec atime noatime relatime norelatime strictatime diratime nodiratime sync async'.split(
@@ -82,13 +74,12 @@ const hint = 'use the overlayfs or the native snapshotter';
 /**
  * Decides what the disks of a container are made of. Looks at no file.
  *
- * @param bundle where the rootfs is when `mounts` is empty
  * @throws KilnError unimplemented for a mount or option that Kiln cannot turn into a disk, invalid-argument for one that
  *   makes no sense
  */
-export function planRootfs(mounts: readonly SnapshotMount[], bundle?: BundleRoot): RootfsPlan {
+export function planRootfs(mounts: readonly SnapshotMount[]): RootfsPlan {
   const [mount] = mounts;
-  if (mount === undefined) return planBundle(bundle);
+  if (mount === undefined) throw new KilnError('invalid-argument', 'there is no mount of a root filesystem');
   const foreign = mounts.find(({ type }) => type !== 'overlay' && type !== 'bind');
   if (foreign !== undefined) {
     throw new KilnError('unimplemented', `${describe(foreign)} is not supported as a root filesystem`, { hint });
@@ -100,19 +91,6 @@ export function planRootfs(mounts: readonly SnapshotMount[], bundle?: BundleRoot
     });
   }
   return mount.type === 'overlay' ? planOverlay(mount) : planBind(mount);
-}
-
-function planBundle(bundle: BundleRoot | undefined): RootfsPlan {
-  if (bundle === undefined) {
-    throw new KilnError('invalid-argument', 'there is no root filesystem: neither a snapshot nor root.path', {
-      hint: 'set root.path in config.json, or let containerd pass the snapshot of an image',
-    });
-  }
-  return {
-    lower: { kind: 'directory', path: absolute(bundle.path, 'root.path of config.json'), immutable: false },
-    writable: { kind: 'in-directory', directory: absolute(bundle.workDirectory, "the bundle's work directory") },
-    upper: null,
-  };
 }
 
 function planBind(mount: SnapshotMount): RootfsPlan {

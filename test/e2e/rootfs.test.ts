@@ -1,5 +1,5 @@
 import { createHash } from 'node:crypto';
-import { copyFile, mkdir, readdir, readFile, writeFile } from 'node:fs/promises';
+import { copyFile, mkdir, readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { Readable } from 'node:stream';
 import { extract } from 'tar-stream';
@@ -345,7 +345,7 @@ describe('an image without a layer of its own above busybox', () => {
 describe.runIf(underKiln)('a folder of the host as the root filesystem', () => {
   const scene = useScene({ version: '2.1' });
 
-  it('is what the container sees, and keeps what it was', async () => {
+  it('is what the container sees, and has what the container writes', async () => {
     const folder = join(scene.dir, 'folder');
     await mkdir(join(folder, 'bin'), { recursive: true });
     await copyFile(busyboxBinary(), join(folder, 'bin/busybox'));
@@ -355,7 +355,14 @@ describe.runIf(underKiln)('a folder of the host as the root filesystem', () => {
     const flags = ['--runtime', runtime, '--fifo-dir', scene.fifoDir, '--rm', '--rootfs'];
     const { code, stdout, stderr } = await scene.containerd.ctr(['run', ...flags, folder, scene.id(), ...command]);
     expect({ code, stderr, stdout: stdout.toString() }).toEqual({ code: 0, stderr: '', stdout: 'hellochanged\n' });
-    expect(await readFile(join(folder, 'greeting'), 'utf8')).toBe('hello');
-    expect(await readdir(folder)).toEqual(['bin', 'greeting']);
+    expect(await readFile(join(folder, 'greeting'), 'utf8')).toBe('changed\n');
+  });
+
+  it('that is not there is named', async () => {
+    const folder = join(scene.dir, 'gone');
+    const flags = ['--runtime', runtime, '--fifo-dir', scene.fifoDir, '--rm', '--rootfs'];
+    const { code, stderr } = await scene.containerd.ctr(['run', ...flags, folder, scene.id(), 'true']);
+    expect(code).not.toBe(0);
+    expect(stderr).toContain(folder);
   });
 });

@@ -1,7 +1,7 @@
 /** The store: what is made once, what is shared, what is found again, and what goes away. */
 import { existsSync, mkdirSync, readFileSync, renameSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs';
 import { describe, expect, test } from 'vitest';
-import { planRootfs, type RootfsPlan, RootfsStore, SnapshotUpper } from '../../../src/rootfs/index.ts';
+import { type RootfsPlan, RootfsStore, SnapshotUpper } from '../../../src/rootfs/index.ts';
 import { mustRun } from '../../support/spawn.ts';
 import {
   at,
@@ -73,13 +73,13 @@ describe.skipIf(!isRoot)('RootfsStore', () => {
 
     test('of a writable directory is made afresh for each create and goes with it', async () => {
       const store = new RootfsStore({ cacheDir: cache() });
-      const bundle = planRootfs([], { path: at('snapshots/1/fs'), workDirectory: at() });
-      const first = await store.prepare(bundle, options);
+      const directory = native(at('snapshots/1/fs'));
+      const first = await store.prepare(directory, options);
       expect(await paths(first.lower.file)).toEqual(['', '/from-1']);
       await first.release();
       expect(imagesIn(cache())).toEqual([]);
       writeFileSync(at('snapshots/1/fs/later'), 'x');
-      await using second = await store.prepare(bundle, options);
+      await using second = await store.prepare(directory, options);
       expect(await paths(second.lower.file)).toEqual(['', '/from-1', '/later']);
     });
 

@@ -90,15 +90,7 @@ describe('planRootfs', () => {
     });
   });
 
-  test("falls back to the bundle's root, with the writable layer in the bundle's work directory", () => {
-    expect(planRootfs([], { path: '/bundle/rootfs', workDirectory: '/work' })).toEqual({
-      lower: { kind: 'directory', path: '/bundle/rootfs', immutable: false },
-      writable: { kind: 'in-directory', directory: '/work' },
-      upper: null,
-    });
-  });
-
-  test('refuses an empty list without a bundle root', () => {
+  test('refuses an empty list', () => {
     expect(refusal([])).toMatchObject({ code: 'invalid-argument' });
   });
 

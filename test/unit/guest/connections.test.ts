@@ -4,24 +4,14 @@ import { buffer } from 'node:stream/consumers';
 import { afterEach, describe, expect, it, vi } from 'vitest';
 import type { DialRequest } from '../../../gen/kiln/agent/v1/agent.ts';
 import type { KilnError } from '../../../src/errors.ts';
-import { Guest } from '../../../src/guest/guest.ts';
-import { failure, type Script, ScriptedAgent, socketPair } from './scripted-agent.ts';
+import { connectGuest, failure, type Script } from './scripted-agent.ts';
 
 const cleanups: (() => void)[] = [];
 afterEach(() => {
   for (const cleanup of cleanups.splice(0)) cleanup();
 });
 
-async function guestWith(script: Script): Promise<{ guest: Guest; agent: ScriptedAgent }> {
-  const [socket, theirs] = await socketPair();
-  const agent = new ScriptedAgent(script);
-  agent.serve(theirs);
-  cleanups.push(() => {
-    agent.disconnect();
-    socket.destroy();
-  });
-  return { guest: await Guest.connect(socket, { hostname: 'kiln', answerLimitMs: 30_000, session: 's' }), agent };
-}
+const guestWith = (script: Script) => connectGuest(script, cleanups);
 
 /** Both ends of a TCP connection. */
 async function connection(): Promise<{ client: Socket; accepted: Socket }> {

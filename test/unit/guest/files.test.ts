@@ -1,24 +1,14 @@
 import { afterEach, describe, expect, it } from 'vitest';
 import type { WriteFilesRequest } from '../../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../../../src/errors.ts';
-import { Guest } from '../../../src/guest/guest.ts';
-import { failure, type Script, ScriptedAgent, socketPair } from './scripted-agent.ts';
+import { connectGuest, failure, type Script } from './scripted-agent.ts';
 
 const cleanups: (() => void)[] = [];
 afterEach(() => {
   for (const cleanup of cleanups.splice(0)) cleanup();
 });
 
-async function connect(script: Script): Promise<Guest> {
-  const [socket, theirs] = await socketPair();
-  const agent = new ScriptedAgent(script);
-  agent.serve(theirs);
-  cleanups.push(() => {
-    agent.disconnect();
-    socket.destroy();
-  });
-  return Guest.connect(socket, { hostname: 'kiln', answerLimitMs: 30_000, session: 's' });
-}
+const connect = async (script: Script) => (await connectGuest(script, cleanups)).guest;
 
 async function* pieces(...texts: string[]) {
   for (const text of texts) yield Buffer.from(text);

@@ -1,6 +1,6 @@
 import { fork } from 'node:child_process';
 import { once } from 'node:events';
-import { connect as dial, type Socket } from 'node:net';
+import { connect as dial } from 'node:net';
 import { join } from 'node:path';
 import { PassThrough, Readable, Writable } from 'node:stream';
 import { afterEach, describe, expect, it } from 'vitest';
@@ -11,6 +11,7 @@ import type { OutputRequest } from '../../../src/guest/streams.ts';
 import type { GuestContainer } from '../../../src/guest/terms.ts';
 import { kilnVersion } from '../../../src/version.ts';
 import {
+  connectGuest,
   failure,
   guestProcesses,
   helloResponse,
@@ -32,22 +33,8 @@ afterEach(() => {
   for (const cleanup of cleanups.splice(0)) cleanup();
 });
 
-interface Ends {
-  readonly agent: ScriptedAgent;
-  readonly guest: Guest;
-  readonly socket: Socket;
-}
-
-async function connect(script: Script = {}, answerLimitMs = 30_000): Promise<Ends> {
-  const [socket, theirs] = await socketPair();
-  const agent = new ScriptedAgent(script);
-  agent.serve(theirs);
-  cleanups.push(() => {
-    agent.disconnect();
-    socket.destroy();
-  });
-  return { agent, socket, guest: await Guest.connect(socket, { hostname: 'kiln', answerLimitMs, session }) };
-}
+const connect = (script: Script = {}, answerLimitMs = 30_000) =>
+  connectGuest(script, cleanups, { session, answerLimitMs });
 
 const container: GuestContainer = {
   id: 'c1',

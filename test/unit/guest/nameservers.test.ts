@@ -1,26 +1,16 @@
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import { afterEach, describe, expect, it } from 'vitest';
 import type { RelayQueriesRequest, RelayQueriesResponse } from '../../../gen/kiln/agent/v1/agent.ts';
-import { Guest } from '../../../src/guest/guest.ts';
 import type { NameAnswer, NameQuery } from '../../../src/network/ask.ts';
 import { dnsAnswer, dnsQuery } from '../../support/dns.ts';
-import { failure, type Script, ScriptedAgent, socketPair } from './scripted-agent.ts';
+import { connectGuest, failure, type Script } from './scripted-agent.ts';
 
 const cleanups: (() => void)[] = [];
 afterEach(() => {
   for (const cleanup of cleanups.splice(0)) cleanup();
 });
 
-async function guestWith(script: Script): Promise<{ guest: Guest; agent: ScriptedAgent }> {
-  const [socket, theirs] = await socketPair();
-  const agent = new ScriptedAgent(script);
-  agent.serve(theirs);
-  cleanups.push(() => {
-    agent.disconnect();
-    socket.destroy();
-  });
-  return { guest: await Guest.connect(socket, { hostname: 'kiln', answerLimitMs: 30_000, session: 's' }), agent };
-}
+const guestWith = (script: Script) => connectGuest(script, cleanups);
 
 const never = new AbortController().signal;
 const dockers = Buffer.from([127, 0, 0, 11]);

@@ -14,6 +14,8 @@ import {
   WaitProcessResponse,
   type WriteStdinRequest,
 } from '../../../gen/kiln/agent/v1/agent.ts';
+import { Guest } from '../../../src/guest/guest.ts';
+import type { HelloOptions } from '../../../src/guest/hello.ts';
 import { type ServedSocket, serveOverSocket } from '../../../src/rpc/grpc/server-transport.ts';
 
 let pairs = 0;
@@ -152,6 +154,27 @@ export class ScriptedAgent {
       setLimits: (_call, done) => done(null, {}),
     };
   }
+}
+
+/**
+ * A guest whose agent plays the script, connected.
+ *
+ * @param cleanups gets what ends the connection, also where the guest cannot be connected
+ */
+export async function connectGuest(
+  script: Script,
+  cleanups: (() => void)[],
+  options: Partial<HelloOptions> = {},
+): Promise<{ readonly agent: ScriptedAgent; readonly guest: Guest; readonly socket: Socket }> {
+  const [socket, theirs] = await socketPair();
+  const agent = new ScriptedAgent(script);
+  agent.serve(theirs);
+  cleanups.push(() => {
+    agent.disconnect();
+    socket.destroy();
+  });
+  const guest = await Guest.connect(socket, { hostname: 'kiln', answerLimitMs: 30_000, session: 's', ...options });
+  return { agent, guest, socket };
 }
 
 export function helloResponse(fields: Parameters<typeof HelloResponse.fromPartial>[0] = {}): HelloResponse {

@@ -2,9 +2,9 @@ import { Duplex, PassThrough, Writable } from 'node:stream';
 import { afterEach, describe, expect, it, vi } from 'vitest';
 import type { AgentClient, ReadOutputRequest } from '../../../gen/kiln/agent/v1/agent.ts';
 import type { KilnError } from '../../../src/errors.ts';
-import { Guest } from '../../../src/guest/guest.ts';
+import type { Guest } from '../../../src/guest/guest.ts';
 import { type OutputRequest, pipeOutput } from '../../../src/guest/streams.ts';
-import { failure, helloResponse, type Script, ScriptedAgent, socketPair, tellExit } from './scripted-agent.ts';
+import { connectGuest, failure, helloResponse, type Script, tellExit } from './scripted-agent.ts';
 
 const cleanups: (() => void)[] = [];
 afterEach(() => {
@@ -16,14 +16,7 @@ const ref = { id: 'c1', execId: 'e1' };
 const stdout: OutputRequest = { ...ref, stream: 'stdout', from: 0 };
 
 async function connect(script: Script = {}, returning = false): Promise<Guest> {
-  const [socket, theirs] = await socketPair();
-  const agent = new ScriptedAgent(script);
-  agent.serve(theirs);
-  cleanups.push(() => {
-    agent.disconnect();
-    socket.destroy();
-  });
-  return Guest.connect(socket, { hostname: 'kiln', answerLimitMs: 30_000, session, returning });
+  return (await connectGuest(script, cleanups, { session, returning })).guest;
 }
 
 /** Takes a chunk when it is told to. */

@@ -96,6 +96,20 @@ export function createService({
       done(null, response);
     };
 
+  /** A call whose answer is a stream, for which an error is the stream's end. */
+  const streaming =
+    <Call extends ServerWritableStream<Request, Response> | ServerDuplexStream<Request, Response>, Request, Response>(
+      serve: (call: Call) => void | Promise<void>,
+    ) =>
+    async (call: Call): Promise<void> => {
+      try {
+        greetedFirst();
+        await serve(call);
+      } catch (error) {
+        call.emit('error', grpcStatusOf(error));
+      }
+    };
+
   /** A call whose answer is a stream of files. */
   const filesOut =
     <Request extends object, Response>(
@@ -149,28 +163,23 @@ export function createService({
       containers.signal({ id, execId }, signal, all);
       return {};
     }),
-    waitProcess: async (call) => {
-      try {
-        greetedFirst();
-        const name = call.request;
-        const init = name.execId === '';
-        const tell = (oomKills: bigint) => call.write(WaitProcessResponse.fromPartial({ oomKills }));
-        using watch = init ? containers.followOom(name.id, tell) : undefined;
-        call.on('cancelled', () => watch?.[Symbol.dispose]());
-        const exit = await containers.wait(name);
-        call.write({
-          exitStatus: exit.status,
-          exitedAtNs: exit.atNs,
-          stdoutBytes: optionalBigInt(exit.stdoutBytes),
-          stderrBytes: optionalBigInt(exit.stderrBytes),
-          stats: init ? containers.finalStats(name.id) : undefined,
-          oomKills: undefined,
-        });
-        call.end();
-      } catch (error) {
-        call.emit('error', grpcStatusOf(error));
-      }
-    },
+    waitProcess: streaming(async (call) => {
+      const name = call.request;
+      const init = name.execId === '';
+      const tell = (oomKills: bigint) => call.write(WaitProcessResponse.fromPartial({ oomKills }));
+      using watch = init ? containers.followOom(name.id, tell) : undefined;
+      call.on('cancelled', () => watch?.[Symbol.dispose]());
+      const exit = await containers.wait(name);
+      call.write({
+        exitStatus: exit.status,
+        exitedAtNs: exit.atNs,
+        stdoutBytes: optionalBigInt(exit.stdoutBytes),
+        stderrBytes: optionalBigInt(exit.stderrBytes),
+        stats: init ? containers.finalStats(name.id) : undefined,
+        oomKills: undefined,
+      });
+      call.end();
+    }),
     describeContainer: unary(({ id }) => containers.describe(id)),
     listProcesses: unary(({ id }) => ({ processes: containers.processes(id) })),
     readProcesses: unary(({ id }) => ({
@@ -212,43 +221,26 @@ export function createService({
       network.apply(request.network);
       return {};
     }),
-    watchListeners: (call) => {
-      try {
-        greetedFirst();
-        const watch = listeners.watch(({ ipv4Ports, ipv6Ports }) => {
-          call.write({ ipv4Ports: encodePorts(ipv4Ports), ipv6Ports: encodePorts(ipv6Ports) });
-        });
-        // A call that is cancelled or whose connection breaks does not end by itself.
-        call.on('cancelled', () => {
-          watch[Symbol.dispose]();
-          call.destroy();
-        });
-        call.on('error', () => {});
-      } catch (error) {
-        call.emit('error', grpcStatusOf(error));
-      }
-    },
-    dial: async (call) => {
-      try {
-        greetedFirst();
-        await relayDial(call);
-        call.end();
-      } catch (error) {
-        call.emit('error', grpcStatusOf(error));
-      }
-    },
+    watchListeners: streaming((call) => {
+      const watch = listeners.watch(({ ipv4Ports, ipv6Ports }) => {
+        call.write({ ipv4Ports: encodePorts(ipv4Ports), ipv6Ports: encodePorts(ipv6Ports) });
+      });
+      // A call that is cancelled or whose connection breaks does not end by itself.
+      call.on('cancelled', () => {
+        watch[Symbol.dispose]();
+        call.destroy();
+      });
+      call.on('error', () => {});
+    }),
+    dial: streaming(async (call) => {
+      await relayDial(call);
+      call.end();
+    }),
     serveNameservers: unary(async ({ addresses }) => {
       await nameservers.serve(addresses);
       return {};
     }),
-    relayQueries: (call) => {
-      try {
-        greetedFirst();
-        nameservers.relay(call);
-      } catch (error) {
-        call.emit('error', grpcStatusOf(error));
-      }
-    },
+    relayQueries: streaming((call) => nameservers.relay(call)),
     readOutput: (call) => {
       // A stream that is cancelled does not end by itself.
       call.on('cancelled', () => call.destroy());

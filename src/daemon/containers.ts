@@ -90,7 +90,7 @@ export async function createContainer(
       : undefined;
   if (pod !== undefined) await requireNetworkOf(pod, bundle.spec, ours?.processPid);
   // Without mounts of a snapshotter (a bundle of ours or Docker's, `ctr run --rootfs`), what it writes is in the directory.
-  const liveRoot = ours !== undefined || request.rootfs.length === 0 ? bundle.rootPath : undefined;
+  const liveRoot = request.rootfs.length === 0 ? bundle.rootPath : undefined;
   const nodeAt = await findNodes(possibleNodes(bundle.spec));
   const guestOptions = {
     id,

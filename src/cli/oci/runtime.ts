@@ -144,14 +144,16 @@ export class OciRuntime {
       this.states.remove(id);
       return;
     }
-    const status = force ? 'stopped' : await this.status(state);
-    if (status === 'running' || status === 'paused') {
-      const message = `cannot delete container ${id} that is not stopped: ${status}`;
-      throw new KilnError('failed-precondition', message);
-    }
+    if (!force) await this.#requireNotRunning(state);
     await deleteEndpoint(this.#name(id), state.bundle);
     this.states.remove(id);
     removeImageBundle(state.bundle);
+  }
+
+  async #requireNotRunning(state: ContainerState): Promise<void> {
+    const status = await this.status(state);
+    if (status !== 'running' && status !== 'paused') return;
+    throw new KilnError('failed-precondition', `cannot delete container ${state.id} that is not stopped: ${status}`);
   }
 
   /** Runs one more process in a container. */

@@ -13,8 +13,11 @@ export interface ClockReading {
   readonly guestMs: number;
 }
 
-/** Good enough, in ms. */
+/** Good enough for a guest that runs, in ms: what is asked of it then holds nobody up. */
 const wantedErrorMs = 5;
+
+/** Good enough for a start, which waits for each answer, in ms: a guest that runs is soon corrected. */
+const startErrorMs = 20;
 
 /** An answer that took longer, in ms, is of a busy host, on which much may have come between: it tells too little. */
 const trustedAnswerMs = 250;
@@ -62,7 +65,7 @@ export async function findCorrection(ask: () => Promise<ClockReading>): Promise<
 }
 
 /**
- * Sets a guest's clock right.
+ * Sets the clock of a guest right before its start.
  *
  * @param first reading, of the answer to something else
  * @param ask moves the guest's clock by so many ms, and reads it then
@@ -70,7 +73,7 @@ export async function findCorrection(ask: () => Promise<ClockReading>): Promise<
 export async function setClock(first: ClockReading, ask: (byMs: number) => Promise<ClockReading>): Promise<void> {
   let { least, most } = boundsOf(first);
   for (let questions = 0; questions < maxQuestions; questions += 1) {
-    if (Math.max(Math.abs(least), Math.abs(most)) <= wantedErrorMs) return;
+    if (Math.max(Math.abs(least), Math.abs(most)) <= startErrorMs) return;
     const byMs = (least + most) / 2;
     const bounds = boundsOf(await ask(byMs));
     least = Math.max(least - byMs, bounds.least);

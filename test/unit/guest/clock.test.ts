@@ -56,8 +56,21 @@ describe("the guest's clock", () => {
     for (const trips of [[[0, 300]], [[300, 0]], [[150, 150]]] as const) {
       const clocks = new Clocks(3_600_000, ...trips);
       await clocks.set();
-      expect(Math.abs(clocks.errorMs)).toBeLessThanOrEqual(5);
+      expect(Math.abs(clocks.errorMs)).toBeLessThanOrEqual(20);
     }
+  });
+
+  test('that may be wrong by no more than a start allows keeps nobody waiting', async () => {
+    const clocks = new Clocks(0, [7, 13]);
+    await clocks.set();
+    expect(clocks.moves).toEqual([0]);
+  });
+
+  test('that may be wrong by more is asked for again', async () => {
+    const clocks = new Clocks(0, [0, 21], [7, 13]);
+    await clocks.set();
+    expect(Math.abs(clocks.errorMs)).toBeLessThanOrEqual(20);
+    expect(clocks.moves).toHaveLength(2);
   });
 
   test('is as right as slow answers tell, which are no reason to ask for ever', async () => {
@@ -84,7 +97,7 @@ describe("the guest's clock", () => {
       }
       return clocks.ask(byMs);
     });
-    expect(Math.abs(clocks.errorMs)).toBeLessThanOrEqual(5);
+    expect(Math.abs(clocks.errorMs)).toBeLessThanOrEqual(20);
   });
 });
 

@@ -1,10 +1,11 @@
-import { mkdirSync, readSync, writeSync } from 'node:fs';
-import { type FileHandle, open, readdir, rename, rm } from 'node:fs/promises';
+import { closeSync, fstatSync, ftruncateSync, mkdirSync, openSync, readSync, writeSync } from 'node:fs';
+import { open, readdir, rename, rm } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { KilnError } from '../errors.ts';
 import { SingleFlight } from '../host/single-flight.ts';
 import { nextExtent } from '../sys/sparse.ts';
 import { isExt4 } from './ext4.ts';
+import { errnoCode } from './file-error.ts';
 import { removeStaleParts, uniqueSuffix } from './owner.ts';
 import { lastLine, runTool } from './tool.ts';
 
@@ -41,27 +42,16 @@ export class BlankFilesystems {
   }
 
   /**
-   * Makes an open, empty file into a filesystem of that size.
+   * Makes an open, empty file into a filesystem of that size. Where there is one to copy, here and now, from page cache to
+   * page cache: a thread for each of these few small pieces takes longer.
    *
    * @throws KilnError resource-exhausted when a disk is full, internal when mkfs.ext4 failed; the error of a system call
    */
-  async copyTo(target: FileHandle, sizeBytes: number, signal: AbortSignal): Promise<void> {
+  async copyTo(target: number, sizeBytes: number, signal: AbortSignal): Promise<void> {
     const blank = join(this.#directory, `${sizeBytes}-${formatVersion}.ext4`);
-    if (!(await isWhole(blank, sizeBytes))) {
-      await this.#flights.run(blank, signal, (flight) => this.#make(blank, sizeBytes, flight));
-    }
-    await using source = await open(blank, 'r');
-    await target.truncate(sizeBytes);
-    const buffer = Buffer.allocUnsafe(chunkBytes);
-    // Here and now, from page cache to page cache: a thread for each of these few small pieces takes longer.
-    for (let piece = nextExtent(source.fd, 0); piece !== undefined; piece = nextExtent(source.fd, piece.end)) {
-      for (let at = piece.start; at < piece.end; ) {
-        signal.throwIfAborted();
-        const length = readSync(source.fd, buffer, 0, Math.min(chunkBytes, piece.end - at), at);
-        // A write may be cut short by a disk that is nearly full.
-        at += writeSync(target.fd, buffer, 0, length, at);
-      }
-    }
+    if (copyWhole(blank, { target, sizeBytes })) return;
+    await this.#flights.run(blank, signal, (flight) => this.#make(blank, sizeBytes, flight));
+    if (!copyWhole(blank, { target, sizeBytes })) throw new KilnError('internal', `${blank} was removed at once`);
   }
 
   async #make(blank: string, sizeBytes: number, signal: AbortSignal): Promise<void> {
@@ -80,12 +70,29 @@ export class BlankFilesystems {
   }
 }
 
-async function isWhole(blank: string, sizeBytes: number): Promise<boolean> {
+/** False when there is no whole filesystem of that size to copy. */
+function copyWhole(blank: string, { target, sizeBytes }: { target: number; sizeBytes: number }): boolean {
+  using stack = new DisposableStack();
   try {
-    await using handle = await open(blank, 'r');
-    return (await handle.stat()).size === sizeBytes && (await isExt4(handle));
-  } catch {
-    return false;
+    const source = stack.adopt(openSync(blank, 'r'), closeSync);
+    if (fstatSync(source).size !== sizeBytes || !isExt4(source)) return false;
+    ftruncateSync(target, sizeBytes);
+    copyExtents(source, target);
+    return true;
+  } catch (error) {
+    if (errnoCode(error) === 'ENOENT') return false;
+    throw error;
+  }
+}
+
+function copyExtents(source: number, target: number): void {
+  const buffer = Buffer.allocUnsafe(chunkBytes);
+  for (let piece = nextExtent(source, 0); piece !== undefined; piece = nextExtent(source, piece.end)) {
+    for (let at = piece.start; at < piece.end; ) {
+      const length = readSync(source, buffer, 0, Math.min(chunkBytes, piece.end - at), at);
+      // A write may be cut short by a disk that is nearly full.
+      at += writeSync(target, buffer, 0, length, at);
+    }
   }
 }
 

@@ -1,12 +1,12 @@
 import { randomUUID } from 'node:crypto';
-import { mkdirSync, readdirSync, renameSync, rmSync } from 'node:fs';
-import { mkdir, open, readFile, rm, stat, writeFile } from 'node:fs/promises';
+import { mkdirSync, readdirSync, renameSync, rmSync, statSync } from 'node:fs';
+import { mkdir, open, readFile, rm, writeFile } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import type { Logger } from 'pino';
 import { KilnError } from '../errors.ts';
 import { SingleFlight } from '../host/single-flight.ts';
 import { convertToErofs, type Tree } from './convert.ts';
-import { errnoCode, fileError } from './file-error.ts';
+import { fileError } from './file-error.ts';
 import { chainKey, type DirectoryIdentity, identifyDirectory, isStillThere } from './identity.ts';
 import { type Lease, lease } from './lease.ts';
 import { submountBelow } from './mountinfo.ts';
@@ -63,7 +63,7 @@ export class LayerCache {
     try {
       const record: LayerRecord = shared ? { sources } : { sources, owner: ownerTag() };
       await this.#conversions.run(key, signal, async (either) => {
-        if (!(await exists(file))) await this.#convert(key, { tree, record, signal: either });
+        if (!exists(file)) await this.#convert(key, { tree, record, signal: either });
       });
       return taken;
     } catch (error) {
@@ -182,13 +182,8 @@ async function inspect(source: LowerSource): Promise<{ tree: Tree; sources: Dire
   return { tree: { kind: 'layers', paths: layers, userxattr }, sources, shared: true };
 }
 
-async function exists(file: string): Promise<boolean> {
-  try {
-    return (await stat(file)).isFile();
-  } catch (error) {
-    if (errnoCode(error) === 'ENOENT') return false;
-    throw error;
-  }
+function exists(file: string): boolean {
+  return statSync(file, { throwIfNoEntry: false })?.isFile() ?? false;
 }
 
 /** fsync(2); returns the size in bytes. */

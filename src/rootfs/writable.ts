@@ -1,6 +1,18 @@
-import { constants, mkdirSync, readdirSync, rmSync } from 'node:fs';
-import { type FileHandle, open, readdir, readFile, realpath, rename, rm, writeFile } from 'node:fs/promises';
+import {
+  closeSync,
+  constants,
+  fstatSync,
+  fsync,
+  mkdirSync,
+  openSync,
+  readdirSync,
+  realpathSync,
+  renameSync,
+  rmSync,
+} from 'node:fs';
+import { readdir, readFile, rename, writeFile } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
+import { promisify } from 'node:util';
 import type { Logger } from 'pino';
 import { KilnError } from '../errors.ts';
 import type { BlankFilesystems } from './blank.ts';
@@ -23,9 +35,14 @@ export interface WritableOptions {
   readonly signal: AbortSignal;
 }
 
+const synchronize = promisify(fsync);
+
 /**
  * The writable layers: sparse ext4 files, one per container, which only guests ever mount. One is made at the
  * container's first start and found again at the next. At most one user at a time.
+ *
+ * They are looked at and made here and now, but for fsync(2): a thread for each of these steps takes longer, and they lie in
+ * our own folder or where overlayfs writes, which is never a network filesystem (filesystems/overlayfs.rst).
  */
 export class WritableLayers {
   readonly #directory: string;
@@ -51,7 +68,7 @@ export class WritableLayers {
     const { file, snapshot } = await this.#locate(source);
     const claim = this.#claim(file);
     try {
-      if (await isWritableLayer(file)) return claim;
+      if (isWritableLayer(file)) return claim;
       if (snapshot !== undefined) await this.#writeRecord(file, snapshot);
       await makeWritable(file, this.#blanks, options);
       return claim;
@@ -89,7 +106,7 @@ export class WritableLayers {
       return { file: join(this.#directory, `${snapshotKey(snapshot)}.ext4`), snapshot };
     }
     try {
-      return { file: join(await realpath(source.directory), fileName) };
+      return { file: join(realpathSync.native(source.directory), fileName) };
     } catch (error) {
       throw fileError(error, `cannot use the work directory ${source.directory}`);
     }
@@ -132,23 +149,24 @@ export class WritableLayers {
  *
  * @throws KilnError failed-precondition when there is anything else
  */
-async function isWritableLayer(file: string): Promise<boolean> {
+function isWritableLayer(file: string): boolean {
   const foreign = (what: string) =>
     new KilnError('failed-precondition', `${file} is ${what}, not a writable layer of Kiln`, {
       hint: 'remove it if it is of no use, and start the container again',
     });
-  let handle: FileHandle;
+  using stack = new DisposableStack();
+  let fd: number;
   try {
     // O_NONBLOCK: a FIFO of that name must not hold us.
-    handle = await open(file, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK);
+    const flags = constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK;
+    fd = stack.adopt(openSync(file, flags), closeSync);
   } catch (error) {
     if (errnoCode(error) === 'ENOENT') return false;
     if (errnoCode(error) === 'ELOOP') throw foreign('a symbolic link');
     throw fileError(error, `cannot open the writable layer ${file}`);
   }
-  await using opened = handle;
-  if (!(await opened.stat()).isFile()) throw foreign('not a regular file');
-  if (!(await isExt4(opened))) throw foreign('not an ext4 filesystem');
+  if (!fstatSync(fd).isFile()) throw foreign('not a regular file');
+  if (!isExt4(fd)) throw foreign('not an ext4 filesystem');
   return true;
 }
 
@@ -164,16 +182,18 @@ async function makeWritable(
     });
   }
   const directory = dirname(file);
-  removeStaleParts(directory, await readdir(directory));
+  removeStaleParts(directory, readdirSync(directory));
   const part = join(directory, `${basename(file)}.${uniqueSuffix()}.part`);
+  using stack = new DisposableStack();
   try {
     // 'wx+' is O_CREAT|O_EXCL, which follows no symbolic link (open(2)).
-    await using handle = await open(part, 'wx+', 0o600);
-    await blanks.copyTo(handle, sizeBytes, signal);
-    await handle.sync();
-    await rename(part, file);
+    const fd = stack.adopt(openSync(part, 'wx+', 0o600), closeSync);
+    await blanks.copyTo(fd, sizeBytes, signal);
+    signal.throwIfAborted();
+    await synchronize(fd);
+    renameSync(part, file);
   } catch (error) {
-    await rm(part, { force: true });
+    rmSync(part, { force: true });
     throw error;
   }
 }

@@ -11,8 +11,8 @@
  * would wait for ever (containerd issue 4489). A client cannot get past its first byte before we open the FIFO. And one
  * that had no byte to send has closed its end by then, which `start` can see.
  */
-import type { Stats } from 'node:fs';
-import { mkdir, stat } from 'node:fs/promises';
+import { type Stats, statSync } from 'node:fs';
+import { mkdir } from 'node:fs/promises';
 import { dirname, isAbsolute } from 'node:path';
 import { type Readable, Writable } from 'node:stream';
 import { fileURLToPath } from 'node:url';
@@ -259,7 +259,7 @@ class OpenStdio implements Stdio {
 
 async function checkStdin(path: string): Promise<FifoReader> {
   requireAbsolute('stdin', path);
-  const status = await statOf('stdin', path);
+  const status = statOf('stdin', path);
   if (status === undefined) throw missing('stdin', path);
   if (!status.isFIFO()) throw new KilnError('invalid-argument', `stdin: ${path} is not a FIFO`);
   return new FifoReader(path);
@@ -286,7 +286,7 @@ async function openOutput(
   } catch (error) {
     throw cannotOpen(name, error);
   }
-  const status = await statOf(name, path);
+  const status = statOf(name, path);
   if (status === undefined && !create) throw missing(name, path);
   // Opening or writing a terminal or the like can block the whole daemon.
   if (status?.isCharacterDevice() && majorOf(status.rdev) !== memoryDevices) {
@@ -324,11 +324,10 @@ function requireAbsolute(name: StreamName, path: string): void {
 }
 
 /** Undefined when there is no such file. */
-async function statOf(name: StreamName, path: string): Promise<Stats | undefined> {
+function statOf(name: StreamName, path: string): Stats | undefined {
   try {
-    return await stat(path);
+    return statSync(path, { throwIfNoEntry: false });
   } catch (error) {
-    if (errnoOf(error) === 'ENOENT') return undefined;
     throw cannotOpen(name, error);
   }
 }

@@ -32,10 +32,15 @@ export function makeTaps(parking: Parking, count: number): Taps {
   const fds: number[] = [];
   const close = () => fds.forEach((fd) => void closeSync(fd));
   try {
-    for (let index = 0; index < count; index += 1) {
-      const { tap, fd } = newTap(parking);
-      fds.push(fd);
-      nics.push({ mac: cardMac(index), tap });
+    // There and back once for all.
+    if (count > 0) {
+      parking.run(() => {
+        for (let index = 0; index < count; index += 1) {
+          const { tap, fd } = newTap();
+          fds.push(fd);
+          nics.push({ mac: cardMac(index), tap });
+        }
+      });
     }
   } catch (error) {
     close();
@@ -60,7 +65,8 @@ export function makePersistentTaps(parking: Parking, count: number, owner?: numb
   const remove = () => nics.forEach(({ tap }) => void parking.run(() => deleteTap(tap)));
   try {
     for (let index = 0; index < count; index += 1) {
-      const { tap, fd } = newTap(parking, { persistent: true, ...(owner === undefined ? {} : { owner }) });
+      const options = { persistent: true, ...(owner === undefined ? {} : { owner }) };
+      const { tap, fd } = parking.run(() => newTap(options));
       closeSync(fd);
       nics.push({ mac: cardMac(index), tap });
     }
@@ -71,11 +77,12 @@ export function makePersistentTaps(parking: Parking, count: number, owner?: numb
   return { nics, [Symbol.dispose]: remove };
 }
 
-function newTap(parking: Parking, options?: TapOptions): { readonly tap: string; readonly fd: number } {
+/** In the namespace in which this thread is. */
+function newTap(options?: TapOptions): { readonly tap: string; readonly fd: number } {
   // At random, so that it is no other VM's, in whatever namespace it is: 14 of the 15 letters that a name can have.
   const tap = `kt${randomBytes(6).toString('hex')}`;
   try {
-    return { tap, fd: parking.run(() => openTap(tap, options)) };
+    return { tap, fd: openTap(tap, options) };
   } catch (cause) {
     throw new KilnError('failed-precondition', `cannot make a tap device: ${(cause as Error).message}`, {
       hint: 'load the kernel module with `modprobe tun`, or set vm.network_cards = 0 in the config file',

@@ -40,12 +40,14 @@ export async function saveState(qmp: QmpClient, file: string, socketPath: string
 
 /** Gives a QEMU that waits for it a saved state, and lets the VM run. @param fd of the state's file, in QEMU */
 export async function loadState(qmp: QmpClient, fd: number, signal: AbortSignal): Promise<void> {
-  await setCapabilities(qmp);
-  // Of network cards that have a MAC which all VMs have.
-  await qmp.execute('migrate-set-parameters', { 'announce-rounds': 0 });
   const loaded = migrationEnds(qmp, 'restore the VM', signal, 'QEMU ends when it fails');
   loaded.catch(() => {});
-  await qmp.execute('migrate-incoming', { uri: `fd:${fd}` });
+  await Promise.all([
+    setCapabilities(qmp),
+    // Of network cards that have a MAC which all VMs have.
+    qmp.execute('migrate-set-parameters', { 'announce-rounds': 0 }),
+    qmp.execute('migrate-incoming', { uri: `fd:${fd}` }),
+  ]);
   await loaded;
   // As it was saved: stopped.
   await qmp.execute('cont');

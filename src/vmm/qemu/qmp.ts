@@ -65,12 +65,17 @@ export class QmpClient extends EventEmitter<QmpEvents> {
     await this.execute('qmp_capabilities');
   }
 
-  /** Runs one command; throws `internal` with QEMU's description when QEMU refuses it. */
+  /**
+   * Runs one command; throws `internal` with QEMU's description when QEMU refuses it. QEMU runs commands one after the other,
+   * so whoever knows the next one before the answer need not wait for that. Those of one turn go out together.
+   */
   execute(command: string, args: Record<string, unknown> = {}): Promise<unknown> {
     if (this.#closed) return Promise.reject(this.#gone(command));
     const id = this.#nextId++;
     const { promise, resolve, reject } = Promise.withResolvers<unknown>();
     this.#pending.set(id, { resolve, reject, command });
+    this.#socket.cork();
+    process.nextTick(() => this.#socket.uncork());
     this.#socket.write(`${JSON.stringify({ execute: command, arguments: args, id })}\n`);
     return promise;
   }

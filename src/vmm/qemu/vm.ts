@@ -1,4 +1,4 @@
-import { stat } from 'node:fs/promises';
+import { statSync } from 'node:fs';
 import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
 import type { ControlGroup } from '../../host/control-group.ts';
@@ -176,17 +176,18 @@ export class QemuVm implements Vm {
     const readOnly = isReadOnly(slot);
     const node = fileNode(slot);
     // "file" refuses a device (qapi/block-core.json, BlockdevDriver). What is not there QEMU tells of.
-    const isDevice = (await stat(file).catch(() => undefined))?.isBlockDevice() ?? false;
+    const isDevice = statSync(file, { throwIfNoEntry: false })?.isBlockDevice() ?? false;
     const driver = isDevice ? 'host_device' : 'file';
     const options = { driver, 'node-name': node, filename: file, 'read-only': readOnly };
-    await qmp.execute('blockdev-add', readOnly ? options : { ...options, discard: 'unmap' });
-    try {
-      await qmp.execute('blockdev-reopen', { options: [slotNode(slot, readOnly, node)] });
-    } catch (error) {
-      // The slot is as it was; a node that is left would keep its name and its lock on the file.
-      await qmp.execute('blockdev-del', { 'node-name': node }).catch(() => {});
-      throw error;
-    }
+    const [added, opened] = await Promise.allSettled([
+      qmp.execute('blockdev-add', readOnly ? options : { ...options, discard: 'unmap' }),
+      qmp.execute('blockdev-reopen', { options: [slotNode(slot, readOnly, node)] }),
+    ]);
+    if (added.status === 'rejected') throw added.reason;
+    if (opened.status === 'fulfilled') return;
+    // The slot is as it was; a node that is left would keep its name and its lock on the file.
+    await qmp.execute('blockdev-del', { 'node-name': node }).catch(() => {});
+    throw opened.reason;
   }
 
   detachDisk(slot: SlotName): Promise<void> {

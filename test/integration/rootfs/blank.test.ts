@@ -19,7 +19,7 @@ const cache = () => join(folder, 'blank');
 async function make(name: string, sizeBytes: number, signal = never, blanks = new BlankFilesystems(cache())) {
   const file = join(folder, name);
   await using handle = await open(file, 'wx+');
-  await blanks.copyTo(handle, sizeBytes, signal);
+  await blanks.copyTo(handle.fd, sizeBytes, signal);
   return file;
 }
 

@@ -57,17 +57,24 @@ export function wordsOf(directory: string, file: string): string[] {
  * @throws Error of rmdir(2) for one that is in use after `limitMs`
  */
 export async function removeGroup(directory: string, limitMs = removalLimitMs): Promise<void> {
+  if (isRemoved(directory, Number.POSITIVE_INFINITY)) return;
   for (const child of groupsIn(directory)) await removeGroup(path.join(directory, child), limitMs);
-  for (let waited = 0; ; waited += removalIntervalMs) {
-    try {
-      rmdirSync(directory);
-      return;
-    } catch (error) {
-      const { code } = error as NodeJS.ErrnoException;
-      if (code === 'ENOENT') return;
-      if (code !== 'EBUSY' || waited >= limitMs) throw error;
-    }
+  for (let waited = 0; !isRemoved(directory, limitMs - waited); waited += removalIntervalMs) {
     await delay(removalIntervalMs);
+  }
+}
+
+/** False for a group that has others below it, or is in use. @throws Error of rmdir(2); EBUSY when no time is left */
+function isRemoved(directory: string, leftMs: number): boolean {
+  try {
+    rmdirSync(directory);
+    return true;
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    if (code === 'ENOENT') return true;
+    // ENOTEMPTY is what other filesystems say of a directory that has some.
+    if ((code !== 'EBUSY' && code !== 'ENOTEMPTY') || leftMs <= 0) throw error;
+    return false;
   }
 }
 

@@ -90,6 +90,12 @@ interface MakeOptions {
   readonly logger: Logger;
 }
 
+interface GroupParts {
+  readonly logger: Logger;
+  readonly host: ControlGroupHost;
+  readonly hierarchies: readonly Hierarchy[];
+}
+
 export class HostControlGroup implements ControlGroup, AsyncDisposable {
   readonly #record: GroupRecord;
   readonly #host: ControlGroupHost;
@@ -98,11 +104,14 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
   /** Of a scope: settled when systemd has made it. */
   #entered: Promise<void> | undefined;
 
-  private constructor(record: GroupRecord, logger: Logger, host: ControlGroupHost, entered?: Promise<void>) {
+  private constructor(
+    record: GroupRecord,
+    { logger, host, hierarchies, entered }: GroupParts & { readonly entered?: Promise<void> | undefined },
+  ) {
     this.#record = record;
     this.#logger = logger;
     this.#host = host;
-    this.#hierarchies = hierarchiesIn(host.mounts);
+    this.#hierarchies = hierarchies;
     this.#entered = entered;
     const known = held.get(record.group) ?? { holders: 0, made: new Set() };
     known.holders += 1;
@@ -119,14 +128,15 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
     { directory, plan, logger }: MakeOptions,
     host: ControlGroupHost = controlGroupHost,
   ): Promise<HostControlGroup> {
-    const made = hierarchiesIn(host.mounts)
+    const hierarchies = hierarchiesIn(host.mounts);
+    const made = hierarchies
       .map((hierarchy) => path.join(hierarchy.directory, plan.group))
       .filter((group) => !existsSync(group));
     const record = { ...plan, made };
     // Before the groups, so that they are found whenever this kilnd is killed.
     writeRecord(directory, record, logger);
     await using stack = new AsyncDisposableStack();
-    const group = stack.use(new HostControlGroup(record, logger, host));
+    const group = stack.use(new HostControlGroup(record, { logger, host, hierarchies }));
     // Else systemd makes it, with the first process.
     if (plan.scope === undefined) group.#makeDirectories();
     stack.move();
@@ -140,14 +150,17 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
     host: ControlGroupHost = controlGroupHost,
   ): HostControlGroup | undefined {
     const record = readRecord(directory);
+    if (record === undefined) return undefined;
+    const hierarchies = hierarchiesIn(host.mounts);
     // systemd has made its scope long ago.
-    return record && new HostControlGroup(record, logger, host, Promise.resolve());
+    return new HostControlGroup(record, { logger, host, hierarchies, entered: Promise.resolve() });
   }
 
   /** The same group for one more container, which may outlive the others. */
   share(directory: string): HostControlGroup {
     writeRecord(directory, this.#record, this.#logger);
-    return new HostControlGroup(this.#record, this.#logger, this.#host, this.#entered);
+    const parts = { logger: this.#logger, host: this.#host, hierarchies: this.#hierarchies };
+    return new HostControlGroup(this.#record, { ...parts, entered: this.#entered });
   }
 
   async add(pid: number): Promise<void> {
@@ -184,15 +197,21 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
     // Beside v1, it has no controller that counts.
     const delegates = this.#hierarchies.every(({ version }) => version === 2);
     for (const { directory, controllers } of this.#hierarchies) {
-      // Groups above one that systemd has made are systemd's to write to.
-      if (existsSync(path.join(directory, group))) continue;
+      const whole = path.join(directory, group);
+      const inherits = controllers.includes('cpuset');
       attempt(`make the control group ${group} in ${directory}`, () => {
+        if (!delegates && !inherits) {
+          mkdirSync(whole, { recursive: true });
+          return;
+        }
+        // Groups above one that systemd has made are systemd's to write to.
+        if (existsSync(whole)) return;
         let parent = directory;
         for (const name of group.split('/').filter(Boolean)) {
           if (delegates) delegateControllers(parent);
           const child = path.join(parent, name);
           mkdirSync(child, { recursive: true });
-          if (controllers.includes('cpuset')) inheritCpus(parent, child);
+          if (inherits) inheritCpus(parent, child);
           parent = child;
         }
       });

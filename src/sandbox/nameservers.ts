@@ -5,6 +5,7 @@
  */
 import { forLog, KilnError } from '../errors.ts';
 import type { Guest } from '../guest/guest.ts';
+import { TimeLimit } from '../host/time-limit.ts';
 import type { NameAnswer, NameQuery } from '../network/ask.ts';
 import type { ConnectedNetwork } from '../network/networks.ts';
 import { readLoopbackNameservers } from '../network/resolv-conf.ts';
@@ -84,9 +85,9 @@ export class Nameservers implements Disposable {
   /** The guest may name any server, but reaches only those that it was asked to serve. */
   async #ask(query: NameQuery): Promise<NameAnswer> {
     if (!this.#served.has(query.nameserver)) return 'none';
-    const signal = AbortSignal.any([this.#disposed.signal, AbortSignal.timeout(answerLimitMs)]);
+    using limit = new TimeLimit(answerLimitMs, this.#disposed.signal);
     try {
-      return await this.#options.network.ask(query, signal);
+      return await this.#options.network.ask(query, limit.signal);
     } catch (error) {
       this.#options.logger.debug({ err: forLog(error) }, 'cannot ask a name server');
       return 'refused';

@@ -1,5 +1,4 @@
 import { Writable } from 'node:stream';
-import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
 import type { Guest } from '../guest/guest.ts';
 import type { OutputName } from '../guest/streams.ts';
@@ -108,10 +107,12 @@ export class ProcessIo {
       const offset = written[name];
       return offset === undefined ? ended : Promise.race([ended, progress.reached(offset)]);
     });
-    const timer = new AbortController();
-    const grace = delay(outputGraceMs, undefined, { signal: timer.signal, ref: false }).catch(() => {});
+    let timer: NodeJS.Timeout | undefined;
+    const grace = new Promise<void>((resolve) => {
+      timer = setTimeout(resolve, outputGraceMs).unref();
+    });
     await Promise.race([Promise.all(all), grace]);
-    timer.abort();
+    clearTimeout(timer);
   }
 
   /** Ends all streams at once; unwritten bytes are lost. Never rejects. */

@@ -5,6 +5,7 @@ import { KilnError } from '../errors.ts';
 import { Guest } from '../guest/guest.ts';
 import type { GuestContainer, GuestPod } from '../guest/terms.ts';
 import { claimDevice } from '../host/block-devices.ts';
+import { TimeLimit } from '../host/time-limit.ts';
 import type { NetworkConfig } from '../network/config.ts';
 import type { ConnectedNetwork } from '../network/networks.ts';
 import type { Logger } from '../observe/logger.ts';
@@ -110,23 +111,34 @@ export class Sandbox implements AsyncDisposable {
   }
 
   /**
-   * Takes over the VM of an earlier kilnd: its agent dials again. Throws `not-found` when it has ended, and whatever
-   * else makes it useless; the VM is ended then.
+   * Takes over the VM of an earlier kilnd: its agent dials again. Throws `not-found` when it has ended, `deadline-exceeded`
+   * when it does not answer, and whatever else makes it useless; the VM is ended then.
    */
-  static async adopt(
+  static async adopt(options: AdoptOptions, signal: AbortSignal): Promise<Sandbox> {
+    const { answerLimitMs } = options.record;
+    using limit = new TimeLimit(answerLimitMs, signal);
+    try {
+      return await Sandbox.#takeOver(options, limit.signal);
+    } catch (error) {
+      if (!limit.caused(error)) throw error;
+      const message = `VMM and agent did not both answer the next kilnd within ${answerLimitMs / 1000} s`;
+      throw new KilnError('deadline-exceeded', message);
+    }
+  }
+
+  static async #takeOver(
     { vmm, fileServers, record, directory, logger }: AdoptOptions,
     signal: AbortSignal,
   ): Promise<Sandbox> {
     const { session, answerLimitMs } = record;
     await using stack = new AsyncDisposableStack();
-    const either = AbortSignal.any([signal, AbortSignal.timeout(answerLimitMs)]);
-    const vm = stack.use(await vmm.adopt(record.vm, record.vmDirectory ?? directory, either));
+    const vm = stack.use(await vmm.adopt(record.vm, record.vmDirectory ?? directory, signal));
     let impostors = 0;
     for (;;) {
-      const socket = await vm.acceptAgent(either);
+      const socket = await vm.acceptAgent(signal);
       try {
         const hello = Guest.connect(socket, { hostname: '', answerLimitMs, session, returning: true });
-        const guest = await abortable(hello, either);
+        const guest = await abortable(hello, signal);
         logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is taken over');
         const sandbox = new Sandbox(vm, guest, record, { logger, adopted: true });
         sandbox.volumeCache = record.volumeCache ?? sandbox.volumeCache;
@@ -176,8 +188,8 @@ export class Sandbox implements AsyncDisposable {
   ): Promise<Sandbox> {
     const session = randomUUID();
     await using stack = new AsyncDisposableStack();
-    const timeout = AbortSignal.timeout(bootTimeoutMs);
-    const either = AbortSignal.any([signal, timeout]);
+    using limit = new TimeLimit(bootTimeoutMs, signal);
+    const either = limit.signal;
     let vm: Vm | undefined;
     let guest: Guest;
     try {
@@ -189,7 +201,7 @@ export class Sandbox implements AsyncDisposable {
         await abortable(Guest.connect(socket, { hostname: 'kiln', answerLimitMs: bootTimeoutMs, session }), either),
       );
     } catch (error) {
-      if (signal.aborted || error !== timeout.reason) throw error;
+      if (!limit.caused(error)) throw error;
       if (vm === undefined) throw vmmSilent(vmm, 'start', bootTimeoutMs);
       throw await agentSilent(vm, bootTimeoutMs);
     }
@@ -243,11 +255,11 @@ export class Sandbox implements AsyncDisposable {
 
   /** Has the VMM do something in the time that it has for an answer. */
   async #vmm<T>(what: string, action: () => Promise<T>, signal?: AbortSignal): Promise<T> {
-    const timeout = AbortSignal.timeout(this.#answerLimitMs);
+    using limit = new TimeLimit(this.#answerLimitMs, signal);
     try {
-      return await abortable(action(), signal === undefined ? timeout : AbortSignal.any([signal, timeout]));
+      return await abortable(action(), limit.signal);
     } catch (error) {
-      if (error !== timeout.reason || signal?.aborted) throw error;
+      if (!limit.caused(error)) throw error;
       throw vmmSilent({ name: 'VMM' }, what, this.#answerLimitMs);
     }
   }
@@ -363,11 +375,11 @@ export class Sandbox implements AsyncDisposable {
     if (neededMib > memoryGrowth.limitMib) {
       throw tooMuchMemory(bytes, (memoryGrowth.limitMib - guestOverheadMib) * 2 ** 20);
     }
-    const timeout = AbortSignal.timeout(this.#answerLimitMs);
+    using limit = new TimeLimit(this.#answerLimitMs);
     try {
-      await abortable(memoryGrowth.growTo(neededMib), timeout);
+      await abortable(memoryGrowth.growTo(neededMib), limit.signal);
     } catch (error) {
-      if (error === timeout.reason) throw vmmSilent({ name: 'VMM' }, 'give the VM more memory', this.#answerLimitMs);
+      if (limit.caused(error)) throw vmmSilent({ name: 'VMM' }, 'give the VM more memory', this.#answerLimitMs);
       throw error;
     }
     this.#memoryBytes = bytes;

@@ -2,6 +2,7 @@ import { mkdir, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { KilnError } from '../errors.ts';
 import { Guest } from '../guest/guest.ts';
+import { TimeLimit } from '../host/time-limit.ts';
 import { abortable } from '../vmm/abortable.ts';
 import type { TemplateDriver, VmShape } from '../vmm/vmm.ts';
 import { prime } from './prime.ts';
@@ -18,11 +19,11 @@ export interface BuildOptions {
  * directory when this fails, the caller removes.
  */
 export async function buildTemplate(directory: string, options: BuildOptions, signal: AbortSignal): Promise<void> {
-  const limit = AbortSignal.timeout(options.limitMs);
+  using limit = new TimeLimit(options.limitMs, signal);
   try {
-    await build(directory, options, AbortSignal.any([signal, limit]));
+    await build(directory, options, limit.signal);
   } catch (error) {
-    if (signal.aborted || error !== limit.reason) throw error;
+    if (!limit.caused(error)) throw error;
     throw new KilnError(
       'deadline-exceeded',
       `no virtual machine was booted and saved within ${options.limitMs / 1000} s`,

@@ -1,6 +1,7 @@
 import net from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
+import { TimeLimit } from '../host/time-limit.ts';
 import { openSerialSession } from '../rpc/serial-session.ts';
 import { abortable } from './abortable.ts';
 import type { FirstConnection } from './channel.ts';
@@ -92,11 +93,11 @@ async function hangingUp(
   signal: AbortSignal,
 ): Promise<net.Socket> {
   for (let pauseMs = firstPauseMs; ; pauseMs = Math.min(2 * pauseMs, lastPauseMs)) {
-    const limit = AbortSignal.timeout(patienceMs + pauseMs);
+    using limit = new TimeLimit(patienceMs + pauseMs, signal);
     try {
-      return await session(AbortSignal.any([signal, limit]));
+      return await session(limit.signal);
     } catch (error) {
-      if (error !== limit.reason) throw error;
+      if (!limit.caused(error)) throw error;
     }
     // The signal's reason, and not the delay's own error.
     await delay(pauseMs, undefined, { signal }).catch(() => signal.throwIfAborted());

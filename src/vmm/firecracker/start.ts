@@ -2,6 +2,7 @@ import { KilnError } from '../../errors.ts';
 import type { GroupLimits } from '../../host/cgroups.ts';
 import type { HelperProcess } from '../../host/helper-process.ts';
 import { findProgram } from '../../host/program.ts';
+import { TimeLimit } from '../../host/time-limit.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
 import { requireGuestFiles } from '../guest-files.ts';
 import type { HostDevices } from '../host-devices.ts';
@@ -85,12 +86,12 @@ export async function startFirecracker(
   stack.use(telemetry);
   const agent = stack.use(await listenForAgent(place));
   using awaited = new AwaitedSocket(place.apiSocket.host);
-  const limit = AbortSignal.timeout(startLimitMs);
-  const either = AbortSignal.any([signal, limit]);
+  using limit = new TimeLimit(startLimitMs, signal);
+  const either = limit.signal;
   const firecracker = stack.use(await place.start([...args, ...(options.bootTimer ? ['--boot-timer'] : [])], either));
   const limits = place.uid === undefined ? undefined : limitsOf(config, options.memoryMaxMib);
   if (config.controlGroup !== undefined) await enterGroup(config.controlGroup, { firecracker, limits });
-  const { api, memory } = await whileItStarts({ firecracker, telemetry, when }, { signal, limit }, async (ended) => {
+  const { api, memory } = await whileItStarts({ firecracker, telemetry, when }, limit, async (ended) => {
     await awaited.answering(either, ended);
     const api = stack.use(new FirecrackerApi(holdSocket(place.apiSocket.host)));
     const version = await api.version(either);
@@ -154,7 +155,7 @@ async function whileItStarts<T>(
     telemetry,
     when,
   }: { readonly firecracker: HelperProcess; readonly telemetry: Telemetry; readonly when: string },
-  { signal, limit }: { readonly signal: AbortSignal; readonly limit: AbortSignal },
+  limit: TimeLimit,
   steps: (ended: Promise<never>) => Promise<T>,
 ): Promise<T> {
   const words = () => [firecracker.lastWords(), telemetry.log.lastWords()].filter((each) => each !== '').join('; ');
@@ -167,13 +168,13 @@ async function whileItStarts<T>(
   try {
     return await steps(ended);
   } catch (error) {
-    if (signal.aborted) throw error;
-    if (limit.aborted) {
+    if (limit.expired) {
       const message = `Firecracker did not start a VM in ${startLimitMs / 1000} s: ${words()}`;
       throw new KilnError('deadline-exceeded', message);
     }
     // Its connection breaks a moment before it has exited, and its exit says more.
-    if (error instanceof KilnError && error.code === 'unavailable') await Promise.race([ended, limitEnd(limit)]);
+    const broke = !limit.signal.aborted && error instanceof KilnError && error.code === 'unavailable';
+    if (broke) await Promise.race([ended, limitEnd(limit.signal)]);
     throw error;
   }
 }

@@ -5,6 +5,7 @@ import { KilnError } from '../../errors.ts';
 import { adoptHelper, describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
 import type { ProcessIdentity } from '../../host/process-identity.ts';
 import { programIdentity } from '../../host/program.ts';
+import { TimeLimit } from '../../host/time-limit.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
 import { listenForPeers } from '../../sys/unix-fd.ts';
 import { abortable } from '../abortable.ts';
@@ -241,8 +242,8 @@ async function connectQmp(
   stack: AsyncDisposableStack,
   signal: AbortSignal,
 ): Promise<QmpClient> {
-  const limit = AbortSignal.timeout(startLimitMs);
-  const either = AbortSignal.any([signal, limit]);
+  using limit = new TimeLimit(startLimitMs, signal);
+  const either = limit.signal;
   const ended = endAt('start', qemu).then((error) => Promise.reject(error));
   ended.catch(() => {});
   const qmp = stack.adopt(new QmpClient(net.connect(qmpSocket)), (client) => client.close());
@@ -254,7 +255,7 @@ async function connectQmp(
     });
     return qmp;
   } catch (error) {
-    if (signal.aborted || !limit.aborted) throw error;
+    if (!limit.expired) throw error;
     throw new KilnError(
       'deadline-exceeded',
       `QEMU took no commands within ${startLimitMs / 1000} s: ${qemu.lastWords()}`,

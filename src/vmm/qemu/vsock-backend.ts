@@ -3,6 +3,7 @@ import path from 'node:path';
 import { KilnError } from '../../errors.ts';
 import type { ControlGroup } from '../../host/control-group.ts';
 import { describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
+import { TimeLimit } from '../../host/time-limit.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
 import { AwaitedSocket } from '../socket-file.ts';
 
@@ -61,12 +62,11 @@ export async function startVsockBackend(options: VsockBackendOptions, signal: Ab
   const ended = process.exited.then((exit) => {
     throw new KilnError('internal', `the vsock backend ended at start ${describeExit(exit)}: ${process.lastWords()}`);
   });
-  const limit = AbortSignal.timeout(startLimitMs);
+  using limit = new TimeLimit(startLimitMs, signal);
   try {
-    const either = AbortSignal.any([signal, limit]);
-    await awaited.listening(either, ended);
+    await awaited.listening(limit.signal, ended);
   } catch (error) {
-    if (signal.aborted || !limit.aborted) throw error;
+    if (!limit.expired) throw error;
     const words = `made no socket within ${startLimitMs / 1000} s: ${process.lastWords()}`;
     throw new KilnError('deadline-exceeded', `the vsock backend "${program}" ${words}`);
   }

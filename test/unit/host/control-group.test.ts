@@ -164,7 +164,9 @@ describe('the control group of a sandbox', () => {
   test('that cannot be made is an error that names it, and leaves nothing', async () => {
     const host = hostWith('cgroup memory', 'cgroup pids');
     writeFileSync(path.join(folder, 'pids/s1'), 'in the way');
-    await expect(group(host, '/s1/x')).rejects.toThrow(`cannot make the control group /s1/x in ${folder}/pids: ENOTDIR`);
+    await expect(group(host, '/s1/x')).rejects.toThrow(
+      `cannot make the control group /s1/x in ${folder}/pids: ENOTDIR`,
+    );
     expect(existsSync(path.join(folder, 'memory/s1/x'))).toBe(false);
   });
 

@@ -24,7 +24,7 @@ import { type FileServers, SandboxVolumes, type VolumeCache, type VolumesRecord 
 const consoleTailBytes = 2000;
 
 /** How long after its first container's start a sandbox's network is followed, in ms: short containers do not pay for it. */
-const followAfterMs = 100;
+const followAfterMs = 500;
 
 export interface SandboxOptions {
   readonly vmm: Vmm;

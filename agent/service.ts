@@ -14,7 +14,7 @@ import {
 import { FramedMessage, framePrefix } from '../src/rpc/grpc/framed-message.ts';
 import { hideCards } from './cards.ts';
 import { allContainers } from './cgroup.ts';
-import type { Containers } from './containers.ts';
+import type { Containers, ProcessName } from './containers.ts';
 import { relayDial } from './dial.ts';
 import { findDisks } from './disks.ts';
 import { AgentError, grpcStatusOf } from './errors.ts';
@@ -125,6 +125,28 @@ export function createService({
       }
     };
 
+  /** Says what WaitProcess says of a process, and ends the call. */
+  const tellExit = async (
+    call: { on(event: 'cancelled', listener: () => void): unknown; end(): unknown },
+    name: ProcessName,
+    say: (process: WaitProcessResponse) => void,
+  ): Promise<void> => {
+    const init = name.execId === '';
+    const tell = (oomKills: bigint) => say(WaitProcessResponse.fromPartial({ oomKills }));
+    using watch = init ? containers.followOom(name.id, tell) : undefined;
+    call.on('cancelled', () => watch?.[Symbol.dispose]());
+    const exit = await containers.wait(name);
+    say({
+      exitStatus: exit.status,
+      exitedAtNs: exit.atNs,
+      stdoutBytes: optionalBigInt(exit.stdoutBytes),
+      stderrBytes: optionalBigInt(exit.stderrBytes),
+      stats: init ? containers.finalStats(name.id) : undefined,
+      oomKills: undefined,
+    });
+    call.end();
+  };
+
   return {
     hello: (call, done) => {
       try {
@@ -147,11 +169,13 @@ export function createService({
     }),
     listContainers: unary(() => ({ ids: containers.list() })),
     findDisks: unary(({ disks }) => ({ devices: findDisks(disks) })),
-    createContainer: unary(async (request) => {
+    createContainer: streaming(async (call) => {
+      const { request } = call;
       if (request.network !== undefined) network.apply(request.network);
       // Its driver may have come meanwhile.
       if (ownsGuest) hideCards();
-      return { pid: await containers.create(request) };
+      call.write({ pid: await containers.create(request), process: undefined });
+      await tellExit(call, { id: request.id, execId: '' }, (process) => call.write({ pid: 0, process }));
     }),
     startContainer: unary(async (request) => {
       if (request.network !== undefined) network.apply(request.network);
@@ -163,23 +187,7 @@ export function createService({
       containers.signal({ id, execId }, signal, all);
       return {};
     }),
-    waitProcess: streaming(async (call) => {
-      const name = call.request;
-      const init = name.execId === '';
-      const tell = (oomKills: bigint) => call.write(WaitProcessResponse.fromPartial({ oomKills }));
-      using watch = init ? containers.followOom(name.id, tell) : undefined;
-      call.on('cancelled', () => watch?.[Symbol.dispose]());
-      const exit = await containers.wait(name);
-      call.write({
-        exitStatus: exit.status,
-        exitedAtNs: exit.atNs,
-        stdoutBytes: optionalBigInt(exit.stdoutBytes),
-        stderrBytes: optionalBigInt(exit.stderrBytes),
-        stats: init ? containers.finalStats(name.id) : undefined,
-        oomKills: undefined,
-      });
-      call.end();
-    }),
+    waitProcess: streaming((call) => tellExit(call, call.request, (process) => call.write(process))),
     describeContainer: unary(({ id }) => containers.describe(id)),
     listProcesses: unary(({ id }) => ({ processes: containers.processes(id) })),
     readProcesses: unary(({ id }) => ({

@@ -55,7 +55,8 @@ export function unary<Req, Res>(
   });
 }
 
-function silent(path: string, limitMs: number, cause: unknown): KilnError {
+/** The error of a call that was not answered in time. */
+export function silent(path: string, limitMs: number, cause: unknown): KilnError {
   const name = path.slice(path.lastIndexOf('/') + 1);
   return new KilnError(
     'deadline-exceeded',

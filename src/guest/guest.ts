@@ -14,6 +14,7 @@ import { clientOverSocket, type SocketClient } from '../rpc/grpc/client-transpor
 import { type CallOptions, type UnaryMethod, unary } from './call.ts';
 import { type ClockReading, type Correction, findCorrection, seemsRight, setClock, toMs, toNs } from './clock.ts';
 import { type ListeningPorts, type LoopbackPort, relayConnection, watchListeners } from './connections.ts';
+import { Creation } from './creation.ts';
 import { type ChangesStream, type FilesTarget, provideFiles, readChanges, readFiles, writeFiles } from './files.ts';
 import { type GuestFacts, type HelloOptions, sayHello } from './hello.ts';
 import { encodeLoopback, relayQueries } from './nameservers.ts';
@@ -52,6 +53,8 @@ export class Guest implements Disposable {
   readonly facts: GuestFacts;
   readonly #connection: SocketClient<AgentClient>;
   readonly #answerLimitMs: number;
+  /** By their ids, of containers whose end nobody waits for yet. */
+  readonly #creations = new Map<string, Creation>();
 
   private constructor(connection: SocketClient<AgentClient>, facts: GuestFacts, answerLimitMs: number) {
     this.#connection = connection;
@@ -97,10 +100,13 @@ export class Guest implements Disposable {
     const common = { id, spec, mounts, stdio: toStdio(stdio), volumes, network, disks: [...disks] };
     const { files } = container;
     const create = (awaitFiles: boolean, limitMs: number) =>
-      this.#call(AgentService.createContainer, { ...common, awaitFiles }, { signal, limitMs });
-    if (files === undefined) return pidOf(await create(false, this.#answerLimitMs));
+      Creation.of(this.#client, { ...common, awaitFiles }, { signal, limitMs });
     const limitMs = Math.max(this.#answerLimitMs, filesLimitMs);
-    return pidOf(await provideFiles(this.#client, id, files, () => create(true, limitMs)));
+    const creation = await (files === undefined
+      ? create(false, this.#answerLimitMs)
+      : provideFiles(this.#client, id, files, () => create(true, limitMs)));
+    this.#creations.set(id, creation);
+    return creation.pid;
   }
 
   /**
@@ -152,9 +158,16 @@ export class Guest implements Disposable {
     await this.#call(AgentService.signalProcess, { id, execId, signal, all });
   }
 
-  /** See `waitExit` of wait.ts. */
-  waitExit(ref: ProcessRef, onOomKills?: (kills: number) => void): Promise<GuestExit> {
-    return waitExit(this.#client, ref, onOomKills);
+  /** See `waitExit` of wait.ts. The call that has created a container tells of its init. */
+  async waitExit(ref: ProcessRef, onOomKills?: (kills: number) => void): Promise<GuestExit> {
+    const creation = ref.execId === '' ? this.#takeCreation(ref.id) : undefined;
+    return (await creation?.exit(onOomKills)) ?? waitExit(this.#client, ref, onOomKills);
+  }
+
+  #takeCreation(id: string): Creation | undefined {
+    const creation = this.#creations.get(id);
+    this.#creations.delete(id);
+    return creation;
   }
 
   /** The container's processes. */
@@ -259,6 +272,7 @@ export class Guest implements Disposable {
 
   /** Removes a container and unmounts its filesystems, so that what it wrote is on the disk when this resolves. */
   async removeContainer(id: string, options: { readonly force: boolean; readonly guestEnds: boolean }): Promise<void> {
+    this.#takeCreation(id)?.[Symbol.dispose]();
     const limitMs = Math.max(this.#answerLimitMs, removalLimitMs);
     await this.#call(AgentService.removeContainer, { id, ...options }, { limitMs });
   }

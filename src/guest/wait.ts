@@ -1,4 +1,5 @@
 /** A process's end, and before it who of the container was killed for want of memory. */
+import type { ClientReadableStream } from '@grpc/grpc-js';
 import type { AgentClient, WaitProcessResponse } from '../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../errors.ts';
 import { toKilnError } from './call.ts';
@@ -25,30 +26,49 @@ export interface GuestExit {
  * @param onOomKills of a container's init: called whenever processes of the container were killed for want of memory, with
  *   their number so far
  */
-export function waitExit(
+export async function waitExit(
   client: AgentClient,
   { id, execId }: ProcessRef,
-  onOomKills: (kills: number) => void = () => {},
+  onOomKills?: (kills: number) => void,
 ): Promise<GuestExit> {
+  const exit = await readExit(client.waitProcess({ id, execId }), (message) => message, onOomKills);
+  if (exit === undefined) {
+    throw new KilnError('internal', 'the agent in the guest does not tell how a process ended');
+  }
+  return exit;
+}
+
+/**
+ * Reads a call that tells of a process until it tells of its end; undefined when the call ends without that.
+ *
+ * @param told what a message tells of the process
+ */
+export function readExit<Message>(
+  call: ClientReadableStream<Message>,
+  told: (message: Message) => WaitProcessResponse | undefined,
+  onOomKills: (kills: number) => void = () => {},
+): Promise<GuestExit | undefined> {
   return new Promise((resolve, reject) => {
-    const call = client.waitProcess({ id, execId });
     let over = false;
-    call.on('data', (message: WaitProcessResponse) => {
-      if (over) {
+    call.on('data', (message: Message) => {
+      const process = told(message);
+      if (over || process === undefined) {
         call.cancel();
         return;
       }
-      if (message.oomKills === undefined) {
+      if (process.oomKills === undefined) {
         over = true;
-        resolve(toExit(message));
+        resolve(toExit(process));
         return;
       }
       call.pause();
       setTimeout(() => call.resume(), messageMs).unref();
-      onOomKills(Number(message.oomKills));
+      onOomKills(Number(process.oomKills));
     });
     call.on('error', (error) => reject(toKilnError(error)));
-    call.on('end', () => reject(new KilnError('internal', 'the agent in the guest does not tell how a process ended')));
+    call.on('end', () => resolve(undefined));
+    // It may stand still.
+    call.resume();
   });
 }
 

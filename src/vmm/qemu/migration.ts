@@ -46,8 +46,9 @@ export async function loadState(qmp: QmpClient, fd: number, signal: AbortSignal)
     setCapabilities(qmp),
     // Of network cards that have a MAC which all VMs have.
     qmp.execute('migrate-set-parameters', { 'announce-rounds': 0 }),
-    qmp.execute('migrate-incoming', { uri: `fd:${fd}` }),
   ]);
+  // Only now: by its answers QEMU has also seen who has connected with its serial ports, as the guest's state is to find it.
+  await qmp.execute('migrate-incoming', { uri: `fd:${fd}` });
   await loaded;
   // As it was saved: stopped.
   await qmp.execute('cont');

@@ -219,6 +219,18 @@ describe('a container', () => {
     await expect(stats()).rejects.toMatchObject({ code: status.NOT_FOUND });
   });
 
+  it('is told of by the call that has created it, until it has ended', async () => {
+    const spec = Buffer.from(JSON.stringify({ script: 'exit 3' }));
+    const stdio = { stdin: false, stdout: false, stderr: false, terminal: false, width: 0, height: 0 };
+    const none = { mounts: [], volumes: undefined, network: undefined, disks: [], awaitFiles: false };
+    const told = client.createContainer({ id: 'told', spec, stdio, ...none })[Symbol.asyncIterator]();
+    expect((await told.next()).value).toMatchObject({ pid: expect.any(Number), process: undefined });
+    await start(client, 'told');
+    expect((await told.next()).value).toMatchObject({ pid: 0, process: { exitStatus: 3 } });
+    expect((await told.next()).done).toBe(true);
+    await remove(client, 'told');
+  });
+
   it('is killed by a forced remove, and whoever waits gets 137', async () => {
     await create(client, 'f', 'exec sleep 1000');
     await start(client, 'f');

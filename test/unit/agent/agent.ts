@@ -130,7 +130,10 @@ export async function create(
   const spec = Buffer.from(JSON.stringify({ script, linux }));
   const none = { volumes: undefined, network: undefined, disks: [], awaitFiles: false };
   const request = { id, spec, mounts, stdio: { ...pipes, ...stdio }, ...none };
-  return (await unary<{ pid: number }>((done) => client.createContainer(request, done))).pid;
+  const call = client.createContainer(request);
+  call.on('error', () => {});
+  for await (const { pid } of call) return pid;
+  throw new Error('no container was told of');
 }
 
 /** Runs one more shell script (without quotes and newlines) in a container. */

@@ -4,7 +4,7 @@ import { connect as dial } from 'node:net';
 import { join } from 'node:path';
 import { PassThrough, Readable, Writable } from 'node:stream';
 import { afterEach, describe, expect, it } from 'vitest';
-import { OutputStream, Protocol } from '../../../gen/kiln/agent/v1/agent.ts';
+import { OutputStream, Protocol, WaitProcessResponse } from '../../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../../../src/errors.ts';
 import { Guest } from '../../../src/guest/guest.ts';
 import type { OutputRequest } from '../../../src/guest/streams.ts';
@@ -514,6 +514,40 @@ describe('the control group of a container', () => {
 
     const { guest: other, agent } = await connect({ waitProcess: () => agent.disconnect() });
     expect((await failureOf(other.waitExit(init))).code).toBe('unavailable');
+  });
+
+  it('is told by the call that has created the container, where that goes on', async () => {
+    const { guest, agent } = await connect({
+      tellOfCreated: (call) => {
+        for (const fields of [{ oomKills: 2n }, { exitStatus: 9 }]) {
+          call.write({ pid: 0, process: WaitProcessResponse.fromPartial(fields) });
+        }
+        call.end();
+      },
+    });
+    await guest.createContainer(container);
+    const told: number[] = [];
+    expect((await guest.waitExit(init, (kills) => told.push(kills))).status).toBe(9);
+    expect(told).toEqual([2]);
+    expect(agent.calls).toEqual(['hello', 'createContainer']);
+  });
+
+  it.each(['before', 'while'])('is lost with the connection %s it is waited for', async (when) => {
+    const { guest, agent, socket } = await connect({ tellOfCreated: () => {} });
+    await guest.createContainer(container);
+    const wait = () => failureOf(guest.waitExit(init));
+    const waiting = when === 'while' ? wait() : undefined;
+    agent.disconnect();
+    if (!socket.closed) await once(socket, 'close');
+    expect((await (waiting ?? wait())).code).toBe('unavailable');
+  });
+
+  it('that nobody waits for is not told of any more when the container is removed', async () => {
+    const cancelled = Promise.withResolvers<void>();
+    const { guest } = await connect({ tellOfCreated: (call) => call.on('cancelled', cancelled.resolve) });
+    await guest.createContainer(container);
+    await guest.removeContainer('c1', { force: true, guestEnds: false });
+    await cancelled.promise;
   });
 
   it('that ends the wait without an exit is told apart from a lost one', async () => {

@@ -1,10 +1,12 @@
 /** The guest's end of a connection, played by a real gRPC server whose answers a test chooses. */
 import { once } from 'node:events';
 import { connect, createServer, type Socket } from 'node:net';
-import { type ServerWritableStream, status } from '@grpc/grpc-js';
+import { type handleUnaryCall, type ServerUnaryCall, type ServerWritableStream, status } from '@grpc/grpc-js';
 import {
   type AgentServer,
   AgentService,
+  type CreateContainerRequest,
+  type CreateContainerResponse,
   HelloResponse,
   Protocol,
   type ReadOutputRequest,
@@ -37,7 +39,18 @@ export const guestProcesses = [
 ];
 
 /** Handlers in the form of the generated service; what is left out is answered as below. */
-export type Script = Partial<AgentServer>;
+export interface Script extends Partial<Pick<AgentServer, Exclude<keyof typeof AgentService, 'createContainer'>>> {
+  /** Tells of the container that was made, and no more. */
+  readonly createContainer?: handleUnaryCall<CreateContainerRequest, { readonly pid: number }>;
+  /**
+   * Goes on with the call when the container is made. Without it the exit is told; where there is a script for WaitProcess, the
+   * call ends, as an agent of before ends it.
+   */
+  readonly tellOfCreated?: (call: CreateCall) => unknown;
+}
+
+/** One call of CreateContainer. */
+export type CreateCall = ServerWritableStream<CreateContainerRequest, CreateContainerResponse>;
 
 /**
  * An agent that says Hello, creates, starts, removes and lists containers, and whose one container runs until a signal
@@ -84,7 +97,8 @@ export class ScriptedAgent {
 
   serve(socket: Socket): void {
     this.#socket = socket;
-    const handlers = { ...this.#defaults(), ...this.#script };
+    const { createContainer: _create, tellOfCreated: _tell, ...script } = this.#script;
+    const handlers = { ...this.#defaults(), ...script };
     const noted = Object.fromEntries(
       Object.entries(handlers).map(([name, handler]) => [
         name,
@@ -108,7 +122,21 @@ export class ScriptedAgent {
       findDisks: ({ request }, done) => {
         done(null, { devices: request.disks.map((_disk, index) => ({ major: 254, minor: 16 * index })) });
       },
-      createContainer: (_call, done) => done(null, { pid: 12 }),
+      createContainer: (call) => {
+        const { createContainer = (_call, done) => done(null, { pid: 12 }), waitProcess } = this.#script;
+        const tellExit = async () => {
+          const process = WaitProcessResponse.fromPartial({ exitStatus: await this.exited() });
+          call.write({ pid: 0, process });
+          call.end();
+        };
+        const { tellOfCreated = waitProcess === undefined ? tellExit : () => call.end() } = this.#script;
+        const unary = call as unknown as ServerUnaryCall<CreateContainerRequest, { readonly pid: number }>;
+        createContainer(unary, (error, made) => {
+          if (error) call.emit('error', error);
+          else call.write({ pid: made?.pid ?? 0, process: undefined });
+          if (!error) void tellOfCreated(call);
+        });
+      },
       startContainer: (_call, done) => done(null, {}),
       execProcess: (call, done) => {
         this.#exits.delete(call.request.execId);

@@ -48,8 +48,12 @@ export function isEnding(pid: number): boolean {
   return stat === undefined || stat.ended || stat.ending;
 }
 
+let ownBootId: string | undefined;
+
+/** It stays as it is for as long as we run. */
 function bootId(): string {
-  return readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim();
+  ownBootId ??= readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim();
+  return ownBootId;
 }
 
 function statOfSame(identity: ProcessIdentity): ProcessStat | undefined {

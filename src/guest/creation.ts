@@ -21,17 +21,21 @@ export interface CreationOptions {
 
 /** A container that has been made. */
 export class Creation {
-  /** Of its init, in the guest. */
-  readonly pid: number;
   readonly #call: ClientReadableStream<CreateContainerResponse>;
+  #pid = 0;
   #broken: unknown;
 
-  private constructor(call: ClientReadableStream<CreateContainerResponse>, pid: number) {
+  private constructor(call: ClientReadableStream<CreateContainerResponse>) {
     this.#call = call;
-    this.pid = pid;
+    // From the beginning: it may come at once after the first message.
     call.on('error', (error) => {
       this.#broken = error;
     });
+  }
+
+  /** Of its init, in the guest. */
+  get pid(): number {
+    return this.#pid;
   }
 
   static async of(
@@ -41,10 +45,11 @@ export class Creation {
   ): Promise<Creation> {
     signal?.throwIfAborted();
     const call = client.createContainer(request);
+    const creation = new Creation(call);
     using limit = new TimeLimit(limitMs, signal);
     try {
-      const first = await firstOf(call, limit.signal);
-      return new Creation(call, pidOf(first));
+      creation.#pid = pidOf(await firstOf(call, limit.signal));
+      return creation;
     } catch (error) {
       call.cancel();
       throw limit.expired ? silent(AgentService.createContainer.path, limitMs, error) : error;

@@ -542,6 +542,12 @@ describe('the control group of a container', () => {
     expect((await (waiting ?? wait())).code).toBe('unavailable');
   });
 
+  it('is lost with a call that fails at once after it has told of the container', async () => {
+    const { guest } = await connect({ tellOfCreated: (call) => call.emit('error', failure('INTERNAL', 'no more')) });
+    await guest.createContainer(container);
+    expect(await failureOf(guest.waitExit(init))).toMatchObject({ code: 'internal', message: 'no more' });
+  });
+
   it('that nobody waits for is not told of any more when the container is removed', async () => {
     const cancelled = Promise.withResolvers<void>();
     const { guest } = await connect({ tellOfCreated: (call) => call.on('cancelled', cancelled.resolve) });

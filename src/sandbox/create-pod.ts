@@ -45,6 +45,7 @@ export async function bootPod(
   signal: AbortSignal,
 ): Promise<{ container: PodContainer; pod: Pod }> {
   const { id, directory, timeline } = request;
+  using _creating = host.pool.creating();
   await using stack = new AsyncDisposableStack();
   stack.defer(request.onGone);
   const hooks = new ContainerHooks(request);

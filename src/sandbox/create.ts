@@ -33,6 +33,7 @@ export async function bootContainer(
   signal: AbortSignal,
 ): Promise<Container> {
   const { id, directory, pod, timeline } = request;
+  using _creating = host.pool.creating();
   await using stack = new AsyncDisposableStack();
   const hooks = new ContainerHooks(request);
   // First on the stack, because they run when all the rest is gone.

@@ -25,10 +25,13 @@ const atOnceMs = 1000;
 const reviewMs = 10_000;
 
 /**
- * How long after a take another one is made ready, in ms, where clones are cold: that takes the CPU for so long that the
- * container would start later for it.
+ * How long after a take, and after the last container was created, another one is made ready, in ms, where clones are cold:
+ * that takes the CPU for so long that the container would start later for it.
  */
 const coldRefillMs = 1000;
+
+/** How many are made ready at a time where clones are cold: a container that comes meanwhile finds the other CPUs free. */
+const coldRefills = 1;
 
 /** How long a guest may take to answer before it counts as dead, in ms: nobody had it do anything. */
 const answerMs = 2000;
@@ -75,6 +78,8 @@ class Shelf {
   limits: PoolLimits;
   /** The least number waits even if nobody has asked for a while. */
   kept = false;
+  /** See TemplateDriver.clonesAreCold. */
+  cold = false;
   refill: NodeJS.Timeout | undefined;
   filling = 0;
   hits = 0;
@@ -121,6 +126,8 @@ export class SandboxPool implements AsyncDisposable {
   readonly #shelves = new Map<string, Shelf>();
   readonly #closed = new AbortController();
   readonly #working = new Set<Promise<void>>();
+  /** Containers that are being created. */
+  #creating = 0;
   readonly #timer: NodeJS.Timeout;
 
   /** Makes the directory. */
@@ -132,9 +139,9 @@ export class SandboxPool implements AsyncDisposable {
   }
 
   /** A sandbox that answers; undefined when none waits. It is the caller's then, and another one is made ready. */
-  async take({ key, driver }: Template, request: TemplateRequest, limits: PoolLimits): Promise<Sandbox | undefined> {
+  async take(template: Template, request: TemplateRequest, limits: PoolLimits): Promise<Sandbox | undefined> {
     if (limits.max === 0 || this.#closed.signal.aborted) return undefined;
-    const shelf = this.#shelf(key, request, limits);
+    const shelf = this.#shelf(template, request, limits);
     shelf.takes.push(performance.now());
     try {
       for (let sandbox = shelf.waiting.shift(); sandbox !== undefined; sandbox = shelf.waiting.shift()) {
@@ -147,13 +154,25 @@ export class SandboxPool implements AsyncDisposable {
       shelf.misses += 1;
       return undefined;
     } finally {
-      this.#fillAfter(shelf, driver.clonesAreCold ? coldRefillMs : 0);
+      this.#fillAfter(shelf, shelf.cold ? coldRefillMs : 0);
     }
   }
 
+  /** Until it is disposed of, a container is being created, which needs the CPU more than cold clones do that nobody waits for. */
+  creating(): Disposable {
+    this.#creating += 1;
+    return {
+      [Symbol.dispose]: () => {
+        this.#creating -= 1;
+        if (this.#creating > 0) return;
+        for (const shelf of this.#shelves.values()) if (shelf.cold) this.#fillAfter(shelf, coldRefillMs);
+      },
+    };
+  }
+
   /** Makes the least number of sandboxes ready that the limits name, and keeps it so. */
-  keep({ key }: Template, request: TemplateRequest, limits: PoolLimits): void {
-    const shelf = this.#shelf(key, request, limits);
+  keep(template: Template, request: TemplateRequest, limits: PoolLimits): void {
+    const shelf = this.#shelf(template, request, limits);
     shelf.kept = true;
     this.#fill(shelf);
   }
@@ -165,11 +184,11 @@ export class SandboxPool implements AsyncDisposable {
     });
   }
 
-  #shelf(key: string, request: TemplateRequest, limits: PoolLimits): Shelf {
+  #shelf({ key, driver }: Template, request: TemplateRequest, limits: PoolLimits): Shelf {
     const shelf = this.#shelves.get(key) ?? new Shelf(key, request, limits);
     this.#shelves.set(key, shelf);
     // The configuration may have changed.
-    Object.assign(shelf, { request, limits });
+    Object.assign(shelf, { request, limits, cold: driver.clonesAreCold });
     return shelf;
   }
 
@@ -195,7 +214,9 @@ export class SandboxPool implements AsyncDisposable {
   }
 
   #fill(shelf: Shelf): void {
-    while (shelf.waiting.length + shelf.filling < shelf.wanted) {
+    if (shelf.cold && this.#creating > 0) return;
+    const most = shelf.cold ? coldRefills : Number.POSITIVE_INFINITY;
+    while (shelf.filling < most && shelf.waiting.length + shelf.filling < shelf.wanted) {
       if (this.#closed.signal.aborted || performance.now() < shelf.blockedUntil) return;
       shelf.filling += 1;
       this.#work(this.#add(shelf));

@@ -38,7 +38,7 @@ export interface HostServices {
   readonly standInProgram: string;
   readonly bootSlots: BootSlots;
   readonly templates: Pick<TemplateStore, 'provide' | 'noteRestored' | 'noteFailure'>;
-  readonly pool: Pick<SandboxPool, 'take'>;
+  readonly pool: Pick<SandboxPool, 'take' | 'creating'>;
   readonly fileServers: FileServers;
   /** Where the taps of a VM's network cards wait, to be moved to where its containers' network is. */
   readonly parking: Parking;

@@ -127,6 +127,26 @@ describe('a pool', () => {
     expect(bench.vms.length).toBe(3);
   });
 
+  test('whose clones are cold makes one ready at a time, and none while a container is created', async () => {
+    Object.assign(bench.template.driver, { clonesAreCold: true });
+    let atOnce = 0;
+    let most = 0;
+    bench.beforeRestore = async () => {
+      atOnce += 1;
+      most = Math.max(most, atOnce);
+      await Promise.resolve();
+      atOnce -= 1;
+    };
+    const creations = [bench.pool.creating(), bench.pool.creating()];
+    bench.keep({ min: 2, max: 2 });
+    expect(await bench.take({ min: 2, max: 2 })).toBeUndefined();
+    creations[0]?.[Symbol.dispose]();
+    expect(bench.vms.length).toBe(0);
+    creations[1]?.[Symbol.dispose]();
+    await vi.waitFor(() => expect(bench.shelf?.waiting).toBe(2), { timeout: 10_000 });
+    expect(most).toBe(1);
+  });
+
   test('wants as many as were taken at once, and at most the most', async () => {
     await Promise.all(Array.from({ length: 3 }, () => bench.take({ min: 0, max: 8 })));
     expect(bench.shelf?.wanted).toBe(3);

@@ -379,7 +379,10 @@ export class Workbench implements AsyncDisposable {
       noteRestored: (bootId) => void this.events.push(`restored ${bootId}`),
       noteFailure: (_template, error) => void this.events.push(`not restored: ${(error as Error).message}`),
     };
-    const pool: HostServices['pool'] = { take: async () => this.waiting };
+    const pool: HostServices['pool'] = {
+      take: async () => this.waiting,
+      creating: () => ({ [Symbol.dispose]: () => {} }),
+    };
     const parking: HostServices['parking'] = { run: (action) => action() };
     const leave = () => {
       this.networksLeft += 1;

@@ -238,6 +238,22 @@ function nowNs(): bigint {
   return BigInt(Date.now()) * 1_000_000n;
 }
 
+/** For `writeStdin`: programs end when their stdin does. */
+export function endWithStdin(agent: () => ScriptedAgent): NonNullable<Script['writeStdin']> {
+  return (call, done) => {
+    let execId = '';
+    call.once('data', (first: WriteStdinRequest) => {
+      execId = first.execId;
+    });
+    call.on('data', () => {});
+    call.on('end', () => {
+      agent().exit(0, execId);
+      done(null, {});
+    });
+    call.on('error', () => {});
+  };
+}
+
 /** What a handler passes to its callback to fail. */
 export function failure(code: keyof typeof status, details: string) {
   return { code: status[code], details };

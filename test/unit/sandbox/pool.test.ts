@@ -8,7 +8,7 @@ import { type PoolLimits, SandboxPool, type ShelfStatus } from '../../../src/san
 import type { Sandbox } from '../../../src/sandbox/sandbox.ts';
 import type { Template, TemplateRequest } from '../../../src/template/store.ts';
 import type { VmConfig, Vmm } from '../../../src/vmm/vmm.ts';
-import { helloResponse, ScriptedAgent } from '../guest/scripted-agent.ts';
+import { endWithStdin, helloResponse, ScriptedAgent } from '../guest/scripted-agent.ts';
 import { ScriptedVm } from './workbench.ts';
 
 /** A pool of virtual machines that are played, with agents that are real gRPC servers. */
@@ -61,8 +61,9 @@ class Bench implements AsyncDisposable {
 
   #vm(config: VmConfig): ScriptedVm {
     const number = this.vms.length + 1;
-    const agent = new ScriptedAgent({
+    const agent: ScriptedAgent = new ScriptedAgent({
       hello: (_call, done) => done(null, helloResponse({ bootId: `b${number}` })),
+      writeStdin: endWithStdin(() => agent),
     });
     const vm = new ScriptedVm(config, agent, [], {});
     this.vms.push(vm);

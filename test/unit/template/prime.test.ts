@@ -2,7 +2,7 @@ import { afterEach, expect, test } from 'vitest';
 import { AgentService } from '../../../gen/kiln/agent/v1/agent.ts';
 import { Guest } from '../../../src/guest/guest.ts';
 import { prime } from '../../../src/template/prime.ts';
-import { failure, type Script, ScriptedAgent, socketPair } from '../guest/scripted-agent.ts';
+import { endWithStdin, failure, type Script, ScriptedAgent, socketPair } from '../guest/scripted-agent.ts';
 
 let guest: Guest | undefined;
 afterEach(() => guest?.[Symbol.dispose]());
@@ -10,18 +10,7 @@ afterEach(() => guest?.[Symbol.dispose]());
 /** A guest whose programs end when their stdin does. */
 async function connect(script: Script = {}) {
   const agent: ScriptedAgent = new ScriptedAgent({
-    writeStdin: (call, done) => {
-      let execId = '';
-      call.once('data', (first) => {
-        execId = first.execId;
-      });
-      call.on('data', () => {});
-      call.on('end', () => {
-        agent.exit(0, execId);
-        done(null, {});
-      });
-      call.on('error', () => {});
-    },
+    writeStdin: endWithStdin(() => agent),
     ...script,
   });
   const [ours, theirs] = await socketPair();

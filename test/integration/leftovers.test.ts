@@ -119,7 +119,8 @@ describe('the search for leftovers', () => {
 
   it('finds a child of kilnd that names no folder, also where kilnd may live', async () => {
     const script = join(dir, 'kilnd');
-    writeFileSync(script, 'env -i sleep 1005 & echo $!; wait', { mode: 0o755 });
+    // It says its number itself: before that it may still be this script.
+    writeFileSync(script, "env -i /bin/sh -c 'echo $$; exec /bin/sleep 1005' & wait", { mode: 0o755 });
     const child = spawn('/bin/sh', [script], {
       env: { ...process.env, KILN_STATE_DIR: stateDir },
       stdio: ['ignore', 'pipe', 'ignore'],

@@ -5,7 +5,6 @@ import { KilnError } from '../errors.ts';
 import { SingleFlight } from '../host/single-flight.ts';
 import { nextExtent } from '../sys/sparse.ts';
 import { isExt4 } from './ext4.ts';
-import { errnoCode } from './file-error.ts';
 import { removeStaleParts, uniqueSuffix } from './owner.ts';
 import { lastLine, runTool } from './tool.ts';
 
@@ -73,16 +72,17 @@ export class BlankFilesystems {
 /** False when there is no whole filesystem of that size to copy. */
 function copyWhole(blank: string, { target, sizeBytes }: { target: number; sizeBytes: number }): boolean {
   using stack = new DisposableStack();
+  let source: number;
   try {
-    const source = stack.adopt(openSync(blank, 'r'), closeSync);
+    source = stack.adopt(openSync(blank, 'r'), closeSync);
     if (fstatSync(source).size !== sizeBytes || !isExt4(source)) return false;
-    ftruncateSync(target, sizeBytes);
-    copyExtents(source, target);
-    return true;
-  } catch (error) {
-    if (errnoCode(error) === 'ENOENT') return false;
-    throw error;
+  } catch {
+    // Whatever it is that cannot be read, it is made anew.
+    return false;
   }
+  ftruncateSync(target, sizeBytes);
+  copyExtents(source, target);
+  return true;
 }
 
 function copyExtents(source: number, target: number): void {

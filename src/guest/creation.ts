@@ -7,17 +7,11 @@ import {
   type CreateContainerResponse,
 } from '../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../errors.ts';
+import { abortable } from '../host/abortable.ts';
 import { TimeLimit } from '../host/time-limit.ts';
-import { silent, toKilnError } from './call.ts';
+import { type CallOptions, silent, toKilnError } from './call.ts';
 import { pidOf } from './terms.ts';
 import { type GuestExit, readExit } from './wait.ts';
-
-export interface CreationOptions {
-  /** Milliseconds for the container to be made. */
-  readonly limitMs: number;
-  /** Gives the call up: it rejects with the signal's reason, and the agent is told. */
-  readonly signal?: AbortSignal | undefined;
-}
 
 /** A container that has been made. */
 export class Creation {
@@ -38,17 +32,18 @@ export class Creation {
     return this.#pid;
   }
 
+  /** @param limitMs for the container to be made */
   static async of(
     client: AgentClient,
     request: CreateContainerRequest,
-    { limitMs, signal }: CreationOptions,
+    { limitMs, signal }: CallOptions & { readonly limitMs: number },
   ): Promise<Creation> {
     signal?.throwIfAborted();
     const call = client.createContainer(request);
     const creation = new Creation(call);
     using limit = new TimeLimit(limitMs, signal);
     try {
-      creation.#pid = pidOf(await firstOf(call, limit.signal));
+      creation.#pid = pidOf(await abortable(firstOf(call), limit.signal));
       return creation;
     } catch (error) {
       call.cancel();
@@ -69,10 +64,7 @@ export class Creation {
 }
 
 /** The first message; the call stands still after it. */
-function firstOf(
-  call: ClientReadableStream<CreateContainerResponse>,
-  signal: AbortSignal,
-): Promise<CreateContainerResponse> {
+function firstOf(call: ClientReadableStream<CreateContainerResponse>): Promise<CreateContainerResponse> {
   return new Promise((resolve, reject) => {
     // One that comes later (the cancellation is one) changes nothing.
     call.on('error', (error) => reject(toKilnError(error)));
@@ -81,6 +73,5 @@ function firstOf(
       call.pause();
       resolve(message);
     });
-    signal.addEventListener('abort', () => reject(signal.reason), { once: true });
   });
 }

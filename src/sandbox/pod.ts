@@ -1,8 +1,8 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { forLog, KilnError } from '../errors.ts';
+import { abortable } from '../host/abortable.ts';
 import type { HostControlGroup } from '../host/control-group.ts';
 import type { Logger } from '../observe/logger.ts';
-import { abortable } from '../vmm/abortable.ts';
 import { clearLimitMs, destroyGraceMs } from './limits.ts';
 import type { Sandbox } from './sandbox.ts';
 

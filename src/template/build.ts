@@ -2,8 +2,8 @@ import { mkdir, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { KilnError } from '../errors.ts';
 import { Guest } from '../guest/guest.ts';
+import { abortable } from '../host/abortable.ts';
 import { TimeLimit } from '../host/time-limit.ts';
-import { abortable } from '../vmm/abortable.ts';
 import type { TemplateDriver, VmShape } from '../vmm/vmm.ts';
 import { prime } from './prime.ts';
 

@@ -1,7 +1,7 @@
 import { closeSync, openSync } from 'node:fs';
 import type net from 'node:net';
 import { KilnError } from '../errors.ts';
-import { abortable } from './abortable.ts';
+import { abortable } from '../host/abortable.ts';
 import { type HostDevices, hostDevices } from './host-devices.ts';
 
 /**

@@ -1,11 +1,11 @@
 import { rmSync } from 'node:fs';
 import net from 'node:net';
 import { KilnError } from '../errors.ts';
+import { abortable } from '../host/abortable.ts';
 import { requireSocketPath } from '../host/unix-socket.ts';
 import { duplicate } from '../sys/terminal.ts';
 import { connectToPeer, setBlocking } from '../sys/unix-fd.ts';
 import { VMADDR_PORT_ANY } from '../sys/vsock.ts';
-import { abortable } from './abortable.ts';
 import { hostSocketFor } from './hybrid-vsock.ts';
 import { isFrom, listen } from './kernel-vsock.ts';
 import { filesPort } from './vmm.ts';

@@ -2,8 +2,8 @@ import { type FSWatcher, readFileSync, watch } from 'node:fs';
 import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
+import { abortable } from '../host/abortable.ts';
 import { socketIsServed } from '../host/unix-socket.ts';
-import { abortable } from './abortable.ts';
 
 /** A Unix socket that a program is about to make. Watch before the program is started. */
 export class AwaitedSocket implements Disposable {

@@ -1,9 +1,9 @@
 import net from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
+import { abortable } from '../host/abortable.ts';
 import { TimeLimit } from '../host/time-limit.ts';
 import { openSerialSession } from '../rpc/serial-session.ts';
-import { abortable } from './abortable.ts';
 import type { FirstConnection } from './channel.ts';
 
 /*

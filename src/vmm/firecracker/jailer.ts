@@ -2,11 +2,11 @@
 import { readFileSync } from 'node:fs';
 import path from 'node:path';
 import { KilnError } from '../../errors.ts';
+import { abortable } from '../../host/abortable.ts';
 import type { GroupLimits } from '../../host/cgroups.ts';
 import { adoptHelper, describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
 import { resetOomScore } from '../../host/oom-score.ts';
 import { identityOf } from '../../host/process-identity.ts';
-import { abortable } from '../abortable.ts';
 import type { Parking } from '../cards.ts';
 import { withExitStatus } from './exit-status.ts';
 import { cgroupArguments } from './jail-cgroup.ts';

@@ -1,9 +1,9 @@
 import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
+import { abortable } from '../../host/abortable.ts';
 import type { GroupLimits } from '../../host/cgroups.ts';
 import type { ControlGroup } from '../../host/control-group.ts';
 import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
-import { abortable } from '../abortable.ts';
 import type { FirstConnection } from '../channel.ts';
 import { DriveSlots, isReadOnly } from '../drive-slots.ts';
 import type { FileChannel } from '../file-channel.ts';

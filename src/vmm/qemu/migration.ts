@@ -3,7 +3,7 @@ import { createWriteStream } from 'node:fs';
 import net from 'node:net';
 import { pipeline } from 'node:stream/promises';
 import { KilnError } from '../../errors.ts';
-import { abortable } from '../abortable.ts';
+import { abortable } from '../../host/abortable.ts';
 import type { QmpClient } from './qmp.ts';
 
 /*

@@ -6,10 +6,10 @@ import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
 import { KilnError } from '../../../src/errors.ts';
+import { abortable } from '../../../src/host/abortable.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import type { VolumeMount } from '../../../src/oci/binds.ts';
 import { checkVolumes, type FileServer, inHostsWords, SandboxVolumes } from '../../../src/sandbox/volumes.ts';
-import { abortable } from '../../../src/vmm/abortable.ts';
 
 const mount = (source: string): VolumeMount => ({
   ...{ source, destination: '/data', readOnly: 'no', recursive: true, follows: false },

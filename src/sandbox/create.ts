@@ -1,9 +1,10 @@
 import { HostControlGroup } from '../host/control-group.ts';
 import type { Logger } from '../observe/logger.ts';
-import { guestMounts } from '../rootfs/index.ts';
+import { guestMounts, type PreparedRootfs } from '../rootfs/index.ts';
 import { attachDevices } from './block-devices.ts';
 import { Changes, type ChangesPlan } from './changes.ts';
 import { Container } from './container.ts';
+import type { AttachedDisk } from './disk-slots.ts';
 import type { Exec } from './exec.ts';
 import { faultPoint } from './faults.ts';
 import { ContainerHooks } from './hooks.ts';
@@ -20,6 +21,7 @@ import {
   type Resources,
 } from './resources.ts';
 import { Sandbox } from './sandbox.ts';
+import type { Tenancy } from './tenancy.ts';
 import { inHostsWords, volumeOptions } from './volumes.ts';
 
 /**
@@ -45,8 +47,7 @@ export async function bootContainer(
   faultPoint('hooks');
   // A VM of its own was made as large as it has to be.
   if (pod !== undefined) await sandbox.provideMemory(request.memoryBytes ?? 0);
-  const lower = rootfs.lower === null ? undefined : await tenancy.attachDisk(rootfs.lower, signal);
-  const writable = rootfs.writable === null ? undefined : await tenancy.attachDisk(rootfs.writable, signal);
+  const [lower, writable] = await attachRootfs(tenancy, rootfs, signal);
   const devices = await attachDevices(tenancy, request.blockDevices, signal);
   timeline.mark('rootfs-attached');
   faultPoint('attach-disk');
@@ -116,6 +117,17 @@ export async function reattachContainer(
     }
   }
   return { container, execs };
+}
+
+/** Both in one turn, so that the VMM is asked once; rejects when it is done with both. */
+async function attachRootfs(
+  tenancy: Tenancy,
+  { lower, writable }: Pick<PreparedRootfs, 'lower' | 'writable'>,
+  signal: AbortSignal,
+): Promise<(AttachedDisk | undefined)[]> {
+  const attaching = [lower, writable].map((disk) => (disk === null ? undefined : tenancy.attachDisk(disk, signal)));
+  await Promise.allSettled(attaching);
+  return Promise.all(attaching);
 }
 
 function changesOf(

@@ -1,5 +1,5 @@
 import { existsSync, readFileSync } from 'node:fs';
-import { afterEach, describe, expect, it } from 'vitest';
+import { afterEach, describe, expect, it, vi } from 'vitest';
 import type { CreateContainerRequest } from '../../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../../../src/errors.ts';
 import { readContainerRecord } from '../../../src/sandbox/record.ts';
@@ -107,6 +107,24 @@ describe.skipIf(!canMakeNetns)('a Create that fails', () => {
     expect(error.code).toBe('unavailable');
     expect(error.message).toMatch(/^the VM ended \(SIGKILL\) while .* was attached$/);
     expect(made.events).toEqual(['rootfs released']);
+  });
+
+  it('because one disk could not be attached does not leave the VM while it is at the other', async () => {
+    const made = bench();
+    let asked = 0;
+    const other = Promise.withResolvers<void>();
+    made.vmHooks.attachDisk = () => {
+      asked += 1;
+      return asked === 1 ? Promise.reject(new KilnError('internal', 'no lock')) : other.promise;
+    };
+    const failed = failureOf(made.create());
+    await vi.waitFor(() => expect(asked).toBe(2), { interval: 1 });
+    await new Promise((resolve) => setImmediate(resolve));
+    expect(made.events).toEqual([]);
+    other.resolve();
+    expect((await failed).message).toBe('no lock');
+    expect(made.events).toEqual(['vm killed', 'rootfs released']);
+    expectNothingLeft(made);
   });
 
   it('and a clean-up that fails too are both told, under the code of the first', async () => {

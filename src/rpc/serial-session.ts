@@ -16,15 +16,19 @@ const tokenBytes = 16;
 const lineLength = word.length + 2 * tokenBytes + 1;
 const linePattern = new RegExp(`^${word}[0-9a-f]{${2 * tokenBytes}}\n$`);
 
-/** How often the host says its line, in ms. */
+/** How often the host says its line to a guest that may not be there yet, in ms. */
 const sayMs = 100;
 
-/** The host's side. Resolves when the guest has answered: from there on the stream is a connection of its own. */
-export async function openSerialSession(stream: Duplex): Promise<void> {
+/**
+ * The host's side. Resolves when the guest has answered: from there on the stream is a connection of its own.
+ *
+ * @param everyMs how often the host says its line
+ */
+export async function openSerialSession(stream: Duplex, everyMs = sayMs): Promise<void> {
   const line = Buffer.from(`${word}${randomBytes(tokenBytes).toString('hex')}\n`);
   const say = () => void stream.write(line);
   say();
-  const timer = setInterval(say, sayMs);
+  const timer = setInterval(say, everyMs);
   let tail: Buffer = Buffer.alloc(0);
   try {
     await readUntil(stream, (chunk) => {

@@ -6,7 +6,7 @@ import { kilnVersion } from '../version.ts';
 import type { TemplateDriver, VmShape } from '../vmm/vmm.ts';
 
 /** A later Kiln that makes templates in another way has another number. */
-const formatVersion = 1;
+const formatVersion = 2;
 
 /** What the host's CPU and kernel are: a guest has seen both, and does not look again after it was restored. */
 export interface HostFacts {

@@ -7,17 +7,19 @@ import { openSerialSession } from '../rpc/serial-session.ts';
 import type { FirstConnection } from './channel.ts';
 
 /*
- * virtio-serial: the guest has a port of a virtio console, the VMM a Unix socket on which it listens for the one program
- * that may be at the other end. It needs no kernel module of the host and no process beside the VMM. There is one byte
- * stream and no connections: see rpc/serial-session.ts.
+ * virtio-serial: the guest has a port of a virtio console, the VMM a listening Unix socket for the one program that may be
+ * at the other end. It needs no kernel module of the host and no process beside the VMM. There is one byte stream and no
+ * connections: see rpc/serial-session.ts.
  */
 
 export interface SerialConnection extends FirstConnection {
   /**
-   * Takes the host's end now. The agent of a clone waits with its end open, and would be told that it is closed, and
-   * have to open it again, if nobody held the host's when the clone begins to run.
+   * Takes the host's end of a clone's port now, and says the first words. Its agent waits for them with its end open, and
+   * would be told that the other is closed, and have to open it again, if nobody held that when the clone begins to run.
+   *
+   * @returns resolves when the agent has answered, or cannot any more
    */
-  open(): void;
+  open(): Promise<void>;
 }
 
 /**
@@ -26,6 +28,9 @@ export interface SerialConnection extends FirstConnection {
  */
 const answerMs = 200;
 const answerAfterRestartMs = 1000;
+
+/** How often the host says its first words to a clone's agent, in ms: that waits for them, and each time costs it some. */
+const repeatToCloneMs = 1000;
 
 /** How long the host's end then stays closed, in ms: the agent has to see it. Twice as long each time, to a limit. */
 const firstPauseMs = 50;
@@ -40,19 +45,21 @@ export function serialConnection(socketPath: string, { hadHost = false } = {}): 
   const stopped = new AbortController();
   let patienceMs = hadHost ? answerAfterRestartMs : answerMs;
   /** Opened, and not accepted yet. */
-  let waiting: net.Socket | undefined;
+  let waiting: { readonly socket: net.Socket; readonly answered: Promise<void> } | undefined;
   let accepted: net.Socket | undefined;
-  const open = () => {
+  const open = (everyMs?: number) => {
     if (waiting !== undefined) return waiting;
-    waiting = net.connect(socketPath);
+    const socket = net.connect(socketPath);
     // Until somebody uses it, a connection that breaks must not end kilnd.
-    waiting.on('error', () => {});
+    socket.on('error', () => {});
+    waiting = { socket, answered: openSerialSession(socket, everyMs) };
+    waiting.answered.catch(() => {});
     return waiting;
   };
   const session = async (signal: AbortSignal) => {
-    const socket = open();
+    const { socket, answered } = open();
     try {
-      await abortable(openSerialSession(socket), signal);
+      await abortable(answered, signal);
       return socket;
     } catch (error) {
       socket.destroy();
@@ -62,7 +69,7 @@ export function serialConnection(socketPath: string, { hadHost = false } = {}): 
     }
   };
   return {
-    open: () => void open(),
+    open: () => open(repeatToCloneMs).answered.catch(() => {}),
     async accept(signal) {
       const either = AbortSignal.any([signal, stopped.signal]);
       try {
@@ -77,7 +84,7 @@ export function serialConnection(socketPath: string, { hadHost = false } = {}): 
     },
     async [Symbol.asyncDispose]() {
       stopped.abort(new KilnError('unavailable', 'the VM was stopped before the connection of the agent'));
-      waiting?.destroy();
+      waiting?.socket.destroy();
       accepted?.destroy();
     },
   };

@@ -29,15 +29,20 @@ export const qmpFd = 3;
 /** Then the taps of its network cards. */
 export const firstTapFd = qmpFd + 1;
 
-/** And then, of a clone, the state that was saved. */
-export function stateFd({ networkCards }: VmShape): number {
+/** Then, with a serial channel, the listening socket of the agent's port. */
+export function serialFd({ networkCards }: Pick<VmShape, 'networkCards'>): number {
   return firstTapFd + networkCards;
+}
+
+/** And then, of a clone, the state that was saved. */
+export function stateFd(shape: Pick<VmShape, 'networkCards'>): number {
+  return serialFd(shape) + 1;
 }
 
 /** The guest's end of the channel. */
 export type ChannelDevice =
   | { readonly kind: 'vhost-user'; readonly socket: string }
-  | { readonly kind: 'serial'; readonly socket: string; readonly filesSocket: string }
+  | { readonly kind: 'serial'; readonly filesSocket: string }
   | { readonly kind: 'vhost-kernel'; readonly cid: number };
 
 /** What is behind the guest's memory. */
@@ -131,7 +136,7 @@ function networkCard(index: number, transport: number): string[] {
   ];
 }
 
-function channelDevice(channel: ChannelDevice, bus: string): string[] {
+function channelDevice(channel: ChannelDevice, config: VmConfig, bus: string): string[] {
   switch (channel.kind) {
     case 'vhost-user':
       return [
@@ -142,7 +147,7 @@ function channelDevice(channel: ChannelDevice, bus: string): string[] {
       return ['-device', `vhost-vsock-device,guest-cid=${channel.cid},bus=${bus}`];
     case 'serial':
       return [
-        ...['-chardev', `socket,id=agent,path=${optionValue(channel.socket)},server=on,wait=off`],
+        ...['-chardev', `socket,id=agent,fd=${serialFd(config)},server=on,wait=off`],
         ...['-device', `virtio-serial-device,id=serial,bus=${bus}`],
         // Port 0 is for consoles; the name is what the agent looks for (agent/serial-port.ts).
         ...['-device', 'virtserialport,bus=serial.0,nr=1,chardev=agent,name=kiln.agent'],
@@ -189,7 +194,7 @@ export function qemuArguments(options: CommandLineOptions): string[] {
     ...readOnlySlots.flatMap((name) => emptySlot(name, true, transport--)),
     ...writableSlots.flatMap((name) => emptySlot(name, false, transport--)),
   ];
-  const channel = channelDevice(options.channel, `virtio-mmio-bus.${transport--}`);
+  const channel = channelDevice(options.channel, config, `virtio-mmio-bus.${transport--}`);
   const cards = Array.from({ length: config.networkCards }, (_, index) => networkCard(index, transport--)).flat();
   return [
     ...[

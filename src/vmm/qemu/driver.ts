@@ -1,12 +1,9 @@
 import { closeSync, openSync, rmSync } from 'node:fs';
-import net from 'node:net';
 import path from 'node:path';
 import { KilnError } from '../../errors.ts';
-import { abortable } from '../../host/abortable.ts';
-import { adoptHelper, describeExit, type HelperProcess, startHelper } from '../../host/helper-process.ts';
+import { adoptHelper, type HelperProcess, startHelper } from '../../host/helper-process.ts';
 import type { ProcessIdentity } from '../../host/process-identity.ts';
 import { programIdentity } from '../../host/program.ts';
-import { TimeLimit } from '../../host/time-limit.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
 import { listenForPeers } from '../../sys/unix-fd.ts';
 import { makeTaps, type Parking } from '../cards.ts';
@@ -20,8 +17,7 @@ import { type SerialConnection, serialConnection } from '../virtio-serial.ts';
 import { agentPort, filesPort, type TemplateDriver, type Vm, type VmConfig, type Vmm, type VmRecord } from '../vmm.ts';
 import { type Accelerator, chooseAccelerator, hostTscKhz } from './accelerator.ts';
 import { type ChannelDevice, type GuestMemory, qemuArguments, stateFd } from './command-line.ts';
-import { loadState } from './migration.ts';
-import { QmpClient } from './qmp.ts';
+import { connectQmp, connectRestoring } from './control.ts';
 import { type ChannelRecord, parseQemuRecord } from './record.ts';
 import { type QemuParts, QemuVm, SavableQemuVm } from './vm.ts';
 import { startVsockBackend, vsockLogName, vsockSocketName } from './vsock-backend.ts';
@@ -38,9 +34,6 @@ export interface QemuOptions {
   /** Where QEMU runs, and the taps of network cards wait. */
   readonly parking: Parking;
 }
-
-/** How long QEMU may take until it answers: some 50 ms in fact, so this only bounds a wrong program. */
-const startLimitMs = 30_000;
 
 /** What QEMU says when a CID is another VM's (hw/virtio/vhost-vsock.c), and how many are tried. */
 const cidInUse = /unable to set guest cid: Address already in use/;
@@ -76,7 +69,7 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
         accelerator,
         translationMib: options.translationMib,
         tscKhz: undefined,
-        channel: { kind: 'serial', socket: '', filesSocket: '' },
+        channel: { kind: 'serial', filesSocket: '' },
         memory: { kind: 'anonymous' },
         agentPort,
         filesPort,
@@ -152,49 +145,39 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
   await using stack = new AsyncDisposableStack();
   const qmpSocket = qmpSocketIn(config.directory);
   stack.defer(() => rmSync(qmpSocket, { force: true }));
-  const { agent, device, backend, files } = await openChannel(request, stack, signal);
+  // QEMU has the descriptors, then.
+  using given = new DisposableStack();
+  const { agent, device, backend, files, listeners } = await openChannel(request, { stack, given }, signal);
   const { translationMib } = options;
   const ports = { agentPort: agent.port, filesPort: files.port };
   const args = { config, accelerator, translationMib, tscKhz, channel: device, memory, ...ports };
   requireSocketPath(qmpSocket);
-  // QEMU has the descriptors, then.
-  using taps = makeTaps(options.parking, config.networkCards);
-  const listener = listenForPeers(qmpSocket);
-  let qemu: HelperProcess;
-  try {
-    qemu = stack.use(
-      await startHelper({
-        program: options.qemu,
-        args: qemuArguments(args),
-        directory: config.directory,
-        logName: vmmLogName,
-        title: 'QEMU (vm.qemu in the config file)',
-        hint: 'install the package qemu-system-x86, or run `npm run setup`',
-        inherit: [listener, ...taps.fds, ...(state === undefined ? [] : [state])],
-        network: options.parking,
-        controlGroup: config.controlGroup,
-      }),
-    );
-  } finally {
-    closeSync(listener);
-  }
-  const qmp = await connectQmp(qmpSocket, qemu, stack, signal);
-  if (state !== undefined) {
-    agent.open?.();
-    await loadState(qmp, stateFd(config), signal).catch(async (error: unknown) => {
-      // QEMU closes its connection a moment before it has exited, and its exit says more.
-      if (!qmp.closedByPeer) throw error;
-      throw await abortable(endAt('the restore of its state', qemu, error), signal);
-    });
-  }
+  const taps = given.use(makeTaps(options.parking, config.networkCards));
+  const listener = given.adopt(listenForPeers(qmpSocket), closeSync);
+  // Before QEMU runs, which then sees its host in the turn of its main loop in which it takes the first command. By the last
+  // one, to load the state, the port has that host, as the state says.
+  const answered = state === undefined ? undefined : agent.open?.();
+  const qemu = stack.use(
+    await startHelper({
+      program: options.qemu,
+      args: qemuArguments(args),
+      directory: config.directory,
+      logName: vmmLogName,
+      title: 'QEMU (vm.qemu in the config file)',
+      hint: 'install the package qemu-system-x86, or run `npm run setup`',
+      inherit: [listener, ...taps.fds, ...listeners, ...(state === undefined ? [] : [state])],
+      network: options.parking,
+      controlGroup: config.controlGroup,
+    }),
+  );
+  // Theirs to close now, so that all connections end with QEMU.
+  given.dispose();
+  const connection = { socket: qmpSocket, qemu, stack };
+  const control = await (answered === undefined
+    ? connectQmp(connection, signal)
+    : connectRestoring(connection, { fd: stateFd(config), answered }, signal));
   const channel = channelRecord(device, agent, files);
-  return { qemu, qmp, agent, channel, files, nics: taps.nics, backend, resources: stack.move() };
-}
-
-/** How QEMU has ended, when it has, in its own last words. */
-async function endAt(step: string, qemu: HelperProcess, cause?: unknown): Promise<KilnError> {
-  const exit = await qemu.exited;
-  return new KilnError('internal', `QEMU ended at ${step} ${describeExit(exit)}: ${qemu.lastWords()}`, { cause });
+  return { qemu, ...control, agent, channel, files, nics: taps.nics, backend, resources: stack.move() };
 }
 
 interface OpenChannel {
@@ -202,18 +185,24 @@ interface OpenChannel {
   readonly device: ChannelDevice;
   readonly backend: HelperProcess | undefined;
   readonly files: Pick<KernelFiles, 'accept' | 'port'>;
+  /** Descriptors for QEMU. */
+  readonly listeners: readonly number[];
 }
 
-/** The host's end of the channel, owned by the stack, and the device that gives the guest its end. */
+/**
+ * The host's end of the channel, and the device that gives the guest its end.
+ *
+ * @param stack that owns it, and `given`, what QEMU gets
+ */
 async function openChannel(
   { channel, config, options }: Launch,
-  stack: AsyncDisposableStack,
+  { stack, given }: { readonly stack: AsyncDisposableStack; readonly given: DisposableStack },
   signal: AbortSignal,
 ): Promise<OpenChannel> {
   if (channel === 'kernel-vsock') {
     const cid = randomCid();
     const [agent, files] = [stack.use(listenKernel(cid)), stack.use(kernelFiles(cid))];
-    return { agent, device: { kind: 'vhost-kernel', cid }, backend: undefined, files };
+    return { agent, device: { kind: 'vhost-kernel', cid }, backend: undefined, files, listeners: [] };
   }
   if (channel === 'virtio-serial') {
     const [socket, filesSocket] = [serialSocketIn(config.directory), filesSocketIn(config.directory)];
@@ -221,9 +210,11 @@ async function openChannel(
       requireSocketPath(file);
       stack.defer(() => rmSync(file, { force: true }));
     }
+    // Ours to make, so that a clone's agent finds its host there.
+    const listener = given.adopt(listenForPeers(socket), closeSync);
     const agent = { port: agentPort, ...stack.use(serialConnection(socket)) };
     const files = { port: filesPort, ...stack.use(serialFiles(filesSocket)) };
-    return { agent, device: { kind: 'serial', socket, filesSocket }, backend: undefined, files };
+    return { agent, device: { kind: 'serial', filesSocket }, backend: undefined, files, listeners: [listener] };
   }
   const { directory, controlGroup } = config;
   const udsPath = udsPathIn(directory);
@@ -232,35 +223,8 @@ async function openChannel(
     await startVsockBackend({ program: options.vsockBackend, directory, controlGroup, udsPath }, signal),
   );
   const files = { port: filesPort, ...stack.use(hybridFiles(udsPath)) };
-  return { agent, device: { kind: 'vhost-user', socket: backend.socket }, backend: backend.process, files };
-}
-
-/** QEMU's control connection, ready for commands. A failure carries QEMU's own last words. */
-async function connectQmp(
-  qmpSocket: string,
-  qemu: HelperProcess,
-  stack: AsyncDisposableStack,
-  signal: AbortSignal,
-): Promise<QmpClient> {
-  using limit = new TimeLimit(startLimitMs, signal);
-  const either = limit.signal;
-  const ended = endAt('start', qemu).then((error) => Promise.reject(error));
-  ended.catch(() => {});
-  const qmp = stack.adopt(new QmpClient(net.connect(qmpSocket)), (client) => client.close());
-  try {
-    await abortable(Promise.race([qmp.negotiate(), ended]), either).catch((error: unknown) => {
-      // QEMU closes its connection a moment before it has exited, and its exit says more.
-      if (qmp.closedByPeer) return abortable(ended, either);
-      throw error;
-    });
-    return qmp;
-  } catch (error) {
-    if (!limit.expired) throw error;
-    throw new KilnError(
-      'deadline-exceeded',
-      `QEMU took no commands within ${startLimitMs / 1000} s: ${qemu.lastWords()}`,
-    );
-  }
+  const device = { kind: 'vhost-user', socket: backend.socket } as const;
+  return { agent, device, backend: backend.process, files, listeners: [] };
 }
 
 /** Takes over a VM whose kilnd is gone: its control socket is there, and the agent dials again. */
@@ -277,14 +241,14 @@ async function adoptQemu(given: VmRecord, directory: string, signal: AbortSignal
   for (const helper of [backend, qemu]) if (helper !== undefined) stack.use(helper);
   if (qemu === undefined) throw hasEnded('QEMU', record.qemu);
   if (backend === undefined && record.backend !== undefined) throw hasEnded('the vsock backend', record.backend);
-  const qmp = await connectQmp(qmpSocketIn(directory), qemu, stack, signal);
+  const control = await connectQmp({ socket: qmpSocketIn(directory), qemu, stack }, signal);
   const { channel, usedSlots, nics } = record;
   const files = filesAgain(channel, directory, stack);
   const resources = stack.move();
   const accept = async (accepting: AbortSignal) => {
     return resources.use(await listenAgain(channel, directory)).accept(accepting);
   };
-  return new QemuVm({ qemu, qmp, agent: { accept }, channel, files, nics, usedSlots, backend, resources });
+  return new QemuVm({ qemu, ...control, agent: { accept }, channel, files, nics, usedSlots, backend, resources });
 }
 
 function hasEnded(what: string, { pid }: ProcessIdentity): KilnError {

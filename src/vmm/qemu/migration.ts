@@ -12,7 +12,12 @@ import type { QmpClient } from './qmp.ts';
  * of a migration whose source said no more. docs/devel/migration.rst, qapi/migration.json.
  */
 
-/** Writes the state of a VM to a new file; the VM never runs again. @param socketPath a free place for a Unix socket */
+/**
+ * Writes the state of a running VM to a new file; the VM never runs again. That it ran when QEMU stopped it for this is
+ * part of its state: a clone runs as soon as it has that (migration/global_state.c).
+ *
+ * @param socketPath a free place for a Unix socket
+ */
 export async function saveState(qmp: QmpClient, file: string, socketPath: string, signal: AbortSignal): Promise<void> {
   const server = net.createServer().listen(socketPath);
   const connected = once(server, 'connection') as Promise<[net.Socket]>;
@@ -20,7 +25,6 @@ export async function saveState(qmp: QmpClient, file: string, socketPath: string
   try {
     await once(server, 'listening');
     await setCapabilities(qmp);
-    await qmp.execute('stop');
     const migrated = migrationEnds(qmp, 'save the VM', signal);
     migrated.catch(() => {});
     await qmp.execute('migrate', { uri: `unix:${socketPath}` });
@@ -38,20 +42,32 @@ export async function saveState(qmp: QmpClient, file: string, socketPath: string
   }
 }
 
-/** Gives a QEMU that waits for it a saved state, and lets the VM run. @param fd of the state's file, in QEMU */
+/**
+ * Gives a QEMU that waits for it a saved state. Resolves when the VM runs with it. All commands go out in this turn.
+ *
+ * @param fd of the state's file, in QEMU
+ * @throws KilnError internal when QEMU refuses a command, or does not let the VM run; unavailable when it ends, as it does
+ *   when it cannot read the state
+ */
 export async function loadState(qmp: QmpClient, fd: number, signal: AbortSignal): Promise<void> {
-  const loaded = migrationEnds(qmp, 'restore the VM', signal, 'QEMU ends when it fails');
-  loaded.catch(() => {});
-  await Promise.all([
-    setCapabilities(qmp),
-    // Of network cards that have a MAC which all VMs have.
-    qmp.execute('migrate-set-parameters', { 'announce-rounds': 0 }),
-  ]);
-  // Only now: by its answers QEMU has also seen who has connected with its serial ports, as the guest's state is to find it.
-  await qmp.execute('migrate-incoming', { uri: `fd:${fd}` });
-  await loaded;
-  // As it was saved: stopped.
-  await qmp.execute('cont');
+  let running = false;
+  const onEvent = (name: string) => {
+    running ||= name === 'RESUME';
+  };
+  qmp.on('event', onEvent);
+  try {
+    await Promise.all([
+      // Said when the VM runs already (migration/migration.c, process_incoming_migration_bh).
+      migrationEnds(qmp, 'restore the VM', signal, 'QEMU ends when it fails'),
+      setCapabilities(qmp),
+      // Of network cards that have a MAC which all VMs have.
+      qmp.execute('migrate-set-parameters', { 'announce-rounds': 0 }),
+      qmp.execute('migrate-incoming', { uri: `fd:${fd}` }),
+    ]);
+  } finally {
+    qmp.off('event', onEvent);
+  }
+  if (!running) throw new KilnError('internal', 'QEMU has restored the VM, but does not let it run');
 }
 
 async function setCapabilities(qmp: QmpClient): Promise<void> {

@@ -6,13 +6,13 @@ import { printable } from '../../host/printable.ts';
 /*
  * QMP, QEMU's machine protocol (docs/interop/qmp-spec.rst): one JSON object a line, both ways.
  *   QEMU greets:      {"QMP": {"version": …, "capabilities": […]}}
- *   we must answer:   {"execute": "qmp_capabilities"}        before any other command is taken
+ *   first command:    {"execute": "qmp_capabilities"}        before any other is taken; it need not wait for the greeting
  *   command:          {"execute": "blockdev-add", "arguments": {…}, "id": 7}
  *   answer:           {"return": {…}, "id": 7}  or  {"error": {"class": "GenericError", "desc": "…"}, "id": 7}
  *   event, any time:  {"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-panic"}, "timestamp": …}
  * Events from before the negotiation are never sent: what happened until then has to be asked for (query-status).
- * QEMU gets the socket that it serves from kilnd, already listening, so that kilnd can dial at once: the greeting comes
- * when QEMU is ready. A later kilnd dials the same socket.
+ * QEMU gets the socket that it serves from kilnd, already listening, so that kilnd can dial at once and say all that it
+ * knows to say: the answers come when QEMU is ready. A later kilnd dials the same socket.
  *
  * A guest that has broken into its QEMU can send anything here, so nothing that comes is trusted to have its right form:
  * whatever is not QMP closes the connection.
@@ -41,7 +41,6 @@ interface Pending {
 export class QmpClient extends EventEmitter<QmpEvents> {
   readonly #socket: net.Socket;
   readonly #pending = new Map<number, Pending>();
-  readonly #greeted = Promise.withResolvers<void>();
   #line: Buffer[] = [];
   #lineBytes = 0;
   #nextId = 1;
@@ -49,20 +48,26 @@ export class QmpClient extends EventEmitter<QmpEvents> {
   /** Why we closed the connection; undefined as long as only QEMU could have. */
   #reason: string | undefined;
 
-  constructor(socket: net.Socket) {
+  /** @param unheard leaves what QEMU says in the socket, its hanging up as well, until `hear` */
+  constructor(socket: net.Socket, { unheard = false } = {}) {
     super();
     this.#socket = socket;
-    this.#greeted.promise.catch(() => {});
+    // Before anybody listens: Node goes on to read what was not paused at once.
+    if (unheard) socket.pause();
     socket.on('data', (chunk: Buffer) => this.#onData(chunk));
     socket.on('error', () => socket.destroy());
     socket.on('close', () => this.#onClose());
     if (socket.closed) this.#onClose();
   }
 
-  /** Waits for the greeting and leaves negotiation mode. */
+  /** Leaves negotiation mode. To be called first; the next commands need not wait for it. */
   async negotiate(): Promise<void> {
-    await this.#greeted.promise;
     await this.execute('qmp_capabilities');
+  }
+
+  /** Hears what was said to an `unheard` one, and all that comes. */
+  hear(): void {
+    this.#socket.resume();
   }
 
   /**
@@ -110,7 +115,7 @@ export class QmpClient extends EventEmitter<QmpEvents> {
     if (line.trim() === '') return;
     const message = parseObject(line);
     if (message === undefined) this.#fail(`QEMU sent a line that is not QMP: ${shown(line)}`);
-    else if ('QMP' in message) this.#greeted.resolve();
+    else if ('QMP' in message) return;
     else if (typeof message.event === 'string') this.emit('event', message.event, asObject(message.data) ?? {});
     else if (typeof message.id === 'number') this.#settle(message.id, message);
     // What is left is an error without id: QEMU could not read a command. Then its answer never comes.
@@ -134,7 +139,6 @@ export class QmpClient extends EventEmitter<QmpEvents> {
   #onClose(): void {
     if (this.#closed) return;
     this.#closed = true;
-    this.#greeted.reject(this.#gone('the greeting'));
     for (const pending of this.#pending.values()) pending.reject(this.#gone(pending.command));
     this.#pending.clear();
     this.emit('close');

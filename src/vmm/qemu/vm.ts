@@ -25,13 +25,12 @@ import type { ChannelRecord } from './record.ts';
 /** Characters of console kept for an exit report: what fits an error message. */
 const consoleTailChars = 4096;
 
-/** The states of a VM that will not run again (qapi/run-state.json, RunState). */
-const finalStates = ['shutdown', 'guest-panicked', 'internal-error', 'io-error'];
-
 /** What a running VM is made of. */
 export interface QemuParts {
   readonly qemu: HelperProcess;
   readonly qmp: QmpClient;
+  /** See guest-stop.ts. */
+  readonly guestStopped: Promise<'guest'>;
   /** Where the agent calls. */
   readonly agent: Pick<FirstConnection, 'accept'>;
   readonly channel: ChannelRecord;
@@ -69,45 +68,12 @@ export class QemuVm implements Vm {
 
   /** The VM's end is QEMU's end, or the guest's: QEMU then keeps the paused guest until we have read its console. */
   async #awaitExit(): Promise<VmExit> {
-    const { qemu } = this.#parts;
-    const first = await Promise.race([this.#guestStop(), qemu.exited]);
+    const { qemu, guestStopped } = this.#parts;
+    const first = await Promise.race([guestStopped, qemu.exited]);
     if (first !== 'guest') return this.#report(first, false);
     await this.consoleTail(consoleTailChars);
     await qemu.kill();
     return this.#report({ code: 0, signal: null }, true);
-  }
-
-  /** Resolves when the guest has stopped, and never when QEMU ends before. */
-  #guestStop(): Promise<'guest'> {
-    const { qmp } = this.#parts;
-    return new Promise((resolve) => {
-      const ask = async () => {
-        const answer = (await qmp.execute('query-status')) as { status?: string } | null;
-        if (finalStates.includes(answer?.status ?? '')) resolve('guest');
-      };
-      // One question at a time, and one more when something happened since: a QEMU that is not ours any more can send
-      // events without end and answer none.
-      let asking = false;
-      let again = false;
-      const look = async (): Promise<void> => {
-        again = asking;
-        if (asking) return;
-        asking = true;
-        try {
-          await ask();
-        } finally {
-          asking = false;
-        }
-        if (again) await look();
-      };
-      qmp.on('event', (name) => {
-        if (name === 'SHUTDOWN' || name === 'GUEST_PANICKED') resolve('guest');
-        // Also a pause that was asked for, and an error of KVM's, which has no event of its own.
-        else if (name === 'STOP') look().catch(() => {});
-      });
-      // The guest may have stopped before there was anybody to tell.
-      look().catch(() => {});
-    });
   }
 
   async #report({ code, signal }: ProcessExit, guestStopped: boolean): Promise<VmExit> {

@@ -112,10 +112,10 @@ test('uses the vsock device of the channel', () => {
 test('has a serial port for the agent where that is the channel, and tells it', () => {
   const serial = {
     ...options,
-    channel: { kind: 'serial', socket: '/r,1/agent.sock', filesSocket: '/r,1/files.sock' },
+    channel: { kind: 'serial', filesSocket: '/r,1/files.sock' },
   } as const;
   const args = qemuArguments(serial);
-  expect(valuesOf(args, '-chardev')).toContain('socket,id=agent,path=/r,,1/agent.sock,server=on,wait=off');
+  expect(valuesOf(args, '-chardev')).toContain('socket,id=agent,fd=4,server=on,wait=off');
   expect(valuesOf(args, '-chardev')).toContain('socket,id=files,path=/r,,1/files.sock,server=on,wait=off');
   expect(valuesOf(args, '-device').slice(-3)).toEqual([
     'virtio-serial-device,id=serial,bus=virtio-mmio-bus.6',
@@ -134,8 +134,8 @@ describe('network cards', () => {
     expect(valuesOf(args, '-netdev')).toEqual(['tap,id=net0,fd=4', 'tap,id=net1,fd=5']);
     const cards = valuesOf(args, '-device').filter((device) => device.startsWith('virtio-net-device,'));
     expect(cards.map((card) => /mac=([0-9a-f:]+)/.exec(card)?.[1])).toEqual(['02:6b:69:6c:6e:00', '02:6b:69:6c:6e:01']);
-    expect(stateFd(withCards(2).config)).toBe(6);
-    expect(stateFd(withCards(0).config)).toBe(4);
+    expect(stateFd(withCards(2).config)).toBe(7);
+    expect(stateFd(withCards(0).config)).toBe(5);
   });
 
   test('are on transports of their own, none of them number 0, however many there are', () => {

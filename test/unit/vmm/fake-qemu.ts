@@ -18,7 +18,7 @@ export function main(mode: string, self: string): void {
   appendFileSync(startsFile, `${JSON.stringify(args)}\n`);
   const starts = readFileSync(startsFile, 'utf8').split('\n').length - 1;
   const [name, detail = ''] = mode.split('=');
-  const hosts = answerOnSerialPort(args, detail === 'deaf');
+  const serial = answerOnSerialPort(args, detail === 'deaf');
   switch (name) {
     case 'exit':
       end('qemu-system-x86_64: cannot set up guest memory', 1);
@@ -46,27 +46,35 @@ export function main(mode: string, self: string): void {
       setInterval(() => {}, 1 << 30);
       break;
     default:
-      answer(args, (socket) => serve(socket, { status: name ?? '', detail, hosts }), 'go on listening');
+      answer(args, (socket) => serve(socket, { status: name ?? '', detail, serial }), 'go on listening');
   }
 }
 
-/**
- * The agent at the virtio-serial port, if there is one: answers each host that comes after what it has left behind.
- * Returns the hosts that are there.
- */
-function answerOnSerialPort(args: string[], deaf: boolean): ReadonlySet<Socket> {
+interface SerialPort {
+  /** Those that are there. */
+  readonly hosts: ReadonlySet<Socket>;
+  /** The agent runs, if it did not before. */
+  readonly run: () => void;
+}
+
+/** The agent at the virtio-serial port, if there is one: answers each host that comes after what it has left behind. */
+function answerOnSerialPort(args: string[], deaf: boolean): SerialPort {
   const hosts = new Set<Socket>();
-  const path = /id=agent,path=([^,]+)/.exec(args.join(' '))?.[1];
-  if (path === undefined) return hosts;
+  const { promise: running, resolve: run } = Promise.withResolvers<void>();
+  if (!args.includes('-incoming')) run();
+  const fd = /id=agent,fd=(\d+)/.exec(args.join(' '))?.[1];
+  if (fd === undefined) return { hosts, run };
   createServer((socket) => {
     hosts.add(socket);
     socket.on('close', () => hosts.delete(socket));
     socket.on('error', () => {});
-    socket.once('data', (line) => {
-      if (!deaf) socket.write(`left behind${line}hello`);
+    socket.once('data', (said) => {
+      // It may have been said again already.
+      const [line] = String(said).split('\n');
+      if (!deaf) void running.then(() => socket.write(`left behind${line}\nhello`));
     });
-  }).listen(path);
-  return hosts;
+  }).listen({ fd: Number(fd) });
+  return { hosts, run };
 }
 
 function end(words: string, code: number): void {
@@ -100,21 +108,22 @@ interface Vm {
   readonly status: string;
   /** What goes wrong. */
   readonly detail?: string;
-  /** At the serial port. */
-  readonly hosts?: ReadonlySet<Socket>;
+  readonly serial?: SerialPort;
 }
 
 /** Answers every command. */
 function serve(socket: Socket, vm: Vm): void {
   socket.on('error', () => {});
   const send = (message: object) => socket.write(`${JSON.stringify(message)}\n`);
-  const migration = new Migration(vm, (status) => {
-    const event = { event: 'MIGRATION', data: { status } };
+  const migration = new Migration(vm, (event) => {
     note('commands', `${JSON.stringify(event)}\n`);
     send(event);
   });
   send({ QMP: { version: {}, capabilities: [] } });
-  createInterface({ input: socket }).on('line', (line) => {
+  const lines = createInterface({ input: socket });
+  // It repeats the socket's.
+  lines.on('error', () => {});
+  lines.on('line', (line) => {
     note('commands', `${line}\n`);
     const { execute, id, arguments: args } = JSON.parse(line);
     const accept = (answer: unknown = {}) => send({ return: answer, id });
@@ -140,15 +149,17 @@ function serve(socket: Socket, vm: Vm): void {
 class Migration {
   capabilities: readonly { capability: string; state: boolean }[] = [];
   readonly #vm: Vm;
-  readonly #tell: (status: string) => void;
+  readonly #tell: (event: object) => void;
 
-  constructor(vm: Vm, tell: (status: string) => void) {
+  constructor(vm: Vm, tell: (event: object) => void) {
     this.#vm = vm;
     this.#tell = tell;
   }
 
   #say(status: string): void {
-    if (this.capabilities.some(({ capability, state }) => capability === 'events' && state)) this.#tell(status);
+    if (this.capabilities.some(({ capability, state }) => capability === 'events' && state)) {
+      this.#tell({ event: 'MIGRATION', data: { status } });
+    }
   }
 
   save(uri: string, accept: () => void): void {
@@ -183,15 +194,20 @@ class Migration {
   }
 
   load(uri: string, accept: () => void): void {
-    const { detail, hosts } = this.#vm;
-    note('hosts-at-load', String(hosts?.size));
+    const { detail, serial } = this.#vm;
+    note('hosts-at-load', String(serial?.hosts.size));
     this.#say('setup');
     accept();
     this.#say('active');
     if (detail === 'stalls') note('stalled');
     else if (readFileSync(Number(uri.replace(/^fd:/, ''))).equals(savedState)) {
       // It takes its time, so that whoever does not wait for it is early.
-      setTimeout(() => this.#say('completed'), 20);
+      setTimeout(() => {
+        if (detail !== 'paused') this.#tell({ event: 'RESUME' });
+        if (detail === 'panics') this.#tell({ event: 'GUEST_PANICKED' });
+        this.#say('completed');
+        serial?.run();
+      }, 20);
     } else {
       this.#say('failed');
       process.stderr.write('qemu: Not a migration stream\nqemu: load of migration failed: Invalid argument\n');

@@ -48,22 +48,37 @@ describe('the QMP client', () => {
 
   async function negotiate(): Promise<void> {
     const done = client.negotiate();
-    qemu.write(greeting);
     const { id, execute } = await command();
     expect(execute).toBe('qmp_capabilities');
+    qemu.write(greeting);
     qemu.write(`{"return": {}, "id": ${id}}\r\n`);
     await done;
   }
 
-  test('answers the greeting with the capabilities, and says nothing before it', async () => {
-    const done = client.negotiate();
-    qemu.write(greeting.slice(0, 10));
-    await new Promise((resolve) => setImmediate(resolve));
-    expect(received).toBe('');
-    qemu.write(greeting.slice(10));
-    const { id } = await command();
-    qemu.write(`{"return": {}, "id": ${id}}\r\n`);
+  test('says what it knows to say before the greeting, in order', async () => {
+    const done = Promise.all([client.negotiate(), client.execute('query-status')]);
+    const [one, two] = [await command(), await command()];
+    expect([one.execute, two.execute]).toEqual(['qmp_capabilities', 'query-status']);
+    qemu.write(`${greeting}{"return": {}, "id": ${one.id}}\r\n{"return": {}, "id": ${two.id}}\r\n`);
     await done;
+  });
+
+  test('hears nothing before it is told to, where it was made so, and all of it then', async () => {
+    const socketPath = server.address() as string;
+    const accepted = once(server, 'connection') as Promise<[net.Socket]>;
+    const unheard = new QmpClient(net.connect(socketPath), { unheard: true });
+    const events: string[] = [];
+    unheard.on('event', (name) => events.push(name));
+    const closed = once(unheard, 'close');
+    const [other] = await accepted;
+    other.end('{"event": "RESUME"}\n{"event": "STOP"}\n');
+    await once(other, 'finish');
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    expect(events).toEqual([]);
+    unheard.hear();
+    await closed;
+    expect(events).toEqual(['RESUME', 'STOP']);
+    expect(unheard.closedByPeer).toBe(true);
   });
 
   test('gives each command its own answer, in whatever order they come', async () => {
@@ -129,7 +144,7 @@ describe('the QMP client', () => {
       code: 'unavailable',
       message: `QEMU has closed its control connection (at ${at})`,
     });
-    await expect(greeted).rejects.toMatchObject(gone('the greeting'));
+    await expect(greeted).rejects.toMatchObject(gone('qmp_capabilities'));
     await expect(early).rejects.toMatchObject(gone('early'));
     await expect(client.execute('late')).rejects.toMatchObject(gone('late'));
     expect(client.closedByPeer).toBe(true);

@@ -73,7 +73,7 @@ function conversation(): string[] {
   const lines = readFileSync(workspace.path('qemu.commands'), 'utf8').trim().split('\n');
   const words = lines.map((line) => {
     const { execute, event, data } = JSON.parse(line);
-    return execute ?? `${event} ${data.status}`;
+    return execute ?? (data ? `${event} ${data.status}` : event);
   });
   return words.filter((word) => !['qmp_capabilities', 'query-status', 'ringbuf-read'].includes(word));
 }
@@ -143,7 +143,7 @@ describe('a VM that can be saved', () => {
     expectNothingLeft();
   });
 
-  test('is stopped, and all that QEMU knows of it is in a file that only its owner reads', async () => {
+  test('is stopped by QEMU, and all that QEMU knows of it is in a file that only its owner reads', async () => {
     const vm = await boot();
     const files = workspace.files();
     await vm.save(never);
@@ -153,7 +153,6 @@ describe('a VM that can be saved', () => {
     expect(argumentsOf('migrate')).toEqual({ uri: expect.stringMatching(/^unix:\//) });
     expect(conversation()).toEqual([
       'migrate-set-capabilities',
-      'stop',
       'migrate',
       'MIGRATION setup',
       'MIGRATION active',
@@ -224,19 +223,19 @@ describe('a restored VM', () => {
     expect(args.join(' ')).toContain(' -incoming defer ');
     expect(argumentsOf('migrate-set-capabilities')).toEqual({ capabilities });
     // Which fake QEMU has read there, and compared.
-    expect(argumentsOf('migrate-incoming')).toEqual({ uri: 'fd:4' });
+    expect(argumentsOf('migrate-incoming')).toEqual({ uri: 'fd:5' });
   });
 
-  test('does not run before it is complete', async () => {
+  test('runs when it is complete, without being told to', async () => {
     const vm = await restore();
-    expect(conversation().slice(0, 7)).toEqual([
+    expect(conversation()).toEqual([
       'migrate-set-capabilities',
       'migrate-set-parameters',
       'migrate-incoming',
       'MIGRATION setup',
       'MIGRATION active',
+      'RESUME',
       'MIGRATION completed',
-      'cont',
     ]);
     expect(readFileSync(stateFile()).equals(savedState)).toBe(true);
     await vm.attachDisk('ro0', '/l.erofs');
@@ -248,6 +247,20 @@ describe('a restored VM', () => {
     const agent = await vm.acceptAgent(never);
     agent.resume();
     expect(String((await once(agent, 'data'))[0])).toBe('hello');
+  });
+
+  test('is there also when its agent does not answer', async () => {
+    const vm = await restore('running=deaf');
+    expect(conversation()).toContain('MIGRATION completed');
+    await expect(vm.acceptAgent(AbortSignal.timeout(20))).rejects.toThrow('timeout');
+    await vm.kill();
+    expectNothingLeft();
+  });
+
+  test('that stopped as soon as it ran says so, without being asked', async () => {
+    const vm = await restore('running=panics');
+    expect(await vm.wait()).toMatchObject({ guestStopped: true });
+    expect(readFileSync(workspace.path('qemu.commands'), 'utf8')).not.toContain('query-status');
   });
 
   test('can be there more than once', async () => {
@@ -295,7 +308,14 @@ describe('a restore that fails', () => {
         /^QEMU ended at the restore of its state \(exit code 1\): .*Not a migration stream.*Invalid argument$/,
       ),
     });
-    expect(conversation()).not.toContain('cont');
+    expectNothingLeft();
+  });
+
+  test('because the VM was saved when it did not run says so', async () => {
+    await expect(restore('running=paused')).rejects.toMatchObject({
+      code: 'internal',
+      message: 'QEMU has restored the VM, but does not let it run',
+    });
     expectNothingLeft();
   });
 
@@ -349,7 +369,6 @@ describe('a restore that fails', () => {
     const reason = new Error('enough');
     controller.abort(reason);
     await expect(restored).rejects.toBe(reason);
-    expect(conversation()).not.toContain('cont');
     expectNothingLeft();
   });
 });

@@ -157,6 +157,8 @@ class OpenStdio implements Stdio {
   readonly stderr: Writable | null;
   readonly #logger: ContainerLogger | undefined;
   readonly #holds: FifoHolds | undefined;
+  /** By path: nothing is held again after its end, so each is released once. */
+  readonly #released = new Map<string, Promise<void> | undefined>();
 
   private constructor({ stdin, stdout, stderr, logger, holds }: Opened) {
     this.stdin = stdin;
@@ -202,7 +204,13 @@ class OpenStdio implements Stdio {
 
   async #releaseAll(): Promise<void> {
     const paths = [...this.#outputFifos(), ...(this.stdin === null ? [] : [this.stdin.path])];
-    await Promise.all(paths.map((path) => this.#holds?.releaseFifo(path)));
+    await Promise.all(paths.map((path) => this.#release(path)));
+  }
+
+  /** An earlier kilnd may have had it held, so also where this one has not. */
+  #release(path: string): Promise<void> | undefined {
+    if (!this.#released.has(path)) this.#released.set(path, this.#holds?.releaseFifo(path));
+    return this.#released.get(path);
   }
 
   startStdin({ clientMayReturn = false }: { readonly clientMayReturn?: boolean } = {}): void {
@@ -217,7 +225,7 @@ class OpenStdio implements Stdio {
 
   closeStdin(): void {
     this.stdin?.closeWriter();
-    if (this.stdin !== null) void this.#holds?.releaseFifo(this.stdin.path);
+    if (this.stdin !== null) void this.#release(this.stdin.path);
   }
 
   async finish(): Promise<void> {

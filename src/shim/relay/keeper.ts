@@ -90,8 +90,12 @@ export class Keeper {
     return answer.promise;
   }
 
+  /** What is said in one turn goes in one piece. */
   #say(message: string): void {
-    if (this.#socket.writable) this.#socket.write(`${message}\0`);
+    if (!this.#socket.writable) return;
+    this.#socket.cork();
+    process.nextTick(() => this.#socket.uncork());
+    this.#socket.write(`${message}\0`);
   }
 
   #onBytes(chunk: Uint8Array): void {

@@ -20,8 +20,9 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { Readable, Writable } from 'node:stream';
 import { buffer, text } from 'node:stream/consumers';
+import { setTimeout as delay } from 'node:timers/promises';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { openStdio, type Stdio, type StdioPaths } from '../../../src/shim/stdio.ts';
+import { noStdio, openStdio, type Stdio, type StdioPaths } from '../../../src/shim/stdio.ts';
 
 let folder: string;
 let stack: AsyncDisposableStack;
@@ -454,7 +455,32 @@ describe('the FIFOs that are held while kilnd is away', () => {
     expect(calls.slice(3)).toEqual(['release in']);
     closeSync(client);
     await stdio.finish();
-    expect(calls.slice(4).toSorted()).toEqual(['release err', 'release in', 'release out']);
+    expect(calls.slice(4).toSorted()).toEqual(['release err', 'release out']);
+  });
+
+  test('are released once, however often the end is asked for', async () => {
+    const [stdin, stdout, stderr] = [mkfifo('in'), mkfifo('out'), mkfifo('err')];
+    const stdio = await openHeld({ stdin, stdout, stderr });
+    stdio.startStdin();
+    calls.length = 0;
+    await stdio.finish();
+    await stdio.dispose();
+    stdio.closeStdin();
+    await stdio.dispose();
+    expect(calls.toSorted()).toEqual(['release err', 'release in', 'release out']);
+  });
+
+  test('are released once the relay says so to everybody who ends the streams', async () => {
+    const answer = Promise.withResolvers<void>();
+    const given = { ...noStdio, stdout: mkfifo('out') };
+    const slow = { holdFifo: async () => {}, releaseFifo: () => answer.promise };
+    const stdio = stack.use(await openStdio(given, { ...owner(), holds: slow }));
+    let ended = 0;
+    const ends = [stdio.finish(), stdio.dispose()].map((end) => end.then(() => (ended += 1)));
+    await delay(20);
+    expect(ended).toBe(0);
+    answer.resolve();
+    await Promise.all(ends);
   });
 
   test('are not files, nor a stdin that has ended at once; one path is held once', async () => {

@@ -32,6 +32,12 @@ import type { TaskEvent } from './topics.ts';
 /** Deletes of execs that can be answered once more when their answers got lost with an earlier kilnd. */
 const deletedExecsKept = 32;
 
+/**
+ * How long what containerd has taken may go without being written down, in ms. Most often the next change comes before;
+ * if kilnd is killed before, the event comes twice.
+ */
+const takenUnsavedMs = 500;
+
 export interface TaskSlotOptions {
   readonly namespace: string;
   /** The only container id there can be. */
@@ -41,7 +47,7 @@ export interface TaskSlotOptions {
   readonly prepareExec: (request: ExecTaskRequest) => ExecRequest;
   /** `onSent` is to be called when containerd has the event. */
   readonly publish: (event: TaskEvent, onSent: () => void) => void;
-  /** Called with every change that the next kilnd has to know of. */
+  /** Called with every change that the next kilnd has to know of; a little late when it is an event that was taken. */
   readonly save: (state: TaskState) => void;
   readonly logger: Logger;
 }
@@ -64,13 +70,14 @@ export class TaskSlot {
   /** While the task of an earlier kilnd is taken over. */
   #restoring: Restoring | undefined;
   readonly #announcing: TaskEventsOptions;
+  #saveDue: NodeJS.Timeout | undefined;
   #events: TaskEvents;
   #closed = false;
 
   constructor(options: TaskSlotOptions) {
     this.#options = options;
     const { id, logger, publish } = options;
-    this.#announcing = { id, logger, publish, onChange: () => this.save() };
+    this.#announcing = { id, logger, publish, onChange: () => this.#saveSoon() };
     this.#events = new TaskEvents(this.#announcing);
   }
 
@@ -134,6 +141,7 @@ export class TaskSlot {
    */
   async forceDelete(): Promise<Uint8Array> {
     this.#closed = true;
+    clearTimeout(this.#saveDue);
     await this.#restoring?.done;
     if (this.#creating !== undefined) {
       this.#creating.abort.abort(new KilnError('canceled', `container ${this.#options.id} was deleted during Create`));
@@ -264,8 +272,16 @@ export class TaskSlot {
     return task;
   }
 
+  /** With the next change, or a little later. Never after `forceDelete`: the place in the state folder may be another's. */
+  #saveSoon(): void {
+    if (this.#closed) return;
+    this.#saveDue ??= setTimeout(() => this.save(), takenUnsavedMs).unref();
+  }
+
   /** Writes down what the next kilnd has to know. */
   save(): void {
+    clearTimeout(this.#saveDue);
+    this.#saveDue = undefined;
     const task = this.#task;
     const execs = [...(task?.execs.values() ?? [])];
     this.#options.save({

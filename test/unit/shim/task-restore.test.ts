@@ -1,5 +1,6 @@
 /** A task service that goes on where an earlier kilnd was killed, and requests that come a second time. */
-import { afterEach, describe, expect, it } from 'vitest';
+import { setTimeout as delay } from 'node:timers/promises';
+import { afterEach, describe, expect, it, vi } from 'vitest';
 import { DeleteResponse } from '../../../gen/containerd/task.ts';
 import { Status } from '../../../gen/containerd/task_types.ts';
 import { KilnError } from '../../../src/errors.ts';
@@ -134,7 +135,9 @@ describe('a task that is taken over', () => {
     const made = bench();
     await made.slot.restore(latest(first), before, undefined);
     expect(made.types).toEqual(['TaskDelete']);
-    expect(latest(made)).toMatchObject({ due: [], announced: expect.arrayContaining(['delete']) });
+    await vi.waitFor(() =>
+      expect(latest(made)).toMatchObject({ due: [], announced: expect.arrayContaining(['delete']) }),
+    );
   });
 
   it('does not tell again of an exit that containerd has heard of', async () => {
@@ -144,12 +147,46 @@ describe('a task that is taken over', () => {
     await first.client.wait();
     await first.client.state();
     expect(first.types.at(-1)).toBe('TaskExit');
+    await vi.waitFor(() => expect(latest(first).announced).toContain('exit '));
     const made = bench();
     made.container.state = { kind: 'running' };
     made.container.end(5);
     await made.slot.restore(latest(first), before, Promise.resolve({ container: made.container, execs: new Map() }));
     expect((await made.client.delete()).exitStatus).toBe(5);
     expect(made.types).toEqual(['TaskDelete']);
+  });
+
+  it('knows what containerd has taken after a little while, and one write is enough', async () => {
+    const made = bench();
+    await made.running();
+    const written = made.saved.length;
+    made.container.end(5);
+    await made.client.wait();
+    expect([made.types.at(-1), made.saved.length]).toEqual(['TaskExit', written]);
+    await vi.waitFor(() => expect(made.saved.length).toBe(written + 1));
+    expect(latest(made)).toMatchObject({ due: [], announced: ['create', 'start ', 'exit '] });
+    await delay(700);
+    expect(made.saved.length).toBe(written + 1);
+  });
+
+  it('knows what containerd has taken with the next change, if that comes before, and after the end nothing', async () => {
+    const made = bench();
+    await made.running();
+    made.container.end(5);
+    await made.client.delete();
+    expect(latest(made)).toMatchObject({ announced: ['create', 'start ', 'exit ', 'delete'] });
+    const written = made.saved.length;
+    await delay(700);
+    expect(made.saved.length).toBe(written);
+
+    const gone = bench();
+    await gone.running();
+    gone.container.end(5);
+    await gone.client.wait();
+    const writtenOfGone = gone.saved.length;
+    await gone.slot.forceDelete();
+    await delay(700);
+    expect(gone.saved.length).toBe(writtenOfGone);
   });
 
   it('has the processes that were registered and not started, which can be', async () => {

@@ -2,15 +2,28 @@ import { accessSync, constants, statSync } from 'node:fs';
 import path from 'node:path';
 import { KilnError } from '../errors.ts';
 
+/** So long a program is taken to be the first of its name on PATH, in ms; that it is still there is looked at each time. */
+const rememberedMs = 10_000;
+
+/** Where programs were found, by PATH and name: each start asks for the same, and most folders of PATH have none. */
+const remembered = new Map<string, { readonly file: string; readonly until: number }>();
+
 /**
- * Where execvp(3) would find a program: a name is looked for on PATH, anything with a slash is a path.
+ * Where execvp(3) would find a program: a name is looked for on PATH, anything with a slash is a path. One that comes to an
+ * earlier folder of PATH than the one that was found may be found 10 s later.
  *
  * @returns its absolute path, or undefined where there is no such file, or nobody may execute it
  */
 export function findProgram(program: string, searchPath = process.env.PATH ?? ''): string | undefined {
   if (program.includes('/')) return isExecutable(program) ? path.resolve(program) : undefined;
+  const key = `${program}:${searchPath}`;
+  const known = remembered.get(key);
+  if (known !== undefined && performance.now() < known.until && isExecutable(known.file)) return known.file;
   const folders = searchPath.split(':').filter((folder) => path.isAbsolute(folder));
-  return folders.map((folder) => path.join(folder, program)).find(isExecutable);
+  const file = folders.map((folder) => path.join(folder, program)).find(isExecutable);
+  if (file === undefined) remembered.delete(key);
+  else remembered.set(key, { file, until: performance.now() + rememberedMs });
+  return file;
 }
 
 /**

@@ -10,7 +10,7 @@ import {
 } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { fileIdentity, findProgram, programIdentity } from '../../../src/host/program.ts';
 
 let folder: string;
@@ -34,6 +34,35 @@ describe('a program', () => {
     const [first, second] = [program('one'), program('two')];
     expect(findProgram('tool', pathOf('none', 'one', 'two'))).toBe(first);
     expect(findProgram('tool', pathOf('two', 'one'))).toBe(second);
+  });
+
+  test('is found where it has moved to, and not where it was', () => {
+    const file = program('two');
+    const searchPath = pathOf('one', 'two', 'three');
+    expect(findProgram('tool', searchPath)).toBe(file);
+    const moved = program('three');
+    rmSync(file);
+    expect(findProgram('tool', searchPath)).toBe(moved);
+    chmodSync(moved, 0o644);
+    expect(findProgram('tool', searchPath)).toBeUndefined();
+    chmodSync(moved, 0o755);
+    expect(findProgram('tool', searchPath)).toBe(moved);
+  });
+
+  test('is found in an earlier directory of PATH, to which it came later, 10 s later at most', () => {
+    const now = vi.spyOn(performance, 'now').mockReturnValue(1000);
+    try {
+      const later = program('two');
+      const searchPath = pathOf('one', 'two');
+      expect(findProgram('tool', searchPath)).toBe(later);
+      const earlier = program('one');
+      now.mockReturnValue(10_900);
+      expect(findProgram('tool', searchPath)).toBe(later);
+      now.mockReturnValue(11_000);
+      expect(findProgram('tool', searchPath)).toBe(earlier);
+    } finally {
+      now.mockRestore();
+    }
   });
 
   test('is found on the PATH of this process unless another is given', () => {

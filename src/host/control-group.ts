@@ -207,11 +207,12 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
         // Groups above one that systemd has made are systemd's to write to.
         if (existsSync(whole)) return;
         let parent = directory;
+        const cpus = new Map<string, string>();
         for (const name of group.split('/').filter(Boolean)) {
           if (delegates) delegateControllers(parent);
           const child = path.join(parent, name);
-          mkdirSync(child, { recursive: true });
-          if (inherits) inheritCpus(parent, child);
+          const isNew = mkdirSync(child, { recursive: true }) !== undefined;
+          if (inherits) inheritCpus({ parent, group: child, isNew }, cpus);
           parent = child;
         }
       });
@@ -293,11 +294,24 @@ function delegateControllers(group: string): void {
   }
 }
 
-/** A new group of v1's cpuset has no CPU and no memory, and can have no process until it has: cpuset(7). */
-function inheritCpus(parent: string, group: string): void {
+interface Heir {
+  readonly parent: string;
+  readonly group: string;
+  /** It was made just now. */
+  readonly isNew: boolean;
+}
+
+/**
+ * A new group of v1's cpuset has no CPU and no memory, and can have no process until it has: cpuset(7).
+ *
+ * @param known the parent's, by file, as far as it was read; then the group's
+ */
+function inheritCpus({ parent, group, isNew }: Heir, known: Map<string, string>): void {
   for (const file of ['cpuset.cpus', 'cpuset.mems']) {
-    if (wordsOf(group, file).length > 0) continue;
-    writeFileSync(path.join(group, file), readFileSync(path.join(parent, file), 'utf8').trim());
+    const own = isNew ? '' : wordsOf(group, file).join(' ');
+    const value = own || (known.get(file) ?? readFileSync(path.join(parent, file), 'utf8').trim());
+    if (own === '') writeFileSync(path.join(group, file), value);
+    known.set(file, value);
   }
 }
 

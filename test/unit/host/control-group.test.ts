@@ -125,6 +125,23 @@ describe('the control group of a sandbox', () => {
     expect(lines).toEqual([]);
   });
 
+  test('has the CPUs of the group right above it, and one above that has none gets its own from its parent', async () => {
+    const host = hostWith('cgroup cpuset');
+    for (const [name, cpus] of [
+      ['', '0-3\n'],
+      ['pods', '\n'],
+      ['pods/p1', '2\n'],
+    ] as const) {
+      mkdirSync(path.join(folder, 'cpuset', name), { recursive: true });
+      writeFileSync(path.join(folder, 'cpuset', name, 'cpuset.cpus'), cpus);
+      writeFileSync(path.join(folder, 'cpuset', name, 'cpuset.mems'), '0\n');
+    }
+    await group(host, '/pods/p1/s1/inner');
+    const cpus = ['pods', 'pods/p1', 'pods/p1/s1', 'pods/p1/s1/inner'].map((at) => read('cpuset', at, 'cpuset.cpus'));
+    expect(cpus).toEqual(['0-3', '2\n', '2', '2']);
+    expect(read('cpuset/pods/p1/s1/inner/cpuset.mems')).toBe('0');
+  });
+
   test('is counted by all controllers that the host has, where it has cgroup v2 alone', async () => {
     const host = hostWith('cgroup2');
     writeFileSync(path.join(folder, 'unified/cgroup.controllers'), 'cpu memory\n');

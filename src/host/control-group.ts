@@ -6,8 +6,9 @@
  * A group is a directory of the same path in each hierarchy: one hierarchy where the host has cgroup v2 alone, one for each
  * controller with v1, and both kinds on a hybrid host.
  */
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { closeSync, existsSync, mkdirSync, openSync, readFileSync, write, writeFileSync } from 'node:fs';
 import path from 'node:path';
+import { promisify } from 'node:util';
 import { z } from 'zod';
 import { forLog, KilnError } from '../errors.ts';
 import type { Logger } from '../observe/logger.ts';
@@ -24,6 +25,8 @@ import {
 import { isEnding } from './process-identity.ts';
 import { replaceFile } from './replace-file.ts';
 import { requireSystemd, type ScopeName, type SystemdHost, scopeOf, startScope, systemdHost } from './systemd-scope.ts';
+
+const writeAside = promisify(write);
 
 /** A process could not be put into a control group. */
 export class ControlGroupError extends KilnError {}
@@ -169,7 +172,11 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
       this.#entered ??= this.#enterScope(scope, pid);
       await this.#entered;
     }
-    for (const { directory } of this.#hierarchies) put(pid, path.join(directory, group));
+    const [first, ...others] = this.#hierarchies.map(({ directory }) => path.join(directory, group));
+    if (first === undefined) return;
+    // A move waits some 10 ms for all CPUs (Linux kernel/cgroup/cgroup.c, cgroup_attach_lock), unless another was just before.
+    await putAside(pid, first);
+    for (const directory of others) put(pid, directory);
   }
 
   limit(limits: GroupLimits): void {
@@ -315,13 +322,31 @@ function inheritCpus({ parent, group, isNew }: Heir, known: Map<string, string>)
   }
 }
 
-function put(pid: number, group: string): void {
-  attempt(`put process ${pid} into the control group ${group}`, () => {
+/** As `put`, while kilnd does other things. */
+async function putAside(pid: number, group: string): Promise<void> {
+  try {
+    const file = openSync(path.join(group, 'cgroup.procs'), 'w');
     try {
-      writeFileSync(path.join(group, 'cgroup.procs'), String(pid));
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error;
+      await writeAside(file, String(pid));
+    } finally {
+      closeSync(file);
     }
+  } catch (error) {
+    refuseUnlessEnded(pid, group, error);
+  }
+}
+
+function put(pid: number, group: string): void {
+  try {
+    writeFileSync(path.join(group, 'cgroup.procs'), String(pid));
+  } catch (error) {
+    refuseUnlessEnded(pid, group, error);
+  }
+}
+
+function refuseUnlessEnded(pid: number, group: string, error: unknown): void {
+  attempt(`put process ${pid} into the control group ${group}`, () => {
+    if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error;
   });
 }
 

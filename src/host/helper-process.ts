@@ -103,13 +103,15 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
   // There as long as nobody has waited for it, and that is only us.
   const handle = ProcessHandle.open(pid);
   if (handle === undefined) throw new KilnError('internal', `${options.title} (pid ${pid}) was taken from Kiln`);
-  const exited = handle.ended.then(() => exitOf(pid));
+  const grouped = options.controlGroup?.add(pid);
+  // Until we have waited for it, its pid is nobody else's.
+  const exited = Promise.allSettled([handle.ended, grouped]).then(() => exitOf(pid));
   const kill = async () => {
     handle.kill(SIGKILL);
     await exited;
   };
   try {
-    await options.controlGroup?.add(pid);
+    await grouped;
   } catch (error) {
     unknown.move();
     await kill();

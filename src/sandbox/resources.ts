@@ -212,8 +212,8 @@ export async function findStandIn(
 ): Promise<StandIn> {
   const { id, directory, networkNamespace, standInPid } = request;
   if (standInPid === undefined) return startStandIn({ program, id, directory, networkNamespace, controlGroup });
-  await controlGroup?.add(standInPid);
   const identity = identityOf(standInPid);
+  await controlGroup?.add(standInPid);
   const found = identity && adoptCallersStandIn(identity, directory);
   if (found !== undefined) return found;
   throw new KilnError('not-found', `the process ${standInPid}, which is to stand for container ${id}, has ended`);

@@ -294,6 +294,8 @@ export class SandboxNetwork implements Disposable {
     if (this.#disposed) return;
     this.#disposed = true;
     using namespace = this.#namespace;
+    // Without a tap that was brought there, nothing was connected.
+    if (this.#moved.size === 0) return;
     namespace.run(() => {
       using socket = new RtnetlinkSocket();
       for (const index of this.#connected) ignoringAbsence(() => endRedirect(socket, index));

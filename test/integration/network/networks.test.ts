@@ -330,6 +330,15 @@ describe('a sandbox whose namespace has an interface', () => {
     closeSync(again);
   });
 
+  test('stays connected when a VM ends that was refused', () => {
+    using first = attach();
+    first.connect();
+    const refused = attach('d');
+    expect(() => refused.connect()).toThrow();
+    refused[Symbol.dispose]();
+    expect(ip(sandbox, '-o', 'link')).toContain('kiln-tap0');
+  });
+
   test('works again after a VM that ended without a kilnd to clean up', () => {
     attach().connect();
     for (const tap of taps.splice(0)) closeSync(tap);

@@ -87,16 +87,16 @@ export function posixSpawn({ path, args, env, workingDirectory, fds }: Spawn): n
   return pid[0] ?? 0;
 }
 
-/** By way of numbers that nobody uses: a descriptor may lie where another is to go. */
+/** By way of numbers that nobody uses where a descriptor lies where another may be to go. */
 function placeDescriptors(actions: Memory, fds: readonly (number | null)[]): void {
-  const free = Math.max(fds.length, ...fds.map((fd) => (fd ?? 0) + 1));
-  for (const [index, fd] of fds.entries()) if (fd !== null) ok(cAddDup2(actions, fd, free + index));
+  const given = fds.filter((fd) => fd !== null);
+  const inTheWay = given.some((fd) => fd < fds.length);
+  const free = Math.max(fds.length, ...given.map((fd) => fd + 1));
+  if (inTheWay) for (const [index, fd] of fds.entries()) if (fd !== null) ok(cAddDup2(actions, fd, free + index));
   for (const [index, fd] of fds.entries()) {
     if (fd === null) ok(cAddOpen(actions, index, '/dev/null', O_RDWR, 0));
-    else {
-      ok(cAddDup2(actions, free + index, index));
-      ok(cAddClose(actions, free + index));
-    }
+    else ok(cAddDup2(actions, inTheWay ? free + index : fd, index));
+    if (fd !== null && inTheWay) ok(cAddClose(actions, free + index));
   }
 }
 

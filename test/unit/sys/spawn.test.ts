@@ -30,6 +30,16 @@ it('gives a program its descriptors, also those that lie where others are to go'
   for (const fd of [zero, full]) closeSync(fd);
 });
 
+it('gives a program its descriptors from elsewhere, one also twice', async () => {
+  const [zero, full] = [openSync('/dev/zero', 'r'), openSync('/dev/full', 'r')];
+  await withSleep({ fds: [null, zero, zero, full] }, (pid) => {
+    const place = (fd: number) => readlinkSync(`/proc/${pid}/fd/${fd}`);
+    expect([0, 1, 2, 3].map(place)).toEqual(['/dev/null', '/dev/zero', '/dev/zero', '/dev/full']);
+    expect(() => place(zero)).toThrow('ENOENT');
+  });
+  for (const fd of [zero, full]) closeSync(fd);
+});
+
 it('gives a program no descriptor beside its own', async () => {
   await withSleep({}, (pid) => expect(() => readlinkSync(`/proc/${pid}/fd/3`)).toThrow('ENOENT'));
 });

@@ -52,6 +52,8 @@ export interface HelperOptions {
   readonly directory: string;
   /** The file in `directory` that the program's output goes to; emptied first, and cut to its end when it is long. */
   readonly logName: string;
+  /** It says a line or two, whatever anybody does: the file is not watched. */
+  readonly quiet?: boolean;
   /** What the program is, for errors: "QEMU (vm.qemu)". */
   readonly title: string;
   readonly hint: string;
@@ -118,8 +120,7 @@ export async function startHelper(options: HelperOptions): Promise<HelperProcess
     throw error;
   }
   const identity = identityOf(pid);
-  const limit = limitLog(logFile);
-  void exited.then(() => limit[Symbol.dispose]());
+  if (!options.quiet) limitUntil(exited, logFile);
   unknown.move();
   return { pid, identity, exited, status, ...wordsIn(logFile), kill, [Symbol.asyncDispose]: kill };
 }
@@ -148,7 +149,7 @@ function exitOf(pid: number): ProcessExit {
 /** Takes over a helper that an earlier kilnd has started; undefined when it has ended. */
 export function adoptHelper(
   identity: ProcessIdentity,
-  { directory, logName }: Pick<HelperOptions, 'directory' | 'logName'>,
+  { directory, logName, quiet = false }: Pick<HelperOptions, 'directory' | 'logName' | 'quiet'>,
 ): HelperProcess | undefined {
   const handle = ProcessHandle.open(identity.pid);
   if (handle === undefined) return undefined;
@@ -158,9 +159,8 @@ export function adoptHelper(
     return undefined;
   }
   const logFile = path.join(directory, logName);
-  const limit = limitLog(logFile);
   const exited = handle.ended.then(() => ({ code: null, signal: null }));
-  void exited.then(() => limit[Symbol.dispose]());
+  if (!quiet) limitUntil(exited, logFile);
   const kill = async () => {
     handle.kill(SIGKILL);
     await exited;
@@ -174,6 +174,11 @@ export function adoptHelper(
     kill,
     [Symbol.asyncDispose]: kill,
   };
+}
+
+function limitUntil(exited: Promise<ProcessExit>, logFile: string): void {
+  const limit = limitLog(logFile);
+  void exited.then(() => limit[Symbol.dispose]());
 }
 
 /**

@@ -4,8 +4,8 @@ import type { ControlGroup } from './control-group.ts';
 import { adoptHelper, type HelperProcess, startHelper } from './helper-process.ts';
 import type { ProcessIdentity } from './process-identity.ts';
 
-/** What the stand-in says, in the sandbox's directory. */
-export const standInLogName = 'standin.log';
+/** What the stand-in says, in the sandbox's directory: at most why it could not start. */
+export const standInLog = { logName: 'standin.log', quiet: true } as const;
 
 /** How long a stand-in of the caller's may take to end once its container's end is known, in ms; it writes output until then. */
 const callersEndLimitMs = 15_000;
@@ -40,7 +40,7 @@ export async function startStandIn(options: StandInOptions): Promise<HelperProce
     // "-": a new one. The directory is where the root is mounted, for the stand-in alone to see.
     args: [options.networkNamespace ?? '-', options.directory, options.id],
     directory: options.directory,
-    logName: standInLogName,
+    ...standInLog,
     title: 'the stand-in',
     hint: 'run `npm run build`',
     statusPipe: true,
@@ -59,7 +59,7 @@ export async function startStandIn(options: StandInOptions): Promise<HelperProce
  * never came is killed.
  */
 export function adoptCallersStandIn(identity: ProcessIdentity, directory: string): StandIn | undefined {
-  const adopted = adoptHelper(identity, { directory, logName: standInLogName });
+  const adopted = adoptHelper(identity, { directory, ...standInLog });
   if (adopted === undefined) return undefined;
   let knowsOfEnd = false;
   const kill = async () => {

@@ -5,7 +5,7 @@ import type { TerminalSize } from '../guest/terms.ts';
 import { type ControlGroup, type GroupPlan, HostControlGroup } from '../host/control-group.ts';
 import { adoptHelper, type HelperProcess } from '../host/helper-process.ts';
 import { identityOf } from '../host/process-identity.ts';
-import { adoptCallersStandIn, type StandIn, standInLogName, startStandIn } from '../host/stand-in.ts';
+import { adoptCallersStandIn, type StandIn, standInLog, startStandIn } from '../host/stand-in.ts';
 import type { NetworkSource } from '../network/networks.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
@@ -335,7 +335,7 @@ export function adoptStandIn({ id, standIn, standInIsCallers }: ContainerRecord,
   const adopted =
     standInIsCallers === true
       ? adoptCallersStandIn(standIn, directory)
-      : adoptHelper(standIn, { directory, logName: standInLogName });
+      : adoptHelper(standIn, { directory, ...standInLog });
   if (adopted !== undefined) return adopted;
   throw new KilnError('not-found', `the process that stands for container ${id} has ended`);
 }

@@ -76,9 +76,13 @@ export const networks: NetworkSource = {
   },
 };
 
+/** Those of kilnd and of the host's first process, which stay where they are. */
+let ofHost: ReadonlySet<string | undefined> | undefined;
+
 /** Whose interfaces are the host's own: all that arrives at them would go to the guest. @throws KilnError invalid-argument */
 function refuseTheHosts(id: string, { identity }: NetworkNamespace): void {
-  if (!['self', '1'].some((process) => identity === identityOf(process))) return;
+  ofHost ??= new Set(['self', '1'].map(identityOf));
+  if (!ofHost.has(identity)) return;
   const message = `container ${id}: its network namespace is the host's own, which a virtual machine cannot share`;
   throw new KilnError('invalid-argument', message, { hint: 'the spec names it by a path' });
 }

@@ -1,6 +1,7 @@
 import { mkdtempSync, readFileSync, readlinkSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { adoptHelper, type HelperOptions, type HelperProcess, startHelper } from '../../../src/host/helper-process.ts';
 import { ProcessHandle } from '../../../src/sys/pidfd.ts';
@@ -48,6 +49,30 @@ describe('a helper', () => {
     expect(readlinkSync(`/proc/${helper.pid}/cwd`)).toBe('/');
     const fds = [0, 1, 2].map((fd) => readlinkSync(`/proc/${helper.pid}/fd/${fd}`));
     expect(fds).toEqual(['/dev/null', path.join(directory, 'log'), path.join(directory, 'log')]);
+  });
+
+  test('that ends while it is put into its control group keeps its pid until it is there', async () => {
+    let stateInGroup = '';
+    const add = async (pid: number) => {
+      const state = () => readFileSync(`/proc/${pid}/stat`, 'utf8').replace(/^.*\) /, '')[0] ?? '';
+      await vi.waitFor(() => expect(state()).toBe('Z'), { interval: 5 });
+      await delay(50);
+      stateInGroup = state();
+    };
+    const helper = await shell('exit 3', { controlGroup: { add } });
+    expect(stateInGroup).toBe('Z');
+    expect(await helper.exited).toEqual({ code: 3, signal: null });
+  });
+
+  test('is killed when it cannot be put into its control group', async () => {
+    let pid = 0;
+    const add = async (of: number) => {
+      pid = of;
+      await delay(10);
+      throw new Error('no room');
+    };
+    await expect(shell('exec sleep 1000', { controlGroup: { add } })).rejects.toThrow('no room');
+    expect(() => readFileSync(`/proc/${pid}/stat`)).toThrow();
   });
 
   test('gets nothing of kilnd’s environment but PATH, and the directory it works for', async () => {

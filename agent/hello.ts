@@ -32,6 +32,7 @@ const features: string[] = [
   'localhost',
   'files',
   'ps',
+  'outputs',
 ];
 
 /** What the first Hello called the sandbox's session. */

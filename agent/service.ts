@@ -29,8 +29,9 @@ import type { Pod } from './pod.ts';
 import { processDetails } from './process-details.ts';
 import { readStats } from './stats.ts';
 
-/** Protobuf's key of field 1, length-delimited, and where the bits of a longer length begin. */
+/** Protobuf's keys of `data` (field 1, length-delimited) and `stderr` (field 2, a varint), and where the bits of a longer length begin. */
 const DATA_KEY = (1 << 3) | 2;
+const STDERR_KEY = 2 << 3;
 const VARINT_BITS = 7;
 
 /**
@@ -39,12 +40,14 @@ const VARINT_BITS = 7;
  *
  * @param data behind `frameRoom` bytes that are overwritten
  */
-export function frameOutput(data: Buffer): FramedMessage {
+export function frameOutput(data: Buffer, stderr = false): FramedMessage {
   let lengthBytes = 1;
   for (let rest = data.length >>> VARINT_BITS; rest > 0; rest >>>= VARINT_BITS) lengthBytes += 1;
-  const head = framePrefix + 1 + lengthBytes;
+  const head = framePrefix + (stderr ? 2 : 0) + 1 + lengthBytes;
   const frame = Buffer.from(data.buffer, data.byteOffset - head, head + data.length);
-  let at = frame.writeUInt8(DATA_KEY, framePrefix);
+  let at = framePrefix;
+  if (stderr) at = frame.writeUInt8(1, frame.writeUInt8(STDERR_KEY, at));
+  at = frame.writeUInt8(DATA_KEY, at);
   let rest = data.length;
   for (; rest > 0x7f; rest >>>= VARINT_BITS) at = frame.writeUInt8((rest & 0x7f) | 0x80, at);
   frame.writeUInt8(rest, at);
@@ -182,7 +185,11 @@ export function createService({
       await containers.start(request.id);
       return {};
     }),
-    execProcess: unary(async (request) => ({ pid: await containers.exec(request) })),
+    execProcess: streaming(async (call) => {
+      const { request } = call;
+      call.write({ pid: await containers.exec(request), process: undefined });
+      await tellExit(call, request, (process) => call.write({ pid: 0, process }));
+    }),
     signalProcess: unary(({ id, execId, signal, all }) => {
       containers.signal({ id, execId }, signal, all);
       return {};
@@ -295,24 +302,52 @@ function pathOf(request: object): string {
 
 type OutputCall = ServerDuplexStream<ReadOutputRequest, ReadOutputResponse | FramedMessage>;
 
+interface OutputRelay {
+  readonly output: Output;
+  readonly sink: OutputSink;
+}
+
 /** The first request says what to read from where, the others what is delivered. */
 function relayOutput(containers: Containers, call: OutputCall, fail: (error: unknown) => void): void {
-  let output: Output | undefined;
-  const sink: OutputSink = { write: (data) => call.write(frameOutput(data)), end: () => call.end() };
+  let relays: readonly OutputRelay[] | undefined;
   call.on('data', (request: ReadOutputRequest) => {
     try {
-      const delivered = Number(request.delivered);
-      if (output !== undefined) output.acknowledge(delivered);
-      else {
-        output = outputOf(containers, request);
-        output.relayTo(sink, delivered);
+      const begins = relays === undefined;
+      relays ??= relaysOf(containers, call, request);
+      for (const { output, sink } of relays) {
+        const offset = Number(output === relays[0]?.output ? request.delivered : (request.stderrDelivered ?? 0n));
+        if (begins) output.relayTo(sink, offset);
+        else output.acknowledge(offset);
       }
     } catch (error) {
       fail(error);
     }
   });
-  call.on('close', () => output?.detach(sink));
+  call.on('close', () => {
+    for (const { output, sink } of relays ?? []) output.detach(sink);
+  });
   call.on('error', () => {});
+}
+
+function relaysOf(containers: Containers, call: OutputCall, request: ReadOutputRequest): readonly OutputRelay[] {
+  const output = outputOf(containers, request);
+  if (request.stderrDelivered === undefined) {
+    return [{ output, sink: { write: (data) => call.write(frameOutput(data)), end: () => call.end() } }];
+  }
+  let open = 2;
+  const sinkOf = (stderr: boolean): OutputSink => ({
+    write: (data) => call.write(frameOutput(data, stderr)),
+    end: () => {
+      call.write({ data: Buffer.alloc(0), stderr, ended: true });
+      open -= 1;
+      if (open === 0) call.end();
+    },
+  });
+  const stderr = outputOf(containers, { ...request, stream: OutputStream.OUTPUT_STREAM_STDERR });
+  return [
+    { output, sink: sinkOf(false) },
+    { output: stderr, sink: sinkOf(true) },
+  ];
 }
 
 function outputOf(containers: Containers, { id, execId, stream }: ReadOutputRequest): Output {

@@ -1,11 +1,6 @@
-/** The creation of a container in the guest, and what the same call tells of its init afterwards. */
+/** The creation of a container or a process in the guest, and what the same call tells of it afterwards. */
 import type { ClientReadableStream } from '@grpc/grpc-js';
-import {
-  type AgentClient,
-  AgentService,
-  type CreateContainerRequest,
-  type CreateContainerResponse,
-} from '../../gen/kiln/agent/v1/agent.ts';
+import type { CreateContainerResponse, ExecProcessResponse } from '../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../errors.ts';
 import { abortable } from '../host/abortable.ts';
 import { TimeLimit } from '../host/time-limit.ts';
@@ -13,13 +8,15 @@ import { type CallOptions, silent, toKilnError } from './call.ts';
 import { pidOf } from './terms.ts';
 import { type GuestExit, readExit } from './wait.ts';
 
-/** A container that has been made. */
+type CreationCall = ClientReadableStream<CreateContainerResponse | ExecProcessResponse>;
+
+/** A container or a process that has been made. */
 export class Creation {
-  readonly #call: ClientReadableStream<CreateContainerResponse>;
+  readonly #call: CreationCall;
   #pid = 0;
   #broken: unknown;
 
-  private constructor(call: ClientReadableStream<CreateContainerResponse>) {
+  private constructor(call: CreationCall) {
     this.#call = call;
     // From the beginning: it may come at once after the first message.
     call.on('error', (error) => {
@@ -27,19 +24,22 @@ export class Creation {
     });
   }
 
-  /** Of its init, in the guest. */
+  /** Of the process, a container's init, in the guest. */
   get pid(): number {
     return this.#pid;
   }
 
-  /** @param limitMs for the container to be made */
+  /**
+   * @param path of the call's method
+   * @param limitMs for the first answer
+   */
   static async of(
-    client: AgentClient,
-    request: CreateContainerRequest,
+    begin: () => CreationCall,
+    { path }: { readonly path: string },
     { limitMs, signal }: CallOptions & { readonly limitMs: number },
   ): Promise<Creation> {
     signal?.throwIfAborted();
-    const call = client.createContainer(request);
+    const call = begin();
     const creation = new Creation(call);
     using limit = new TimeLimit(limitMs, signal);
     try {
@@ -47,7 +47,7 @@ export class Creation {
       return creation;
     } catch (error) {
       call.cancel();
-      throw limit.expired ? silent(AgentService.createContainer.path, limitMs, error) : error;
+      throw limit.expired ? silent(path, limitMs, error) : error;
     }
   }
 
@@ -64,12 +64,12 @@ export class Creation {
 }
 
 /** The first message; the call stands still after it. */
-function firstOf(call: ClientReadableStream<CreateContainerResponse>): Promise<CreateContainerResponse> {
+function firstOf(call: CreationCall): Promise<{ readonly pid: number }> {
   return new Promise((resolve, reject) => {
     // One that comes later (the cancellation is one) changes nothing.
     call.on('error', (error) => reject(toKilnError(error)));
     call.on('end', () => reject(new KilnError('internal', 'the agent in the guest does not tell what it has created')));
-    call.once('data', (message: CreateContainerResponse) => {
+    call.once('data', (message: { readonly pid: number }) => {
       call.pause();
       resolve(message);
     });

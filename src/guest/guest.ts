@@ -1,5 +1,5 @@
 import type net from 'node:net';
-import type { Readable, Writable } from 'node:stream';
+import type { Readable } from 'node:stream';
 import {
   type AdjustClockRequest,
   type AdjustClockResponse,
@@ -21,7 +21,7 @@ import { encodeLoopback, relayQueries } from './nameservers.ts';
 import { toNetwork } from './network.ts';
 import { type ProcessDetails, toProcessDetails } from './process-details.ts';
 import { type ContainerStats, toContainerStats } from './stats.ts';
-import { type OutputRequest, pipeOutput, pipeStdin } from './streams.ts';
+import { type OutputTarget, type PipedOutput, pipeOutputs, pipeStdin } from './streams.ts';
 import {
   type GuestContainer,
   type GuestPod,
@@ -53,7 +53,7 @@ export class Guest implements Disposable {
   readonly facts: GuestFacts;
   readonly #connection: SocketClient<AgentClient>;
   readonly #answerLimitMs: number;
-  /** By their ids, of containers whose end nobody waits for yet. */
+  /** Of containers and processes whose end nobody waits for yet. */
   readonly #creations = new Map<string, Creation>();
 
   private constructor(connection: SocketClient<AgentClient>, facts: GuestFacts, answerLimitMs: number) {
@@ -99,14 +99,15 @@ export class Guest implements Disposable {
     const mounts = container.mounts.map(toMount);
     const common = { id, spec, mounts, stdio: toStdio(stdio), volumes, network, disks: [...disks] };
     const { files } = container;
-    const create = (awaitFiles: boolean, limitMs: number) =>
-      Creation.of(this.#client, { ...common, awaitFiles }, { signal, limitMs });
+    const create = (awaitFiles: boolean, limitMs: number) => {
+      const begin = () => this.#client.createContainer({ ...common, awaitFiles });
+      return Creation.of(begin, AgentService.createContainer, { signal, limitMs });
+    };
     const limitMs = Math.max(this.#answerLimitMs, filesLimitMs);
     const creation = await (files === undefined
       ? create(false, this.#answerLimitMs)
       : provideFiles(this.#client, id, files, () => create(true, limitMs)));
-    this.#creations.set(id, creation);
-    return creation.pid;
+    return this.#made({ id, execId: '' }, creation);
   }
 
   /**
@@ -151,22 +152,28 @@ export class Guest implements Disposable {
    */
   async exec(ref: ProcessRef, process: string, stdio: GuestStdio): Promise<number> {
     const request = { ...ref, process: Buffer.from(process), stdio: toStdio(stdio) };
-    return pidOf(await this.#call(AgentService.execProcess, request));
+    const begin = () => this.#client.execProcess(request);
+    return this.#made(ref, await Creation.of(begin, AgentService.execProcess, { limitMs: this.#answerLimitMs }));
   }
 
   async signal({ id, execId }: ProcessRef, signal: number, all: boolean): Promise<void> {
     await this.#call(AgentService.signalProcess, { id, execId, signal, all });
   }
 
-  /** See `waitExit` of wait.ts. The call that has created a container tells of its init. */
+  /** See `waitExit` of wait.ts. The call that has made a process tells of it. */
   async waitExit(ref: ProcessRef, onOomKills?: (kills: number) => void): Promise<GuestExit> {
-    const creation = ref.execId === '' ? this.#takeCreation(ref.id) : undefined;
-    return (await creation?.exit(onOomKills)) ?? waitExit(this.#client, ref, onOomKills);
+    return (await this.#takeCreation(ref)?.exit(onOomKills)) ?? waitExit(this.#client, ref, onOomKills);
   }
 
-  #takeCreation(id: string): Creation | undefined {
-    const creation = this.#creations.get(id);
-    this.#creations.delete(id);
+  #made(ref: ProcessRef, creation: Creation): number {
+    this.#creations.set(keyOf(ref), creation);
+    return creation.pid;
+  }
+
+  #takeCreation(ref: ProcessRef): Creation | undefined {
+    const key = keyOf(ref);
+    const creation = this.#creations.get(key);
+    this.#creations.delete(key);
     return creation;
   }
 
@@ -197,6 +204,7 @@ export class Guest implements Disposable {
 
   /** Forgets an exec'd process that has ended, and what is left of its output. */
   async removeProcess({ id, execId }: ProcessRef): Promise<void> {
+    this.#takeCreation({ id, execId })?.[Symbol.dispose]();
     await this.#call(AgentService.removeProcess, { id, execId });
   }
 
@@ -272,7 +280,7 @@ export class Guest implements Disposable {
 
   /** Removes a container and unmounts its filesystems, so that what it wrote is on the disk when this resolves. */
   async removeContainer(id: string, options: { readonly force: boolean; readonly guestEnds: boolean }): Promise<void> {
-    this.#takeCreation(id)?.[Symbol.dispose]();
+    this.#takeCreation({ id, execId: '' })?.[Symbol.dispose]();
     const limitMs = Math.max(this.#answerLimitMs, removalLimitMs);
     await this.#call(AgentService.removeContainer, { id, ...options }, { limitMs });
   }
@@ -302,9 +310,10 @@ export class Guest implements Disposable {
     return relayQueries(this.#client, answer, signal);
   }
 
-  /** See `pipeOutput` of streams.ts. */
-  pipeOutput(request: OutputRequest, sink: Writable, onDelivered: (offset: number) => void): Promise<void> {
-    return pipeOutput(this.#client, request, sink, onDelivered);
+  /** See `pipeOutputs` of streams.ts; with an agent of before it takes a call for each. */
+  pipeOutputs<Target extends OutputTarget>(ref: ProcessRef, targets: readonly Target[]): PipedOutput<Target>[] {
+    if (this.facts.joinsOutputs) return pipeOutputs(this.#client, ref, targets);
+    return targets.flatMap((target) => pipeOutputs(this.#client, ref, [target]));
   }
 
   /** See `pipeStdin` of streams.ts. */
@@ -329,4 +338,8 @@ export class Guest implements Disposable {
   [Symbol.dispose](): void {
     this.#connection.close();
   }
+}
+
+function keyOf({ id, execId }: ProcessRef): string {
+  return JSON.stringify([id, execId]);
 }

@@ -20,6 +20,8 @@ export interface GuestFacts {
   readonly vcpus: number;
   /** When the agent's process started, on the host's clock (epoch ms): kernel and init were done then. */
   readonly agentStartedAtMs: number;
+  /** Whether it gives both outputs of a process in one call (feature "outputs"). */
+  readonly joinsOutputs: boolean;
 }
 
 export interface HelloOptions {
@@ -93,6 +95,7 @@ function factsOf(answer: HelloResponse, answeredAt: number): GuestFacts {
     vcpus: answer.vcpus,
     // No time in the future, nor before there were clocks.
     agentStartedAtMs: answeredAt - Math.min(Math.max(ageMs, 0), answeredAt),
+    joinsOutputs: answer.features.includes('outputs'),
   };
 }
 

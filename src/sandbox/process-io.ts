@@ -48,7 +48,11 @@ export class ProcessIo {
   readonly #stdio: ContainerStdio;
   readonly #positions: Positions;
   readonly #report: (error: unknown, message: string) => void;
-  readonly #outputs: { readonly name: OutputName; readonly progress: Progress; readonly ended: Promise<void> }[] = [];
+  readonly #outputs: readonly {
+    readonly name: OutputName;
+    readonly progress: Progress;
+    readonly ended: Promise<void>;
+  }[];
   /** Resolves when all outputs have ended and their readers see the end. */
   readonly drained: Promise<void>;
 
@@ -79,20 +83,21 @@ export class ProcessIo {
         told = true;
       }
     };
-    const relay = (name: OutputName, sink: Writable | null) => {
-      if (sink === null) return;
+    const target = (name: OutputName, sink: Writable | null) => {
+      if (sink === null) return [];
       const progress = new Progress(from[name]);
-      const request = { ...process, stream: name, from: from[name] };
       const onDelivered = (offset: number) => {
         writeDown(name, offset);
         progress.advance(offset);
       };
-      const ended = guest.pipeOutput(request, sink, onDelivered).catch(broke);
-      this.#outputs.push({ name, progress, ended });
+      return [{ stream: name, from: from[name], sink, onDelivered, progress }];
     };
     // A terminal that nobody reads would stop the program.
-    relay('stdout', terminal ? (stdio.stdout ?? nowhere()) : stdio.stdout);
-    relay('stderr', stdio.stderr);
+    const stdout = terminal ? (stdio.stdout ?? nowhere()) : stdio.stdout;
+    const targets = [...target('stdout', stdout), ...target('stderr', stdio.stderr)];
+    this.#outputs = guest.pipeOutputs(process, targets).map(({ stream, progress, ended }) => {
+      return { name: stream, progress, ended: ended.catch(broke) };
+    });
     this.drained = Promise.all(this.#outputs.map(({ ended }) => ended))
       .then(() => stdio.finish())
       .catch((error: unknown) => report(error, 'cannot finish the output'));

@@ -63,7 +63,7 @@ async function execOnce(guest: Guest, id: string): Promise<void> {
 async function liveWithTerminal(guest: Guest, id: string): Promise<void> {
   const init = { id, execId: '' };
   await guest.createContainer(container(id, ['/bin/sh'], terminal));
-  const ended = beside(Promise.all([guest.waitExit(init), read(guest, init, 'stdout')]));
+  const ended = beside(Promise.all([guest.waitExit(init), ...read(guest, init, 'stdout')]));
   await guest.startContainer(id);
   await guest.resize(init, { width: 100, height: 30 });
   await guest.signal(init, SIGKILL, true);
@@ -79,13 +79,15 @@ function beside<T>(step: Promise<T>): Promise<T> {
 
 /** All streams of a process to their ends, and its exit. */
 async function endOf(guest: Guest, ref: ProcessRef, stdin: Readable): Promise<void> {
-  const outputs = [read(guest, ref, 'stdout'), read(guest, ref, 'stderr')];
+  const outputs = read(guest, ref, 'stdout', 'stderr');
   await Promise.all([...outputs, guest.pipeStdin(ref, stdin), guest.waitExit(ref)]);
 }
 
-/** Reads a stream to its end. */
-function read(guest: Guest, ref: ProcessRef, stream: OutputName): Promise<void> {
-  return guest.pipeOutput({ ...ref, stream, from: 0 }, new PassThrough().resume(), () => {});
+/** Reads streams to their ends. */
+function read(guest: Guest, ref: ProcessRef, ...streams: OutputName[]): Promise<void>[] {
+  const onDelivered = () => {};
+  const targets = streams.map((stream) => ({ stream, from: 0, sink: new PassThrough().resume(), onDelivered }));
+  return guest.pipeOutputs(ref, targets).map(({ ended }) => ended);
 }
 
 /** A container whose root filesystem is the guest's own under a layer in memory. */

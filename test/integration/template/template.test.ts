@@ -116,10 +116,11 @@ async function inGuest(guest: Guest, id: string, script: string): Promise<string
   await guest.createContainer(container);
   const output = new PassThrough();
   const said = text(output);
-  const piped = guest.pipeOutput({ id, execId: '', stream: 'stdout', from: 0 }, output, () => {});
+  const target = { stream: 'stdout', from: 0, sink: output, onDelivered: () => {} } as const;
+  const [piped] = guest.pipeOutputs({ id, execId: '' }, [target]);
   await guest.startContainer(id);
   await guest.waitExit({ id, execId: '' });
-  await piped;
+  await piped?.ended;
   output.end();
   await guest.removeContainer(id, { force: true, guestEnds: false });
   return (await said).trim();

@@ -3,7 +3,12 @@ import { constants } from 'node:os';
 import { join } from 'node:path';
 import { status } from '@grpc/grpc-js';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import type { AgentClient, Mount } from '../../../gen/kiln/agent/v1/agent.ts';
+import {
+  type AgentClient,
+  type Mount,
+  OutputStream,
+  type ReadOutputResponse,
+} from '../../../gen/kiln/agent/v1/agent.ts';
 import { kilnVersion } from '../../../src/version.ts';
 import {
   create,
@@ -291,6 +296,47 @@ describe('a container', () => {
       details: 'stdout has 6 bytes so far, so byte 7 cannot be delivered',
     });
     await remove(client, 'h');
+  });
+
+  it('gives both outputs in one call, each until it has ended and is acknowledged', async () => {
+    await create(client, 'both', 'echo 12345; echo 123 >&2');
+    const stdout = OutputStream.OUTPUT_STREAM_STDOUT;
+    const call = client.readOutput();
+    call.write({ id: 'both', execId: '', stream: stdout, delivered: 0n, stderrDelivered: 0n });
+    const messages = call[Symbol.asyncIterator]() as AsyncIterator<ReadOutputResponse>;
+    const next = async () => {
+      const { value } = await messages.next();
+      return { text: value.data.toString(), stderr: value.stderr, ended: value.ended };
+    };
+    const acknowledge = (delivered: bigint, stderrDelivered: bigint) =>
+      call.write({ id: '', execId: '', stream: 0, delivered, stderrDelivered });
+    await start(client, 'both');
+    const written = [await next(), await next()].sort((one, other) => Number(one.stderr) - Number(other.stderr));
+    expect(written).toEqual([
+      { text: '12345\n', stderr: false, ended: false },
+      { text: '123\n', stderr: true, ended: false },
+    ]);
+    await wait(client, 'both');
+    acknowledge(0n, 4n);
+    expect(await next()).toEqual({ text: '', stderr: true, ended: true });
+    acknowledge(6n, 4n);
+    expect(await next()).toEqual({ text: '', stderr: false, ended: true });
+    expect((await messages.next()).done).toBe(true);
+    await remove(client, 'both');
+  });
+
+  it('refuses a call for both outputs when one of them cannot be read from there', async () => {
+    await create(client, 'both', 'exit 0');
+    const call = client.readOutput();
+    const stdout = OutputStream.OUTPUT_STREAM_STDOUT;
+    call.write({ id: 'both', execId: '', stream: stdout, delivered: 0n, stderrDelivered: 1n });
+    const refused = new Promise((resolve) => call.once('error', resolve));
+    call.resume();
+    expect(await refused).toMatchObject({
+      code: status.OUT_OF_RANGE,
+      details: 'stderr has 0 bytes so far, so byte 1 cannot be delivered',
+    });
+    await remove(client, 'both');
   });
 
   it('lets another reader go on where the first has left, and the latest reader takes over', async () => {

@@ -8,7 +8,7 @@ import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { createServer, type Server, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import type { ClientDuplexStream, ClientUnaryCall, ServiceError } from '@grpc/grpc-js';
+import type { ClientDuplexStream, ClientReadableStream, ClientUnaryCall, ServiceError } from '@grpc/grpc-js';
 import type { ProcessName } from '../../../agent/containers.ts';
 import {
   AgentClient,
@@ -131,9 +131,14 @@ export async function create(
   const none = { volumes: undefined, network: undefined, disks: [], awaitFiles: false };
   const request = { id, spec, mounts, stdio: { ...pipes, ...stdio }, ...none };
   const call = client.createContainer(request);
+  return firstPid(call);
+}
+
+/** What the first answer of a call tells of; the call is given up then. */
+async function firstPid(call: ClientReadableStream<{ readonly pid: number }>): Promise<number> {
   call.on('error', () => {});
-  for await (const { pid } of call) return pid;
-  throw new Error('no container was told of');
+  for await (const { pid } of call as AsyncIterable<{ readonly pid: number }>) return pid;
+  throw new Error('the call told of nothing');
 }
 
 /** Runs one more shell script (without quotes and newlines) in a container. */
@@ -145,7 +150,7 @@ export async function exec(
 ): Promise<number> {
   const process = Buffer.from(JSON.stringify({ args: [script.split(' ')[0]], script }));
   const request = { ...name, process, stdio: { ...pipes, ...stdio } };
-  return (await unary<{ pid: number }>((done) => client.execProcess(request, done))).pid;
+  return firstPid(client.execProcess(request));
 }
 
 /** A process: a container's init by the container's id, another by both ids. */

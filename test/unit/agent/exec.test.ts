@@ -53,6 +53,16 @@ describe("an exec'd process", () => {
     expect(agent.leftovers().filter((file) => file.includes('exec-'))).toEqual([]);
   });
 
+  it('is told of by the call that has made it, until it has ended', async () => {
+    const process = Buffer.from(JSON.stringify({ args: ['exit'], script: 'exit 4' }));
+    const stdio = { stdin: false, stdout: false, stderr: false, terminal: false, width: 0, height: 0 };
+    const told = client.execProcess({ ...name('told'), process, stdio })[Symbol.asyncIterator]();
+    expect((await told.next()).value).toMatchObject({ pid: expect.any(Number), process: undefined });
+    expect((await told.next()).value).toMatchObject({ pid: 0, process: { exitStatus: 4 } });
+    expect((await told.next()).done).toBe(true);
+    await removeProcess(client, name('told'));
+  });
+
   it('has a name that no other has until it is removed, and then the name is free', async () => {
     await exec(client, name('b'), 'exec sleep 1000');
     const taken = { code: status.ALREADY_EXISTS, details: 'container "c1" has a process "b" already' };

@@ -4,7 +4,7 @@
  * as flow control lets it.
  */
 import { createServer } from 'node:net';
-import { ScriptedAgent } from './scripted-agent.ts';
+import { outputOf, ScriptedAgent } from './scripted-agent.ts';
 
 const [, , name = '', bytes = '0'] = process.argv;
 const chunk = 64 * 1024;
@@ -16,7 +16,7 @@ const agent = new ScriptedAgent({
       while (sent < Number(bytes)) {
         const data = Buffer.alloc(chunk, sent / chunk);
         sent += chunk;
-        if (!call.write({ data })) {
+        if (!call.write(outputOf(data))) {
           call.once('drain', pump);
           return;
         }

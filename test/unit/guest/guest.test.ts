@@ -7,7 +7,6 @@ import { afterEach, describe, expect, it } from 'vitest';
 import { OutputStream, Protocol, WaitProcessResponse } from '../../../gen/kiln/agent/v1/agent.ts';
 import { KilnError } from '../../../src/errors.ts';
 import { Guest } from '../../../src/guest/guest.ts';
-import type { OutputRequest } from '../../../src/guest/streams.ts';
 import type { GuestContainer } from '../../../src/guest/terms.ts';
 import { kilnVersion } from '../../../src/version.ts';
 import {
@@ -15,6 +14,9 @@ import {
   failure,
   guestProcesses,
   helloResponse,
+  type OutputRequest,
+  outputOf,
+  pipeOutput,
   type Script,
   ScriptedAgent,
   socketPair,
@@ -81,7 +83,13 @@ describe('Hello', () => {
     expect(Number(connectedRealtimeNs / 1_000_000n)).toBeGreaterThanOrEqual(before);
     expect(Number(connectedRealtimeNs / 1_000_000n)).toBeLessThanOrEqual(Date.now());
     const { agentStartedAtMs, ...facts } = guest.facts;
-    expect(facts).toEqual({ kernelRelease: '6.1.0-guest', bootId: 'b007', memoryBytes: 512 << 20, vcpus: 2 });
+    expect(facts).toEqual({
+      kernelRelease: '6.1.0-guest',
+      bootId: 'b007',
+      joinsOutputs: false,
+      memoryBytes: 512 << 20,
+      vcpus: 2,
+    });
     // 2.5 s between the agent's start and its answer, by the guest's clock.
     expect(agentStartedAtMs).toBeGreaterThanOrEqual(before - 2500);
     expect(agentStartedAtMs).toBeLessThanOrEqual(Date.now() - 2500);
@@ -241,7 +249,7 @@ describe('a call', () => {
     resizeTerminal: (guest) => guest.resize(init, { width: 1, height: 1 }),
     removeProcess: (guest) => guest.removeProcess({ id: 'c1', execId: 'e1' }),
     removeContainer: (guest) => guest.removeContainer('c1', { force: true, guestEnds: false }),
-    readOutput: (guest) => guest.pipeOutput(stdout, new PassThrough(), ignore),
+    readOutput: (guest) => pipeOutput(guest, stdout, new PassThrough(), ignore),
     writeStdin: (guest) => guest.pipeStdin(init, new PassThrough()),
   };
 
@@ -278,7 +286,7 @@ describe('output', () => {
           while (progress.sent < total) {
             const data = Buffer.alloc(chunk, progress.sent / chunk);
             progress.sent += chunk;
-            if (!call.write({ data })) {
+            if (!call.write(outputOf(data))) {
               call.once('drain', pump);
               return;
             }
@@ -312,7 +320,7 @@ describe('output', () => {
         setImmediate(done);
       },
     });
-    await guest.pipeOutput(stdout, sink, ignore);
+    await pipeOutput(guest, stdout, sink, ignore);
     expect(received).toBe(total);
     // Measured: 25 to 30 MiB; without collecting what has been relayed, about all of it.
     expect(growth).toBeLessThan(45 << 20);
@@ -329,7 +337,7 @@ describe('output', () => {
         void resume.promise.then(() => done());
       },
     });
-    const relay = guest.pipeOutput(stdout, sink, ignore);
+    const relay = pipeOutput(guest, stdout, sink, ignore);
     await stalled.promise;
     // Other calls go through meanwhile, each a round trip in which the flood could go on.
     for (let round = 0; round < 100; round++) await guest.processes('c1');
@@ -348,8 +356,8 @@ describe('output', () => {
       });
     };
     const { guest } = await connect({ readOutput });
-    await guest.pipeOutput(stdout, new PassThrough(), ignore);
-    await guest.pipeOutput({ ...stdout, stream: 'stderr' }, new PassThrough(), ignore);
+    await pipeOutput(guest, stdout, new PassThrough(), ignore);
+    await pipeOutput(guest, { ...stdout, stream: 'stderr' }, new PassThrough(), ignore);
     expect(asked).toEqual([
       { ...init, stream: OutputStream.OUTPUT_STREAM_STDOUT, delivered: 0n },
       { ...init, stream: OutputStream.OUTPUT_STREAM_STDERR, delivered: 0n },
@@ -361,7 +369,7 @@ describe('output', () => {
     const { guest } = await connect(script);
     const stalled = Promise.withResolvers<void>();
     const sink = new Writable({ write: () => stalled.resolve() });
-    const relay = guest.pipeOutput(stdout, sink, ignore);
+    const relay = pipeOutput(guest, stdout, sink, ignore);
     await stalled.promise;
     sink.destroy();
     await relay;
@@ -374,7 +382,7 @@ describe('output', () => {
     const cancelled = Promise.withResolvers<void>();
     const { guest } = await connect({ readOutput: (call) => void call.on('cancelled', () => cancelled.resolve()) });
     const sink = new PassThrough();
-    const relay = guest.pipeOutput(stdout, sink, ignore);
+    const relay = pipeOutput(guest, stdout, sink, ignore);
     await guest.processes('c1');
     sink.destroy();
     await relay;
@@ -384,7 +392,7 @@ describe('output', () => {
   it('that the agent refuses is its error', async () => {
     const readOutput: Script['readOutput'] = (call) => call.emit('error', failure('FAILED_PRECONDITION', 'read'));
     const { guest } = await connect({ readOutput });
-    const error = await failureOf(guest.pipeOutput(stdout, slowSink(1), ignore));
+    const error = await failureOf(pipeOutput(guest, stdout, slowSink(1), ignore));
     expect(error).toMatchObject({ code: 'failed-precondition', message: 'read' });
   });
 });

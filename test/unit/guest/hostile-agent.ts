@@ -21,7 +21,7 @@ import {
   repeated,
   serveRaw,
 } from './raw-peer.ts';
-import { helloResponse } from './scripted-agent.ts';
+import { helloResponse, outputOf } from './scripted-agent.ts';
 
 type Attack = (socket: Socket, stream: number) => void;
 
@@ -34,7 +34,7 @@ const endless =
   };
 
 const mib = 1 << 20;
-const output = (data: Buffer) => grpcMessage(ReadOutputResponse.encode({ data }).finish());
+const output = (data: Buffer) => grpcMessage(ReadOutputResponse.encode(outputOf(data)).finish());
 
 export const attacks = {
   // Frames that carry nothing.

@@ -14,7 +14,15 @@ import { printable } from '../../../src/host/printable.ts';
 import { toMetrics } from '../../../src/shim/metrics.ts';
 import { type AttackName, attacks } from './hostile-agent.ts';
 import { answerHeaders, literal, serveRaw, trailers } from './raw-peer.ts';
-import { failure, helloResponse, type Script, ScriptedAgent, socketPair, tellExit } from './scripted-agent.ts';
+import {
+  failure,
+  helloResponse,
+  pipeOutput,
+  type Script,
+  ScriptedAgent,
+  socketPair,
+  tellExit,
+} from './scripted-agent.ts';
 
 const mib = 2 ** 20;
 const name = `hostile-${process.pid}`;
@@ -70,8 +78,8 @@ const fast = () => new Writable({ write: (_chunk, _encoding, done) => setImmedia
 
 type Victim = (guest: Guest) => Promise<unknown>;
 const question: Victim = (guest) => guest.stats('c1');
-const readNow: Victim = (guest) => guest.pipeOutput(output, fast(), () => {});
-const readNever: Victim = (guest) => guest.pipeOutput(output, stuck(), () => {});
+const readNow: Victim = (guest) => pipeOutput(guest, output, fast(), () => {});
+const readNever: Victim = (guest) => pipeOutput(guest, output, stuck(), () => {});
 const relayQueries: Victim = (guest) => guest.relayQueries(async () => 'none', new AbortController().signal);
 const watchListeners: Victim = (guest) => guest.watchListeners(() => {});
 const wait: Victim = (guest) => guest.waitExit({ id: 'c1', execId: '' });

@@ -1,15 +1,19 @@
 /** The guest's end of a connection, played by a real gRPC server whose answers a test chooses. */
 import { once } from 'node:events';
 import { connect, createServer, type Socket } from 'node:net';
+import type { Writable } from 'node:stream';
 import { type handleUnaryCall, type ServerUnaryCall, type ServerWritableStream, status } from '@grpc/grpc-js';
 import {
   type AgentServer,
   AgentService,
   type CreateContainerRequest,
   type CreateContainerResponse,
+  type ExecProcessRequest,
+  type ExecProcessResponse,
   HelloResponse,
   Protocol,
   type ReadOutputRequest,
+  ReadOutputResponse,
   ReadStatsResponse,
   SampleRandomnessResponse,
   type WaitProcessRequest,
@@ -18,6 +22,8 @@ import {
 } from '../../../gen/kiln/agent/v1/agent.ts';
 import { Guest } from '../../../src/guest/guest.ts';
 import type { HelloOptions } from '../../../src/guest/hello.ts';
+import type { OutputTarget } from '../../../src/guest/streams.ts';
+import type { ProcessRef } from '../../../src/guest/terms.ts';
 import { type ServedSocket, serveOverSocket } from '../../../src/rpc/grpc/server-transport.ts';
 
 let pairs = 0;
@@ -39,9 +45,14 @@ export const guestProcesses = [
 ];
 
 /** Handlers in the form of the generated service; what is left out is answered as below. */
-export interface Script extends Partial<Pick<AgentServer, Exclude<keyof typeof AgentService, 'createContainer'>>> {
+export interface Script
+  extends Partial<Pick<AgentServer, Exclude<keyof typeof AgentService, 'createContainer' | 'execProcess'>>> {
   /** Tells of the container that was made, and no more. */
   readonly createContainer?: handleUnaryCall<CreateContainerRequest, { readonly pid: number }>;
+  /** The same of a process: the call ends then, as an agent of before ends it. */
+  readonly execProcess?: handleUnaryCall<ExecProcessRequest, { readonly pid: number }>;
+  /** Goes on with the call of a process that is made, instead of ending it. */
+  readonly tellOfExec?: (call: ExecCall) => unknown;
   /**
    * Goes on with the call when the container is made. Without it the exit is told; where there is a script for WaitProcess, the
    * call ends, as an agent of before ends it.
@@ -51,6 +62,9 @@ export interface Script extends Partial<Pick<AgentServer, Exclude<keyof typeof A
 
 /** One call of CreateContainer. */
 export type CreateCall = ServerWritableStream<CreateContainerRequest, CreateContainerResponse>;
+
+/** One call of ExecProcess. */
+export type ExecCall = ServerWritableStream<ExecProcessRequest, ExecProcessResponse>;
 
 /**
  * An agent that says Hello, creates, starts, removes and lists containers, and whose one container runs until a signal
@@ -97,7 +111,13 @@ export class ScriptedAgent {
 
   serve(socket: Socket): void {
     this.#socket = socket;
-    const { createContainer: _create, tellOfCreated: _tell, ...script } = this.#script;
+    const {
+      createContainer: _create,
+      tellOfCreated: _tell,
+      execProcess: _exec,
+      tellOfExec: _of,
+      ...script
+    } = this.#script;
     const handlers = { ...this.#defaults(), ...script };
     const noted = Object.fromEntries(
       Object.entries(handlers).map(([name, handler]) => [
@@ -130,18 +150,15 @@ export class ScriptedAgent {
           call.end();
         };
         const { tellOfCreated = waitProcess === undefined ? tellExit : () => call.end() } = this.#script;
-        const unary = call as unknown as ServerUnaryCall<CreateContainerRequest, { readonly pid: number }>;
-        createContainer(unary, (error, made) => {
-          if (error) call.emit('error', error);
-          else call.write({ pid: made?.pid ?? 0, process: undefined });
-          if (!error) void tellOfCreated(call);
-        });
+        answerFirst(call, createContainer, tellOfCreated);
       },
       startContainer: (_call, done) => done(null, {}),
-      execProcess: (call, done) => {
+      execProcess: (call) => {
         this.#exits.delete(call.request.execId);
         this.#pid += 1;
-        done(null, { pid: this.#pid });
+        const pid = this.#pid;
+        const { execProcess = (_call, done) => done(null, { pid }), tellOfExec = () => call.end() } = this.#script;
+        answerFirst(call, execProcess, tellOfExec);
       },
       signalProcess: ({ request }, done) => {
         this.exit(128 + request.signal, request.execId);
@@ -182,6 +199,42 @@ export class ScriptedAgent {
       setLimits: (_call, done) => done(null, {}),
     };
   }
+}
+
+/** Has a handler that answers once give the first answer of a call, and then goes on with it. */
+function answerFirst<Request>(
+  call: ServerWritableStream<Request, CreateContainerResponse>,
+  handler: handleUnaryCall<Request, { readonly pid: number }>,
+  goOn: (call: ServerWritableStream<Request, CreateContainerResponse>) => unknown,
+): void {
+  handler(call as unknown as ServerUnaryCall<Request, { readonly pid: number }>, (error, made) => {
+    if (error) call.emit('error', error);
+    else {
+      call.write({ pid: made?.pid ?? 0, process: undefined });
+      void goOn(call);
+    }
+  });
+}
+
+/** Output as the agent sends it. */
+export function outputOf(
+  text: string | Buffer,
+  fields: { stderr?: boolean; ended?: boolean } = {},
+): ReadOutputResponse {
+  return ReadOutputResponse.fromPartial({ data: Buffer.from(text), ...fields });
+}
+
+/** One output of a process, and where to begin. */
+export type OutputRequest = ProcessRef & Pick<OutputTarget, 'stream' | 'from'>;
+
+/** Copies one output to its end. */
+export function pipeOutput(
+  guest: Pick<Guest, 'pipeOutputs'>,
+  { stream, from, ...ref }: OutputRequest,
+  sink: Writable,
+  onDelivered: (offset: number) => void,
+): Promise<void> {
+  return guest.pipeOutputs(ref, [{ stream, from, sink, onDelivered }])[0]!.ended;
 }
 
 /**

@@ -1,10 +1,26 @@
 import { Duplex, PassThrough, Writable } from 'node:stream';
+import type { ServerDuplexStream } from '@grpc/grpc-js';
 import { afterEach, describe, expect, it, vi } from 'vitest';
-import type { AgentClient, ReadOutputRequest } from '../../../gen/kiln/agent/v1/agent.ts';
+import {
+  type AgentClient,
+  OutputStream,
+  type ReadOutputRequest,
+  type ReadOutputResponse,
+  WaitProcessResponse,
+} from '../../../gen/kiln/agent/v1/agent.ts';
 import type { KilnError } from '../../../src/errors.ts';
 import type { Guest } from '../../../src/guest/guest.ts';
-import { type OutputRequest, pipeOutput } from '../../../src/guest/streams.ts';
-import { connectGuest, failure, helloResponse, type Script, tellExit } from './scripted-agent.ts';
+import { pipeOutputs } from '../../../src/guest/streams.ts';
+import {
+  connectGuest,
+  failure,
+  helloResponse,
+  type OutputRequest,
+  outputOf,
+  pipeOutput,
+  type Script,
+  tellExit,
+} from './scripted-agent.ts';
 
 const cleanups: (() => void)[] = [];
 afterEach(() => {
@@ -18,6 +34,8 @@ const stdout: OutputRequest = { ...ref, stream: 'stdout', from: 0 };
 async function connect(script: Script = {}, returning = false): Promise<Guest> {
   return (await connectGuest(script, cleanups, { session, returning })).guest;
 }
+
+type OutputCall = ServerDuplexStream<ReadOutputRequest, ReadOutputResponse>;
 
 /** Takes a chunk when it is told to. */
 class HeldSink extends Writable {
@@ -44,7 +62,7 @@ function sending(...chunks: string[]) {
   const readOutput: Script['readOutput'] = (call) => {
     call.on('data', (request: ReadOutputRequest) => requests.push(request));
     call.on('error', () => {});
-    for (const chunk of chunks) call.write({ data: Buffer.from(chunk) });
+    for (const chunk of chunks) call.write(outputOf(chunk));
     void end.promise.then(() => call.end());
   };
   return { requests, end: end.resolve, script: { readOutput } satisfies Script };
@@ -56,7 +74,7 @@ describe('output', () => {
     const guest = await connect(agent.script);
     const sink = new HeldSink();
     const progress: number[] = [];
-    const relay = guest.pipeOutput(stdout, sink, (offset) => progress.push(offset));
+    const relay = pipeOutput(guest, stdout, sink, (offset) => progress.push(offset));
     const delivered = () => agent.requests.slice(1).map((request) => request.delivered);
     await vi.waitFor(() => expect(sink.writableLength).toBe(8), { interval: 1 });
     // A round trip, in which an acknowledgement would arrive.
@@ -78,7 +96,7 @@ describe('output', () => {
     const agent = sending('more');
     const guest = await connect(agent.script);
     const progress: number[] = [];
-    const relay = guest.pipeOutput({ ...stdout, from: 1_000_000_007 }, new PassThrough().resume(), (offset) =>
+    const relay = pipeOutput(guest, { ...stdout, from: 1_000_000_007 }, new PassThrough().resume(), (offset) =>
       progress.push(offset),
     );
     await vi.waitFor(() => expect(agent.requests.length).toBe(2), { interval: 1 });
@@ -94,7 +112,7 @@ describe('output', () => {
     const guest = await connect(agent.script);
     const sink = new HeldSink();
     let over = false;
-    const relay = guest.pipeOutput(stdout, sink, () => {}).then(() => (over = true));
+    const relay = pipeOutput(guest, stdout, sink, () => {}).then(() => (over = true));
     agent.end();
     await vi.waitFor(() => expect(sink.writableLength).toBe(3), { interval: 1 });
     await guest.processes('c1');
@@ -108,7 +126,7 @@ describe('output', () => {
     const guest = await connect(agent.script);
     const sink = new Writable({ write: () => {} });
     const progress: number[] = [];
-    const relay = guest.pipeOutput(stdout, sink, (offset) => progress.push(offset));
+    const relay = pipeOutput(guest, stdout, sink, (offset) => progress.push(offset));
     agent.end();
     await vi.waitFor(() => expect(sink.writableLength).toBe(4), { interval: 1 });
     await guest.processes('c1');
@@ -124,10 +142,10 @@ describe('output', () => {
     const client = { readOutput: () => call } as unknown as AgentClient;
     let delivered = 0;
     const sink = new Writable({ write: (_data, _encoding, done) => done() });
-    const relay = pipeOutput(client, stdout, sink, (offset) => (delivered = offset));
-    for (let i = 0; i < 10_000; i++) call.push({ data: Buffer.from('x') });
+    const [relay] = pipeOutputs(client, ref, [{ ...stdout, sink, onDelivered: (offset) => (delivered = offset) }]);
+    for (let i = 0; i < 10_000; i++) call.push(outputOf('x'));
     call.push(null);
-    await relay;
+    await relay?.ended;
     expect(delivered).toBe(10_000);
     expect(call.writableLength).toBeLessThan(50);
   });
@@ -135,7 +153,7 @@ describe('output', () => {
   it('that an agent refuses for its offset is out of range', async () => {
     const readOutput: Script['readOutput'] = (call) => call.emit('error', failure('OUT_OF_RANGE', 'byte 7'));
     const guest = await connect({ readOutput });
-    await expect(guest.pipeOutput({ ...stdout, from: 7 }, new PassThrough(), () => {})).rejects.toMatchObject({
+    await expect(pipeOutput(guest, { ...stdout, from: 7 }, new PassThrough(), () => {})).rejects.toMatchObject({
       code: 'out-of-range',
       message: 'byte 7',
     });
@@ -145,10 +163,139 @@ describe('output', () => {
     const agent = sending('', 'x', '');
     const guest = await connect(agent.script);
     const progress: number[] = [];
-    const relay = guest.pipeOutput(stdout, new PassThrough().resume(), (offset) => progress.push(offset));
+    const relay = pipeOutput(guest, stdout, new PassThrough().resume(), (offset) => progress.push(offset));
     agent.end();
     await relay;
     expect(Math.max(...progress)).toBe(1);
+  });
+});
+
+describe('both outputs of a process', () => {
+  /** An agent that gives them in one call, in which the test speaks. */
+  async function joined() {
+    const called = Promise.withResolvers<OutputCall>();
+    const requests: ReadOutputRequest[] = [];
+    const { guest, agent } = await connectGuest(
+      {
+        hello: (_call, done) => done(null, helloResponse({ features: ['ps', 'outputs'] })),
+        readOutput: (call) => {
+          call.on('data', (request: ReadOutputRequest) => requests.push(request));
+          call.on('error', () => {});
+          called.resolve(call);
+        },
+      },
+      cleanups,
+    );
+    const sinks = { stdout: new HeldSink(), stderr: new HeldSink() };
+    const progress: string[] = [];
+    const piped = guest.pipeOutputs(
+      ref,
+      (['stdout', 'stderr'] as const).map((stream, index) => {
+        const onDelivered = (offset: number) => progress.push(`${stream} ${offset}`);
+        return { stream, from: index * 1000, sink: sinks[stream], onDelivered };
+      }),
+    );
+    const over: string[] = [];
+    for (const { stream, ended } of piped) void ended.then(() => over.push(stream)).catch(() => {});
+    const told = () => requests.slice(1).map((request) => [request.delivered, request.stderrDelivered]);
+    return { guest, agent, call: await called.promise, requests, sinks, progress, piped, over, told };
+  }
+
+  it('are asked for in one call, and acknowledged by themselves', async () => {
+    const { agent, call, requests, sinks, progress, piped, told, over } = await joined();
+    await vi.waitFor(() => expect(requests.length).toBe(1), { interval: 1 });
+    const both = { stream: OutputStream.OUTPUT_STREAM_STDOUT, delivered: 0n, stderrDelivered: 1000n };
+    expect(requests[0]).toEqual({ ...ref, ...both });
+    call.write(outputOf('out'));
+    call.write(outputOf('error', { stderr: true }));
+    await sinks.stderr.take();
+    await vi.waitFor(() => expect(told()).toEqual([[0n, 1005n]]), { interval: 1 });
+    await sinks.stdout.take();
+    await vi.waitFor(() => expect(told().at(-1)).toEqual([3n, 1005n]), { interval: 1 });
+    expect(progress).toEqual(['stderr 1005', 'stdout 3']);
+    call.write(outputOf('', { ended: true }));
+    await piped[0]?.ended;
+    expect(over).toEqual(['stdout']);
+    call.write(outputOf('!', { stderr: true }));
+    await sinks.stderr.take();
+    call.write(outputOf('', { stderr: true, ended: true }));
+    await piped[1]?.ended;
+    expect(sinks.stderr.taken).toBe('error!');
+    expect(agent.calls.filter((name) => name === 'readOutput')).toHaveLength(1);
+  });
+
+  it('wait for nobody but their own reader', async () => {
+    const { call, sinks, piped, told } = await joined();
+    for (const text of ['a', 'b', 'c', 'd']) call.write(outputOf(text, { stderr: true }));
+    for (const text of ['1', '2', '3']) {
+      call.write(outputOf(text));
+      await sinks.stdout.take();
+    }
+    call.write(outputOf('', { ended: true }));
+    await piped[0]?.ended;
+    expect(sinks.stdout.taken).toBe('123');
+    expect(told().at(-1)).toEqual([3n, 1000n]);
+  });
+
+  it('go on without one whose reader is gone; the call is given up with the last', async () => {
+    const { call, sinks, piped, told } = await joined();
+    const cancelled = new Promise((resolve) => call.on('cancelled', resolve));
+    sinks.stdout.destroy();
+    await piped[0]?.ended;
+    call.write(outputOf('dropped'));
+    call.write(outputOf('kept', { stderr: true }));
+    await sinks.stderr.take();
+    await vi.waitFor(() => expect(told()).toEqual([[0n, 1004n]]), { interval: 1 });
+    sinks.stderr.destroy();
+    await piped[1]?.ended;
+    await cancelled;
+  });
+
+  it('both fail with their call', async () => {
+    const { call, piped } = await joined();
+    call.emit('error', failure('OUT_OF_RANGE', 'byte 1000'));
+    const errors = await Promise.all(piped.map(({ ended }) => ended.catch((error: KilnError) => error.message)));
+    expect(errors).toEqual(['byte 1000', 'byte 1000']);
+  });
+
+  it('are not read any more when much more comes than was acknowledged', async () => {
+    const { call, sinks, piped } = await joined();
+    const chunk = Buffer.alloc(64 * 1024);
+    let sent = 0;
+    const pump = () => {
+      for (; sent < 1000; sent += 1) {
+        if (!call.write(outputOf(chunk, { stderr: true }))) {
+          sent += 1;
+          call.once('drain', pump);
+          return;
+        }
+      }
+    };
+    pump();
+    await vi.waitFor(() => expect(sinks.stderr.writableLength).toBe(1 << 20), { interval: 1 });
+    call.write(outputOf('late'));
+    sinks.stderr.destroy();
+    await sinks.stdout.take();
+    expect(sinks.stdout.taken).toBe('late');
+    for (const sink of Object.values(sinks)) sink.destroy();
+    await Promise.all(piped.map(({ ended }) => ended));
+  });
+
+  it('are read in two calls of an agent of before', async () => {
+    const streams: OutputStream[] = [];
+    const readOutput: Script['readOutput'] = (call) => {
+      call.once('data', ({ stream, stderrDelivered }) => {
+        streams.push(stream);
+        expect(stderrDelivered).toBeUndefined();
+        call.end();
+      });
+    };
+    const guest = await connect({ readOutput });
+    const targets = (['stdout', 'stderr'] as const).map((stream) => {
+      return { stream, from: 0, sink: new PassThrough(), onDelivered: () => {} };
+    });
+    await Promise.all(guest.pipeOutputs(ref, targets).map(({ ended }) => ended));
+    expect(streams).toEqual([OutputStream.OUTPUT_STREAM_STDOUT, OutputStream.OUTPUT_STREAM_STDERR]);
   });
 });
 
@@ -183,6 +330,23 @@ describe('an exit', () => {
     expect(await guest.waitExit(ref)).toEqual({ status: 42, written: { stdout: 0, stderr: 123_456_789_012 } });
     const silent = await connect({ waitProcess: (call) => tellExit(call, { exitStatus: 1 }) });
     expect(await silent.waitExit(ref)).toEqual({ status: 1, written: { stdout: undefined, stderr: undefined } });
+  });
+
+  it('of a process is told by the call that has begun it, without another', async () => {
+    const tellOfExec: Script['tellOfExec'] = (call) => {
+      call.write({ pid: 0, process: WaitProcessResponse.fromPartial({ exitStatus: 7, stdoutBytes: 5n }) });
+      call.end();
+    };
+    const { guest, agent } = await connectGuest({ tellOfExec }, cleanups);
+    const stdio = { stdin: false, stdout: true, stderr: false, terminal: false, size: undefined };
+    await guest.exec(ref, '{}', stdio);
+    expect(await guest.waitExit(ref)).toEqual({ status: 7, written: { stdout: 5, stderr: undefined } });
+    expect(agent.calls).not.toContain('waitProcess');
+    // One that was removed, and nobody waited for, is forgotten: the next one of its name is another.
+    await guest.exec(ref, '{}', stdio);
+    await guest.removeProcess(ref);
+    agent.exit(3, ref.execId);
+    expect((await guest.waitExit(ref)).status).toBe(3);
   });
 
   it('of a container tells what the container has used, where the guest tells it', async () => {

@@ -9,7 +9,7 @@ import {
   AgentService,
   HelloRequest,
   HelloResponse,
-  type ReadOutputResponse,
+  ReadOutputResponse,
   type WriteStdinRequest,
 } from '../../../gen/kiln/agent/v1/agent.ts';
 import { clientOverSocket, type SocketClient } from '../../../src/rpc/grpc/client-transport.ts';
@@ -64,7 +64,7 @@ async function open(): Promise<Ends> {
         while (ends.written < chunkCount) {
           const data = Buffer.alloc(chunkSize, ends.written % 251);
           ends.written += 1;
-          if (!call.write({ data })) return;
+          if (!call.write(ReadOutputResponse.fromPartial({ data }))) return;
         }
         call.end();
       };

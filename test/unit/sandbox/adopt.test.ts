@@ -7,7 +7,7 @@ import { KilnError } from '../../../src/errors.ts';
 import { isAlive } from '../../../src/host/process-identity.ts';
 import { Positions } from '../../../src/sandbox/positions.ts';
 import { readContainerRecord } from '../../../src/sandbox/record.ts';
-import { failure, helloResponse, type Script, tellKills } from '../guest/scripted-agent.ts';
+import { failure, helloResponse, outputOf, type Script, tellKills } from '../guest/scripted-agent.ts';
 import { canMakeNetns, execRequest, session, Workbench } from './workbench.ts';
 
 const benches: Workbench[] = [];
@@ -129,7 +129,7 @@ describe.skipIf(!canMakeNetns)('a container that is taken over', () => {
         readOutput: (call) => {
           call.once('data', (request: ReadOutputRequest) => {
             asked.push(request);
-            call.write({ data: Buffer.from('rest') });
+            call.write(outputOf('rest'));
             void made.agent.exited().then(() => call.end());
           });
           call.on('error', () => {});

@@ -4,7 +4,7 @@ import { afterEach, describe, expect, it } from 'vitest';
 import type { KilnError } from '../../../src/errors.ts';
 import { guestStopGraceMs } from '../../../src/sandbox/limits.ts';
 import { readContainerRecord } from '../../../src/sandbox/record.ts';
-import { failure, type Script } from '../guest/scripted-agent.ts';
+import { failure, outputOf, type Script } from '../guest/scripted-agent.ts';
 import { canMakeNetns, isAlive, Workbench } from './workbench.ts';
 
 const benches: Workbench[] = [];
@@ -137,7 +137,7 @@ describe.skipIf(!canMakeNetns)('a container', () => {
     const made = bench({
       readOutput: (call) =>
         void output.promise.then(() => {
-          call.write({ data: Buffer.from('the last line') });
+          call.write(outputOf('the last line'));
           call.end();
         }),
     });
@@ -328,7 +328,7 @@ describe.skipIf(!canMakeNetns)('destroy', () => {
   it('does not wait for a reader that stalls', async () => {
     const made = bench({
       readOutput: (call) => {
-        call.write({ data: Buffer.from('unread') });
+        call.write(outputOf('unread'));
       },
     });
     made.stdio.stalled = true;

@@ -4,7 +4,7 @@ import type { ExecProcessRequest, ReadOutputRequest } from '../../../gen/kiln/ag
 import type { KilnError } from '../../../src/errors.ts';
 import type { Container } from '../../../src/sandbox/container.ts';
 import type { ExecRequest } from '../../../src/sandbox/exec.ts';
-import { failure, type Script, tellExit } from '../guest/scripted-agent.ts';
+import { failure, outputOf, type Script, tellExit } from '../guest/scripted-agent.ts';
 import { canMakeNetns, execRequest, type MemoryStdio, Workbench } from './workbench.ts';
 
 const benches: Workbench[] = [];
@@ -367,7 +367,7 @@ describe.skipIf(!canMakeNetns)("an exec's exit", () => {
   it('is held back by a reader that stalls, for a grace and no longer', async () => {
     const setup = await running({
       readOutput: only('e1', (call) => {
-        call.write({ data: Buffer.from('unread') });
+        call.write(outputOf('unread'));
         call.end();
       }),
     });

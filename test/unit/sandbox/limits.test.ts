@@ -1,5 +1,5 @@
 import { afterEach, describe, expect, it, vi } from 'vitest';
-import { failure } from '../guest/scripted-agent.ts';
+import { failure, outputOf } from '../guest/scripted-agent.ts';
 import { canMakeNetns, isAlive, Workbench } from './workbench.ts';
 
 // What is tried here is that somebody gives up. How long that takes is not the question.
@@ -26,7 +26,7 @@ describe.skipIf(!canMakeNetns)('patience has an end', () => {
   it('with a reader that stalls: the exit is told, the guest flushed at Delete, and all released', async () => {
     const made = bench({
       readOutput: (call) => {
-        call.write({ data: Buffer.from('unread') });
+        call.write(outputOf('unread'));
         call.resume();
         void made.agent.exited().then(() => call.end());
       },

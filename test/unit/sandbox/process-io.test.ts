@@ -7,12 +7,13 @@ import type { ContainerStdio } from '../../../src/sandbox/stdio.ts';
 
 it('output goes on when nobody can write down how far it is, which is told once', async () => {
   const delivered: number[] = [];
-  const guest: Pick<Guest, 'pipeOutput'> = {
-    async pipeOutput(_request, _sink, onDelivered) {
+  const guest: Pick<Guest, 'pipeOutputs'> = {
+    pipeOutputs(_ref, targets) {
       for (const offset of [5, 10]) {
-        onDelivered(offset);
+        for (const { onDelivered } of targets) onDelivered(offset);
         delivered.push(offset);
       }
+      return targets.map((target) => ({ ...target, ended: Promise.resolve() }));
     },
   };
   const stdout = new Writable({ write: (_chunk, _encoding, done) => done() });

@@ -83,6 +83,8 @@ async function main(): Promise<never> {
     KILN_LISTENERS: listenersProgram = '/usr/lib/kiln/kiln-listeners',
     KILN_NAMESERVERS: nameserversProgram = '/usr/lib/kiln/kiln-nameservers',
   } = process.env;
+  // Of this program alone (native/guest-joined-writes.c).
+  delete process.env.LD_PRELOAD;
   becomeChildSubreaper();
   // Before the host may save the guest: its clones find it done.
   if (socketPath === undefined) hideCards();

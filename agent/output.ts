@@ -28,15 +28,32 @@ const windowChunks = 4;
 
 /**
  * A read that comes within `hurryMs` of the one before, or of the end of a rest, is followed by a rest: until half of the
- * pipe would be full at the rate so far, and no longer than `restMs`. Below 1 ms there is none.
+ * pipe would be full at the rate so far, and no longer than `restMs`. Below 1 ms there is none. What this process has spent
+ * on what was read before does not count as time in between, and makes the rest longer, to a limit: where an emulated CPU
+ * takes long for a message, the program would get to write no more than the next line.
  */
 const hurryMs = 2;
 const restMs = 4;
+const longestRestMs = 40;
 /** What no clock is trusted to tell from nothing. */
 const momentMs = 0.01;
 
 /** So many bytes in front of the data of a message belong to the sink: for the frame it goes out in. */
 export const frameRoom = 16;
+
+interface Moment {
+  /** By performance.now(). */
+  readonly ms: number;
+  /** CPU time of this process until then. */
+  readonly cpuMs: number;
+}
+
+const longAgo: Moment = { ms: Number.NEGATIVE_INFINITY, cpuMs: 0 };
+
+function thisMoment(): Moment {
+  const { user, system } = process.cpuUsage();
+  return { ms: performance.now(), cpuMs: (user + system) / 1000 };
+}
 
 /** Where output goes. */
 export interface OutputSink {
@@ -68,10 +85,11 @@ export class Output implements Disposable {
   #read = 0;
   #sent = 0;
   #delivered = 0;
-  /** When something was read last, by performance.now(). */
-  #readAt = Number.NEGATIVE_INFINITY;
+  /** When something was read last. */
+  #readAt: Moment = longAgo;
+  /** The same, or when a rest has ended. */
+  #readyAt: Moment = longAgo;
   #rest: NodeJS.Timeout | undefined;
-  #restedAt = Number.NEGATIVE_INFINITY;
   #ended = false;
   #disposed = false;
 
@@ -157,13 +175,15 @@ export class Output implements Disposable {
     this.#kept.push({ memory: this.#reading, start: this.#read, length });
     this.#read += length;
     this.#send();
-    const now = performance.now();
-    if (now - Math.max(this.#readAt, this.#restedAt) < hurryMs) {
-      const msPerByte = Math.max(momentMs, now - this.#readAt) / length;
-      const ms = Math.min(restMs, Math.floor((chunkSize / 2) * msPerByte));
+    const now = thisMoment();
+    if (now.ms - this.#readyAt.ms - (now.cpuMs - this.#readyAt.cpuMs) < hurryMs) {
+      const msPerByte = Math.max(momentMs, now.ms - this.#readAt.ms) / length;
+      const longest = Math.min(longestRestMs, restMs + 2 * (now.cpuMs - this.#readAt.cpuMs));
+      const ms = Math.floor(Math.min(longest, (chunkSize / 2) * msPerByte));
       if (ms > 0) this.#takeRest(ms);
     }
     this.#readAt = now;
+    this.#readyAt = now;
     return this.#mayRead();
   }
 
@@ -174,7 +194,7 @@ export class Output implements Disposable {
   #takeRest(ms: number): void {
     this.#rest = setTimeout(() => {
       this.#rest = undefined;
-      this.#restedAt = performance.now();
+      this.#readyAt = thisMoment();
       if (this.#mayRead()) this.#source?.resume();
     }, ms);
   }

@@ -116,10 +116,23 @@ describe('the window', () => {
 });
 
 describe('reads', () => {
+  /** What this process has spent, in ms. */
+  let cpuMs = 0;
   beforeEach(() => {
+    cpuMs = 0;
     vi.useFakeTimers({ toFake: ['performance', 'setTimeout', 'clearTimeout'] });
-    cleanup.push(() => vi.useRealTimers());
+    vi.spyOn(process, 'cpuUsage').mockImplementation(() => ({ user: 800 * cpuMs, system: 200 * cpuMs }));
+    cleanup.push(() => {
+      vi.useRealTimers();
+      vi.restoreAllMocks();
+    });
   });
+
+  /** The CPU is this process's for so long. */
+  function spend(ms: number): void {
+    cpuMs += ms;
+    vi.advanceTimersByTime(ms);
+  }
 
   /** Writes pieces, each when the one before was read, if it is read at all. */
   async function writeEach({ write }: ReturnType<typeof piped>, ...pieces: string[]): Promise<void> {
@@ -153,6 +166,39 @@ describe('reads', () => {
     vi.advanceTimersByTime(100);
     await writeEach(made, 'eight,');
     expect(sink.messages.slice(4)).toEqual(['seven,', 'eight,']);
+  });
+
+  it('rest longer where a message costs much, which does not count as time in between', async () => {
+    const made = piped();
+    const { output } = made;
+    const sink = new Sink();
+    output.relayTo(sink, 0);
+    await writeEach(made, 'one,');
+    spend(8);
+    await writeEach(made, 'two,');
+    expect(sink.messages).toEqual(['one,', 'two,']);
+    // 4 ms, and twice what the first has cost.
+    spend(8);
+    await writeEach(made, 'three,');
+    vi.advanceTimersByTime(11);
+    await writeEach(made, 'four,');
+    expect(sink.messages.length).toBe(2);
+    vi.advanceTimersByTime(1);
+    await quiet();
+    expect(sink.messages).toEqual(['one,', 'two,', 'three,four,']);
+    // Never longer than 40 ms.
+    output.acknowledge(19);
+    spend(20);
+    await quiet();
+    await writeEach(made, 'five,');
+    expect(sink.messages.length).toBe(4);
+    await writeEach(made, 'six,');
+    vi.advanceTimersByTime(39);
+    await quiet();
+    expect(sink.messages.length).toBe(4);
+    vi.advanceTimersByTime(1);
+    await quiet();
+    expect(sink.messages.at(-1)).toBe('six,');
   });
 
   it('rest no longer than the pipe takes to be half full', async () => {

@@ -412,7 +412,8 @@ static void second_stage(void) {
     arguments[4] = "--jitless";
   }
   char *const environment[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root",
-                               "LANG=C.UTF-8", "NODE_NO_WARNINGS=1", "LD_PRELOAD=/usr/lib/kiln/kiln-joined-writes.so", NULL};
+                               "LANG=C.UTF-8", "NODE_NO_WARNINGS=1",
+                               "LD_PRELOAD=/usr/lib/kiln/kiln-joined-writes.so", NULL};
   trace("starting the agent");
   execve(arguments[0], arguments, environment);
   fail("exec /usr/bin/tini-static");

@@ -1,17 +1,8 @@
 /**
  * The method table: gRPC in, verbs out. Generated types end here.
  */
-import { setImmediate } from 'node:timers/promises';
-import type { handleUnaryCall, ServerDuplexStream, ServerReadableStream, ServerWritableStream } from '@grpc/grpc-js';
-import {
-  type AgentServer,
-  OutputStream,
-  type ReadOutputRequest,
-  type ReadOutputResponse,
-  WaitProcessResponse,
-  type WriteStdinRequest,
-} from '../gen/kiln/agent/v1/agent.ts';
-import { FramedMessage, framePrefix } from '../src/rpc/grpc/framed-message.ts';
+import type { handleUnaryCall, ServerDuplexStream, ServerWritableStream } from '@grpc/grpc-js';
+import { type AgentServer, WaitProcessResponse } from '../gen/kiln/agent/v1/agent.ts';
 import { hideCards } from './cards.ts';
 import { allContainers } from './cgroup.ts';
 import type { Containers, ProcessName } from './containers.ts';
@@ -24,35 +15,10 @@ import { sampleRandomness } from './identity.ts';
 import { encodePorts, type Listeners } from './listeners.ts';
 import type { Nameservers } from './nameservers.ts';
 import type { GuestNetwork } from './network.ts';
-import type { Output, OutputSink } from './output.ts';
 import type { Pod } from './pod.ts';
 import { processDetails } from './process-details.ts';
 import { readStats } from './stats.ts';
-
-/** Protobuf's keys of `data` (field 1, length-delimited) and `stderr` (field 2, a varint), and where the bits of a longer length begin. */
-const DATA_KEY = (1 << 3) | 2;
-const STDERR_KEY = 2 << 3;
-const VARINT_BITS = 7;
-
-/**
- * A ReadOutputResponse in protobuf's wire format and gRPC's frame, made in place: the generated encoding and gRPC copy
- * each byte three times, and leave the memory for the garbage collector, which counts in a small guest.
- *
- * @param data behind `frameRoom` bytes that are overwritten
- */
-export function frameOutput(data: Buffer, stderr = false): FramedMessage {
-  let lengthBytes = 1;
-  for (let rest = data.length >>> VARINT_BITS; rest > 0; rest >>>= VARINT_BITS) lengthBytes += 1;
-  const head = framePrefix + (stderr ? 2 : 0) + 1 + lengthBytes;
-  const frame = Buffer.from(data.buffer, data.byteOffset - head, head + data.length);
-  let at = framePrefix;
-  if (stderr) at = frame.writeUInt8(1, frame.writeUInt8(STDERR_KEY, at));
-  at = frame.writeUInt8(DATA_KEY, at);
-  let rest = data.length;
-  for (; rest > 0x7f; rest >>>= VARINT_BITS) at = frame.writeUInt8((rest & 0x7f) | 0x80, at);
-  frame.writeUInt8(rest, at);
-  return new FramedMessage(frame);
-}
+import { relayOutput, writeStdin } from './stream-calls.ts';
 
 export interface ServiceOptions {
   readonly containers: Containers;
@@ -298,93 +264,6 @@ export function createService({
 /** Where a call's files are, for a message. */
 function pathOf(request: object): string {
   return 'path' in request && Buffer.isBuffer(request.path) ? request.path.toString() : '';
-}
-
-type OutputCall = ServerDuplexStream<ReadOutputRequest, ReadOutputResponse | FramedMessage>;
-
-interface OutputRelay {
-  readonly output: Output;
-  readonly sink: OutputSink;
-}
-
-/** The first request says what to read from where, the others what is delivered. */
-function relayOutput(containers: Containers, call: OutputCall, fail: (error: unknown) => void): void {
-  let relays: readonly OutputRelay[] | undefined;
-  call.on('data', (request: ReadOutputRequest) => {
-    try {
-      const begins = relays === undefined;
-      relays ??= relaysOf(containers, call, request);
-      for (const { output, sink } of relays) {
-        const offset = Number(output === relays[0]?.output ? request.delivered : (request.stderrDelivered ?? 0n));
-        if (begins) output.relayTo(sink, offset);
-        else output.acknowledge(offset);
-      }
-    } catch (error) {
-      fail(error);
-    }
-  });
-  call.on('close', () => {
-    for (const { output, sink } of relays ?? []) output.detach(sink);
-  });
-  call.on('error', () => {});
-}
-
-function relaysOf(containers: Containers, call: OutputCall, request: ReadOutputRequest): readonly OutputRelay[] {
-  const output = outputOf(containers, request);
-  if (request.stderrDelivered === undefined) {
-    return [{ output, sink: { write: (data) => call.write(frameOutput(data)), end: () => call.end() } }];
-  }
-  let open = 2;
-  const sinkOf = (stderr: boolean): OutputSink => ({
-    write: (data) => call.write(frameOutput(data, stderr)),
-    end: () => {
-      call.write({ data: Buffer.alloc(0), stderr, ended: true });
-      open -= 1;
-      if (open === 0) call.end();
-    },
-  });
-  const stderr = outputOf(containers, { ...request, stream: OutputStream.OUTPUT_STREAM_STDERR });
-  return [
-    { output, sink: sinkOf(false) },
-    { output: stderr, sink: sinkOf(true) },
-  ];
-}
-
-function outputOf(containers: Containers, { id, execId, stream }: ReadOutputRequest): Output {
-  const { stdio } = containers.process({ id, execId });
-  if (stream === OutputStream.OUTPUT_STREAM_UNSPECIFIED) {
-    throw new AgentError('invalid-argument', 'which stream to read is not given');
-  }
-  const output = stream === OutputStream.OUTPUT_STREAM_STDERR ? stdio.stderr : stdio.stdout;
-  if (output === undefined) throw noStream(id, execId, 'output');
-  return output;
-}
-
-async function writeStdin(
-  containers: Containers,
-  call: ServerReadableStream<WriteStdinRequest, object>,
-): Promise<void> {
-  // Only a call that ends in order closes stdin: one that breaks throws below.
-  call.on('cancelled', () => call.destroy());
-  const messages = call[Symbol.asyncIterator]() as AsyncIterableIterator<WriteStdinRequest>;
-  const first = await messages.next();
-  if (first.done) throw new AgentError('invalid-argument', 'the first message must name the process');
-  const { id, execId } = first.value;
-  const { stdin } = containers.process({ id, execId }).stdio;
-  if (stdin === undefined) throw noStream(id, execId, 'stdin');
-  const data = async function* () {
-    yield first.value.data;
-    for await (const message of messages) yield message.data;
-    // One that was reset, or whose connection broke, ends as well, and in the same turn says that it was cancelled.
-    await setImmediate();
-    if (call.cancelled) throw new AgentError('failed-precondition', 'the call was cancelled');
-  };
-  await stdin.writeAll(data());
-}
-
-function noStream(id: string, execId: string, name: string): AgentError {
-  const process = execId === '' ? `container "${id}"` : `process "${execId}" of container "${id}"`;
-  return new AgentError('failed-precondition', `${process} was created without this ${name}`);
 }
 
 function optionalBigInt(value: number | undefined): bigint | undefined {

@@ -1,7 +1,7 @@
 import fc from 'fast-check';
 import { expect, it } from 'vitest';
 import { chunkSize, frameRoom } from '../../../agent/output.ts';
-import { frameOutput } from '../../../agent/service.ts';
+import { frameOutput } from '../../../agent/stream-calls.ts';
 import { ReadOutputResponse } from '../../../gen/kiln/agent/v1/agent.ts';
 import { framePrefix } from '../../../src/rpc/grpc/framed-message.ts';
 

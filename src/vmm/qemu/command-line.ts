@@ -23,6 +23,12 @@ export const consoleBufferBytes = 64 * 1024;
  */
 const lastTransport = 23;
 
+/**
+ * microvm's small firmware, which every QEMU brings. The one that it takes by itself is SeaBIOS in Debian 13, whose ACPI tables are
+ * at the end of memory, where the initrd is, too: the guest finds no tables, or what it has loaded is spoilt.
+ */
+const firmware = 'qboot.rom';
+
 /** The descriptor on which QEMU gets its listening control socket: the first after the standard ones. */
 export const qmpFd = 3;
 
@@ -209,6 +215,7 @@ export function qemuArguments(options: CommandLineOptions): string[] {
     ...['-no-reboot', '-action', 'shutdown=pause,panic=pause'],
     ...['-sandbox', 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'],
     ...machineOptions(options),
+    ...['-bios', firmware],
     ...['-smp', String(config.vcpus)],
     ...['-m', `${config.memoryMib}M`],
     ...memoryBackend(options.memory, config.memoryMib),

@@ -4,7 +4,7 @@ import { abortable } from '../../host/abortable.ts';
 import { describeExit, type HelperProcess } from '../../host/helper-process.ts';
 import { TimeLimit } from '../../host/time-limit.ts';
 import { guestStop } from './guest-stop.ts';
-import { loadState } from './migration.ts';
+import { loadState, type SavedState } from './migration.ts';
 import { QmpClient } from './qmp.ts';
 
 /** How long QEMU may take until it answers: some 50 ms in fact, so this only bounds a wrong program. */
@@ -40,19 +40,18 @@ export async function connectQmp(options: ControlOptions, signal: AbortSignal): 
  * To a QEMU that waits for a saved state: the VM runs with it when this resolves. QEMU is told all at once, and what it
  * says to that is left unheard until the agent has answered: each of its words would wake kilnd for nothing.
  *
- * @param fd of the state, in QEMU
  * @param answered resolves when the agent has answered
  */
 export async function connectRestoring(
   options: ControlOptions,
-  { fd, answered }: { readonly fd: number; readonly answered: Promise<void> },
+  { state, answered }: { readonly state: SavedState; readonly answered: Promise<void> },
   signal: AbortSignal,
 ): Promise<Control> {
   const { qemu } = options;
   const qmp = connect(options, { unheard: true });
   const negotiated = qmp.negotiate();
   const guestStopped = guestStop(qmp, 'nothing');
-  const loaded = loadState(qmp, fd, signal);
+  const loaded = loadState(qmp, state, signal);
   for (const each of [negotiated, loaded]) each.catch(() => {});
   {
     using limit = new TimeLimit(unheardMs, signal);

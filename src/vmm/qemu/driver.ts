@@ -18,6 +18,7 @@ import { agentPort, filesPort, type TemplateDriver, type Vm, type VmConfig, type
 import { type Accelerator, chooseAccelerator, hostTscKhz } from './accelerator.ts';
 import { type ChannelDevice, type GuestMemory, qemuArguments, stateFd } from './command-line.ts';
 import { connectQmp, connectRestoring } from './control.ts';
+import type { SavedState } from './migration.ts';
 import { type ChannelRecord, parseQemuRecord } from './record.ts';
 import { type QemuParts, QemuVm, SavableQemuVm } from './vm.ts';
 import { startVsockBackend, vsockLogName, vsockSocketName } from './vsock-backend.ts';
@@ -88,12 +89,13 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
       const memory = { kind: 'cloned', file: path.join(template, memoryName) } as const;
       // Where there is none, QEMU would make one of zeroes.
       closeSync(openTemplateFile(memory.file));
-      const state = openTemplateFile(path.join(template, stateName));
+      const file = path.join(template, stateName);
+      const state = { file, fd: openTemplateFile(file) };
       try {
         // Its kernel has read its command line.
         return new QemuVm(await launchWith(config, { memory, state, tscKhz: undefined }, signal));
       } finally {
-        closeSync(state);
+        closeSync(state.fd);
       }
     },
   };
@@ -136,8 +138,8 @@ interface Launch {
   readonly channel: Channel;
   readonly tscKhz: number | undefined;
   readonly memory: GuestMemory;
-  /** A clone's: the descriptor of the saved state. */
-  readonly state?: number;
+  /** A clone's, with our descriptor of it. */
+  readonly state?: SavedState;
 }
 
 async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> {
@@ -165,7 +167,7 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
       logName: vmmLogName,
       title: 'QEMU (vm.qemu in the config file)',
       hint: 'install the package qemu-system-x86, or run `npm run setup`',
-      inherit: [listener, ...taps.fds, ...listeners, ...(state === undefined ? [] : [state])],
+      inherit: [listener, ...taps.fds, ...listeners, ...(state === undefined ? [] : [state.fd])],
       network: options.parking,
       controlGroup: config.controlGroup,
     }),
@@ -173,9 +175,9 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
   // Theirs to close now, so that all connections end with QEMU.
   given.dispose();
   const connection = { socket: qmpSocket, qemu, stack };
-  const control = await (answered === undefined
+  const control = await (state === undefined || answered === undefined
     ? connectQmp(connection, signal)
-    : connectRestoring(connection, { fd: stateFd(config), answered }, signal));
+    : connectRestoring(connection, { state: { ...state, fd: stateFd(config) }, answered }, signal));
   const channel = channelRecord(device, agent, files);
   return { qemu, ...control, agent, channel, files, nics: taps.nics, backend, resources: stack.move() };
 }

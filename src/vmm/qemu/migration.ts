@@ -6,6 +6,13 @@ import { KilnError } from '../../errors.ts';
 import { abortable } from '../../host/abortable.ts';
 import type { QmpClient } from './qmp.ts';
 
+/** The state of a VM that was saved. */
+export interface SavedState {
+  readonly file: string;
+  /** A descriptor of it, here or in QEMU. */
+  readonly fd: number;
+}
+
 /*
  * A saved VM is what QEMU's migration sends, without the memory, which is in a file of its own: the capability
  * x-ignore-shared leaves out what is mapped shared, as the one that is saved has it. For QEMU a clone is the destination
@@ -45,11 +52,11 @@ export async function saveState(qmp: QmpClient, file: string, socketPath: string
 /**
  * Gives a QEMU that waits for it a saved state. Resolves when the VM runs with it. All commands go out in this turn.
  *
- * @param fd of the state's file, in QEMU
+ * @param state its file, and that file's descriptor in QEMU
  * @throws KilnError internal when QEMU refuses a command, or does not let the VM run; unavailable when it ends, as it does
  *   when it cannot read the state
  */
-export async function loadState(qmp: QmpClient, fd: number, signal: AbortSignal): Promise<void> {
+export async function loadState(qmp: QmpClient, state: SavedState, signal: AbortSignal): Promise<void> {
   let running = false;
   const onEvent = (name: string) => {
     running ||= name === 'RESUME';
@@ -62,12 +69,22 @@ export async function loadState(qmp: QmpClient, fd: number, signal: AbortSignal)
       setCapabilities(qmp),
       // Of network cards that have a MAC which all VMs have.
       qmp.execute('migrate-set-parameters', { 'announce-rounds': 0 }),
-      qmp.execute('migrate-incoming', { uri: `fd:${fd}` }),
+      loadFrom(qmp, state),
     ]);
   } finally {
     qmp.off('event', onEvent);
   }
   if (!running) throw new KilnError('internal', 'QEMU has restored the VM, but does not let it run');
+}
+
+/**
+ * QEMU takes files by name from 8.2 on, and by descriptor no more in 11. It is told both, and refuses one; the name first, since a
+ * QEMU that has refused a descriptor loads nothing any more.
+ */
+async function loadFrom(qmp: QmpClient, { fd, file }: SavedState): Promise<void> {
+  const uris = [`file:${file}`, `fd:${fd}`];
+  const [byName, byFd] = await Promise.allSettled(uris.map((uri) => qmp.execute('migrate-incoming', { uri })));
+  if (byName?.status === 'rejected' && byFd?.status === 'rejected') throw byFd.reason;
 }
 
 async function setCapabilities(qmp: QmpClient): Promise<void> {

@@ -90,6 +90,10 @@ test('names the root disk to a kernel without initrd, and leaves it to the initr
   expect(kernelCommandLine(without)).toContain('root=/dev/vda rootfstype=erofs ro init=/sbin/kiln-init');
 });
 
+test("names the firmware, since QEMU's own choice may put ACPI's tables where the initrd is", () => {
+  expect(valuesOf(qemuArguments(options), '-bios')).toEqual(['qboot.rom']);
+});
+
 test('has the kernel end the VM on a panic, and QEMU keep it until its console has been read', () => {
   expect(kernelCommandLine(options)).toMatch(/ panic=-1 reboot=\w /);
   const args = qemuArguments(options);

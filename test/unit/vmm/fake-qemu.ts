@@ -139,17 +139,18 @@ function serve(socket: Socket, vm: Vm): void {
       else migration.save(args.uri, accept);
     } else if (execute === 'migrate-incoming') {
       if (vm.detail === 'babbles') socket.write('220 mail.example.org ESMTP\n');
-      else if (process.argv.includes('defer')) migration.load(args.uri, accept);
-      else refuse("'-incoming' was not specified on the command line");
+      else if (!process.argv.includes('defer')) refuse("'-incoming' was not specified on the command line");
+      else migration.load(args.uri, accept, refuse);
     } else accept();
   });
 }
 
-/** Saving and restoring, in the order in which QEMU 7.2 does and says it. */
+/** Saving and restoring, in the order in which QEMU 7.2 does and says it; with `eleven`, of files what QEMU 11 says. */
 class Migration {
   capabilities: readonly { capability: string; state: boolean }[] = [];
   readonly #vm: Vm;
   readonly #tell: (event: object) => void;
+  #loads = false;
 
   constructor(vm: Vm, tell: (event: object) => void) {
     this.#vm = vm;
@@ -193,14 +194,28 @@ class Migration {
     connection.resume();
   }
 
-  load(uri: string, accept: () => void): void {
+  load(uri: string, accept: () => void, refuse: (desc: string) => void): void {
     const { detail, serial } = this.#vm;
+    const isEleven = detail === 'eleven';
+    if (this.#loads || uri.startsWith(isEleven ? 'fd:' : 'file:')) {
+      refuse(
+        isEleven
+          ? 'fd: migration to a file is not supported. Use file: instead.'
+          : `unknown migration protocol: ${uri}`,
+      );
+      // After that, QEMU 11 is of no use any more.
+      this.#loads ||= isEleven;
+      return;
+    }
+    this.#loads = true;
     note('hosts-at-load', String(serial?.hosts.size));
     this.#say('setup');
     accept();
     this.#say('active');
     if (detail === 'stalls') note('stalled');
-    else if (readFileSync(Number(uri.replace(/^fd:/, ''))).equals(savedState)) {
+    else if (
+      readFileSync(uri.startsWith('fd:') ? Number(uri.slice(3)) : uri.replace(/^file:/, '')).equals(savedState)
+    ) {
       // It takes its time, so that whoever does not wait for it is early.
       setTimeout(() => {
         if (detail !== 'paused') this.#tell({ event: 'RESUME' });

@@ -79,8 +79,13 @@ function conversation(): string[] {
 }
 
 function argumentsOf(command: string): unknown {
+  return allArgumentsOf(command)[0];
+}
+
+function allArgumentsOf(command: string): unknown[] {
   const lines = readFileSync(workspace.path('qemu.commands'), 'utf8').trim().split('\n');
-  return lines.map((line) => JSON.parse(line)).find(({ execute }) => execute === command)?.arguments;
+  const commands = lines.map((line) => JSON.parse(line)).filter(({ execute }) => execute === command);
+  return commands.map((one) => one.arguments);
 }
 
 const capabilities = [
@@ -223,7 +228,13 @@ describe('a restored VM', () => {
     expect(args.join(' ')).toContain(' -incoming defer ');
     expect(argumentsOf('migrate-set-capabilities')).toEqual({ capabilities });
     // Which fake QEMU has read there, and compared.
-    expect(argumentsOf('migrate-incoming')).toEqual({ uri: 'fd:5' });
+    expect(allArgumentsOf('migrate-incoming')).toEqual([{ uri: `file:${stateFile()}` }, { uri: 'fd:5' }]);
+  });
+
+  test('is given its state by name where QEMU takes it by no descriptor', async () => {
+    const vm = await restore('running=eleven');
+    expect(conversation().slice(-2)).toEqual(['RESUME', 'MIGRATION completed']);
+    await vm.attachDisk('ro0', '/l.erofs');
   });
 
   test('runs when it is complete, without being told to', async () => {
@@ -231,6 +242,7 @@ describe('a restored VM', () => {
     expect(conversation()).toEqual([
       'migrate-set-capabilities',
       'migrate-set-parameters',
+      'migrate-incoming',
       'migrate-incoming',
       'MIGRATION setup',
       'MIGRATION active',

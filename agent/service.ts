@@ -2,7 +2,12 @@
  * The method table: gRPC in, verbs out. Generated types end here.
  */
 import type { handleUnaryCall, ServerDuplexStream, ServerWritableStream } from '@grpc/grpc-js';
-import { type AgentServer, WaitProcessResponse } from '../gen/kiln/agent/v1/agent.ts';
+import {
+  type AgentServer,
+  type CreateContainerResponse,
+  type ExecProcessResponse,
+  WaitProcessResponse,
+} from '../gen/kiln/agent/v1/agent.ts';
 import { hideCards } from './cards.ts';
 import { allContainers } from './cgroup.ts';
 import type { Containers, ProcessName } from './containers.ts';
@@ -116,6 +121,16 @@ export function createService({
     call.end();
   };
 
+  /** Says which process was made, and then as `tellExit`. */
+  const tellOfMade = <Request>(
+    call: ServerWritableStream<Request, CreateContainerResponse | ExecProcessResponse>,
+    name: ProcessName,
+    pid: number,
+  ): Promise<void> => {
+    call.write({ pid, process: undefined });
+    return tellExit(call, name, (process) => call.write({ pid: 0, process }));
+  };
+
   return {
     hello: (call, done) => {
       try {
@@ -143,19 +158,14 @@ export function createService({
       if (request.network !== undefined) network.apply(request.network);
       // Its driver may have come meanwhile.
       if (ownsGuest) hideCards();
-      call.write({ pid: await containers.create(request), process: undefined });
-      await tellExit(call, { id: request.id, execId: '' }, (process) => call.write({ pid: 0, process }));
+      await tellOfMade(call, { id: request.id, execId: '' }, await containers.create(request));
     }),
     startContainer: unary(async (request) => {
       if (request.network !== undefined) network.apply(request.network);
       await containers.start(request.id);
       return {};
     }),
-    execProcess: streaming(async (call) => {
-      const { request } = call;
-      call.write({ pid: await containers.exec(request), process: undefined });
-      await tellExit(call, request, (process) => call.write({ pid: 0, process }));
-    }),
+    execProcess: streaming(async (call) => tellOfMade(call, call.request, await containers.exec(call.request))),
     signalProcess: unary(({ id, execId, signal, all }) => {
       containers.signal({ id, execId }, signal, all);
       return {};

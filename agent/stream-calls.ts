@@ -46,7 +46,12 @@ type OutputCall = ServerDuplexStream<ReadOutputRequest, ReadOutputResponse | Fra
 interface OutputRelay {
   readonly output: Output;
   readonly sink: OutputSink;
+  /** What a request says of this stream. */
+  readonly offsetIn: (request: ReadOutputRequest) => bigint;
 }
+
+const ofFirst = ({ delivered }: ReadOutputRequest): bigint => delivered;
+const ofStderr = ({ stderrDelivered }: ReadOutputRequest): bigint => stderrDelivered ?? 0n;
 
 /** ReadOutput. The first request says what to read from where, the others what is delivered. */
 export function relayOutput(containers: Containers, call: OutputCall, fail: (error: unknown) => void): void {
@@ -55,8 +60,8 @@ export function relayOutput(containers: Containers, call: OutputCall, fail: (err
     try {
       const begins = relays === undefined;
       relays ??= relaysOf(containers, call, request);
-      for (const { output, sink } of relays) {
-        const offset = Number(output === relays[0]?.output ? request.delivered : (request.stderrDelivered ?? 0n));
+      for (const { output, sink, offsetIn } of relays) {
+        const offset = Number(offsetIn(request));
         if (begins) output.relayTo(sink, offset);
         else output.acknowledge(offset);
       }
@@ -73,7 +78,8 @@ export function relayOutput(containers: Containers, call: OutputCall, fail: (err
 function relaysOf(containers: Containers, call: OutputCall, request: ReadOutputRequest): readonly OutputRelay[] {
   const output = outputOf(containers, request);
   if (request.stderrDelivered === undefined) {
-    return [{ output, sink: { write: (data) => call.write(frameOutput(data)), end: () => call.end() } }];
+    const sink: OutputSink = { write: (data) => call.write(frameOutput(data)), end: () => call.end() };
+    return [{ output, sink, offsetIn: ofFirst }];
   }
   let open = 2;
   const sinkOf = (stderr: boolean): OutputSink => ({
@@ -86,8 +92,8 @@ function relaysOf(containers: Containers, call: OutputCall, request: ReadOutputR
   });
   const stderr = outputOf(containers, { ...request, stream: OutputStream.OUTPUT_STREAM_STDERR });
   return [
-    { output, sink: sinkOf(false) },
-    { output: stderr, sink: sinkOf(true) },
+    { output, sink: sinkOf(false), offsetIn: ofFirst },
+    { output: stderr, sink: sinkOf(true), offsetIn: ofStderr },
   ];
 }
 

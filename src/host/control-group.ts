@@ -332,7 +332,7 @@ async function putAside(pid: number, group: string): Promise<void> {
       closeSync(file);
     }
   } catch (error) {
-    refuseUnlessEnded(pid, group, error);
+    throwUnlessEnded(pid, group, error);
   }
 }
 
@@ -340,20 +340,24 @@ function put(pid: number, group: string): void {
   try {
     writeFileSync(path.join(group, 'cgroup.procs'), String(pid));
   } catch (error) {
-    refuseUnlessEnded(pid, group, error);
+    throwUnlessEnded(pid, group, error);
   }
 }
 
-function refuseUnlessEnded(pid: number, group: string, error: unknown): void {
-  attempt(`put process ${pid} into the control group ${group}`, () => {
-    if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error;
-  });
+function throwUnlessEnded(pid: number, group: string, error: unknown): void {
+  if ((error as NodeJS.ErrnoException).code !== 'ESRCH') {
+    throw cannot(`put process ${pid} into the control group ${group}`, error);
+  }
 }
 
 function attempt(what: string, action: () => void): void {
   try {
     action();
-  } catch (cause) {
-    throw new ControlGroupError('internal', `cannot ${what}: ${(cause as Error).message}`, { cause });
+  } catch (error) {
+    throw cannot(what, error);
   }
+}
+
+function cannot(what: string, cause: unknown): ControlGroupError {
+  return new ControlGroupError('internal', `cannot ${what}: ${(cause as Error).message}`, { cause });
 }

@@ -1,5 +1,6 @@
 import type { Socket } from 'node:net';
 import { KilnError } from '../../errors.ts';
+import { writeTogether } from '../../host/write-together.ts';
 import type { RelayHeader } from './header.ts';
 
 /** How long a relay that was told to end gets until its connection is given up, in ms. It itself allows clients 1 s. */
@@ -90,12 +91,8 @@ export class Keeper {
     return answer.promise;
   }
 
-  /** What is said in one turn goes in one piece. */
   #say(message: string): void {
-    if (!this.#socket.writable) return;
-    this.#socket.cork();
-    process.nextTick(() => this.#socket.uncork());
-    this.#socket.write(`${message}\0`);
+    if (this.#socket.writable) writeTogether(this.#socket, `${message}\0`);
   }
 
   #onBytes(chunk: Uint8Array): void {

@@ -2,6 +2,7 @@ import { EventEmitter } from 'node:events';
 import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
 import { printable } from '../../host/printable.ts';
+import { writeTogether } from '../../host/write-together.ts';
 
 /*
  * QMP, QEMU's machine protocol (docs/interop/qmp-spec.rst): one JSON object a line, both ways.
@@ -79,9 +80,7 @@ export class QmpClient extends EventEmitter<QmpEvents> {
     const id = this.#nextId++;
     const { promise, resolve, reject } = Promise.withResolvers<unknown>();
     this.#pending.set(id, { resolve, reject, command });
-    this.#socket.cork();
-    process.nextTick(() => this.#socket.uncork());
-    this.#socket.write(`${JSON.stringify({ execute: command, arguments: args, id })}\n`);
+    writeTogether(this.#socket, `${JSON.stringify({ execute: command, arguments: args, id })}\n`);
     return promise;
   }
 

@@ -1,18 +1,14 @@
-import { execFileSync, spawnSync } from 'node:child_process';
+import { spawnSync } from 'node:child_process';
 import { rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { projectRoot } from '../../support/paths.ts';
-import { hasGcc, temporaryFolder } from './harness.ts';
+import { compile, hasGcc, temporaryFolder } from './harness.ts';
 
 describe.skipIf(!hasGcc)('kiln-joined-writes.so', () => {
   const folder = temporaryFolder();
   const library = join(folder, 'kiln-joined-writes.so');
 
-  beforeAll(() => {
-    const source = join(projectRoot, 'native', 'guest-joined-writes.c');
-    execFileSync('gcc', ['-O2', '-Wall', '-Wextra', '-Werror', '-shared', '-fPIC', '-o', library, source]);
-  });
+  beforeAll(() => compile(['guest-joined-writes.c'], library));
   afterAll(() => rmSync(folder, { recursive: true }));
 
   /** What a Node writes to stdout and stderr that runs this, with the library or without. */

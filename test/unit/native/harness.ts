@@ -20,7 +20,8 @@ export const launcherSources = [
 export function compile(sources: readonly string[], out: string, defines: readonly string[] = []): void {
   mkdirSync(path.dirname(out), { recursive: true });
   execFileSync('gcc', [
-    ...['-O2', '-static', '-Wall', '-Wextra', '-Werror', '-o', out],
+    ...(out.endsWith('.so') ? ['-shared', '-fPIC'] : ['-static']),
+    ...['-O2', '-Wall', '-Wextra', '-Werror', '-o', out],
     ...defines,
     ...sources.map((source) => path.join(repository, 'native', source)),
   ]);

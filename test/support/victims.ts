@@ -3,6 +3,8 @@ import { existsSync, readFileSync } from 'node:fs';
 import { mkdir, readdir, readFile, writeFile } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { expect } from 'vitest';
+import type { EventLog } from './event-log.ts';
 import { ask, writeSaboteurInitrd } from './saboteur.ts';
 import type { EditableSpec, Scene } from './scene.ts';
 import { bytes, Lines, type RunningProgram } from './spawn.ts';
@@ -49,6 +51,52 @@ export class Gate {
 
   async open(): Promise<void> {
     await writeFile(join(this.#folder, 'go'), '');
+  }
+}
+
+/** A running container that counts up from 1 into a file on the host, a number a line. */
+export class Counter {
+  readonly id: string;
+  readonly #file: string;
+
+  private constructor(id: string, file: string) {
+    this.id = id;
+    this.#file = file;
+  }
+
+  static async start(scene: Scene): Promise<Counter> {
+    const id = scene.id();
+    const file = join(scene.dir, `out-${id}`);
+    const script = 'trap "echo end; exit 7" TERM; i=0; while :; do i=$((i+1)); echo $i; usleep 2000; done';
+    await scene.start(id, ['sh', '-c', script], { flags: ['--log-uri', `file://${file}`] });
+    return new Counter(id, file);
+  }
+
+  /** Waits for ten numbers more: how long they take depends on how many other virtual machines share the processors. */
+  async goesOn(timeout = 60_000): Promise<void> {
+    const deadline = performance.now() + timeout;
+    const from = await this.#last();
+    while ((await this.#last()) < from + 10) {
+      if (performance.now() > deadline) throw new Error(`${this.id} counts no further than ${from} in ${timeout} ms`);
+      await sleep(50);
+    }
+  }
+
+  /** Ends it by SIGTERM, removes it, and checks that no number is missing. One that came twice is none. */
+  async end(scene: Scene, events: EventLog): Promise<void> {
+    await scene.ctr(['task', 'kill', '--signal', 'SIGTERM', this.id]);
+    expect((await events.waitFor('/tasks/exit', this.id)).event.exit_status).toBe(7);
+    await scene.remove(this.id);
+    const lines = (await readFile(this.#file, 'utf8')).trimEnd().split('\n');
+    expect(lines.pop()).toBe('end');
+    const numbers = new Set(lines.map(Number));
+    expect([this.id, numbers.size]).toEqual([this.id, Math.max(...numbers)]);
+  }
+
+  /** The last number that is in the file with its line's end, 0 without one. */
+  async #last(): Promise<number> {
+    const lines = (await readFile(this.#file, 'utf8').catch(() => '')).split('\n');
+    return Number(lines.at(-2) ?? 0);
   }
 }
 

@@ -5,7 +5,7 @@
  * logged; apart from that nothing is hidden.
  */
 import { join } from 'node:path';
-import { type Logger, pino } from 'pino';
+import { type DestinationStream, type Logger, pino } from 'pino';
 import { LogFile } from './log-file.ts';
 import type { TaskLog, TaskLogLevel } from './task-log.ts';
 
@@ -41,16 +41,13 @@ export function createLogger({ stateDir, level }: LoggerOptions): DaemonLog {
       dropped,
     });
   });
+  const logger = loggerTo(new Destination(file, severity[level]), level);
   return {
-    logger: loggerTo(file, level),
+    logger,
     forTask: (taskLog, taskLevel) => {
       const finest = taskLevel === 'debug' && severity[level] > severity.debug ? 'debug' : level;
-      const write = (line: string) => {
-        const entry = JSON.parse(line) as Entry;
-        if (severity[entry.level] >= severity[level]) file.write(line);
-        relay(entry, taskLog, taskLevel);
-      };
-      return loggerTo({ write }, finest);
+      // A logger made anew would compile what finds an `env` anew, 0.4 ms each.
+      return Object.assign(logger.child({}, { level: finest }), { [ofTask]: { log: taskLog, finest: taskLevel } });
     },
     path,
     reopen: () => file.reopen(),
@@ -58,28 +55,56 @@ export function createLogger({ stateDir, level }: LoggerOptions): DaemonLog {
   };
 }
 
+/** A logger has the member of the one whose child it is: pino makes it with that as its prototype. */
+const ofTask = Symbol('task');
+
+interface TaskOfLogger {
+  readonly [ofTask]?: { readonly log: TaskLog; readonly finest: TaskLogLevel };
+}
+
+/** Takes the lines of all of kilnd's loggers. pino says of which logger one is where a destination asks for that. */
+class Destination implements DestinationStream {
+  readonly [pino.symbols.needsMetadataGsym] = true;
+  lastLevel = 0;
+  lastMsg = '';
+  lastObj: { readonly err?: unknown } = {};
+  lastTime = '';
+  declare lastLogger: Logger & TaskOfLogger;
+  readonly #file: LogFile;
+  readonly #finest: number;
+
+  constructor(file: LogFile, finest: number) {
+    this.#file = file;
+    this.#finest = finest;
+  }
+
+  write(line: string): void {
+    if (this.lastLevel >= this.#finest) this.#file.write(line);
+    const task = this.lastLogger[ofTask];
+    if (task === undefined || this.lastLevel < severity[task.finest]) return;
+    // The line has an error's message with those of its causes.
+    const words = this.lastObj.err === undefined ? undefined : (JSON.parse(line) as Entry).err?.message;
+    tell(task.log, this.lastLevel, [this.lastMsg, words].filter((part) => part !== undefined).join(': '));
+  }
+}
+
 /** What is read of a line. */
 interface Entry {
-  readonly level: keyof typeof severity;
-  readonly msg?: string;
   readonly err?: { readonly message?: string };
 }
 
 /** pino's levels, and what containerd's log calls warn. */
 const severity = { trace: 10, debug: 20, info: 30, warn: 40, warning: 40, error: 50, fatal: 60 } as const;
 
-/** A line as one of the task's log; what is finer than containerd's own log is not its business. */
-function relay({ level, msg, err }: Entry, taskLog: TaskLog, finest: TaskLogLevel): void {
-  if (severity[level] < severity[finest]) return;
-  const text = [msg, err?.message].filter((part) => part !== undefined).join(': ');
-  if (severity[level] >= severity.error) taskLog.error(text);
-  else if (level === 'warn') taskLog.warn(text);
-  else if (level === 'info') taskLog.info(text);
-  else taskLog.debug(text);
+function tell(log: TaskLog, level: number, text: string): void {
+  if (level >= severity.error) log.error(text);
+  else if (level >= severity.warn) log.warn(text);
+  else if (level >= severity.info) log.info(text);
+  else log.debug(text);
 }
 
 /** A logger of the same form to anything that takes lines. */
-export function loggerTo(destination: { write(line: string): void }, level: LoggerOptions['level']): Logger {
+export function loggerTo(destination: DestinationStream, level: LoggerOptions['level']): Logger {
   return pino(
     {
       level,

@@ -1,4 +1,4 @@
-import { mkdtempSync, readFileSync, renameSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readFileSync, renameSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
@@ -60,6 +60,32 @@ describe('the daemon log', () => {
     expect(
       Array.from(readFileSync(fifo, 'utf8').matchAll(/level=(\w+) msg=said id=c1\n/g), ([, name]) => name),
     ).toEqual(inTaskLog);
+  });
+
+  test("tells each task what its own loggers and their children say, an error's causes with it", () => {
+    using log = createLogger({ stateDir: folder, level: 'info' });
+    const tasks = ['one', 'two'].map((name) => {
+      const bundle = join(folder, name);
+      mkdirSync(bundle);
+      writeFileSync(join(bundle, 'log'), '');
+      return { said: () => readFileSync(join(bundle, 'log'), 'utf8'), log: new TaskLog(bundle, name) };
+    });
+    const [one, two] = tasks.map((task) =>
+      log.forTask(task.log, 'info').child({ namespace: 'n' }).child({ execId: 'e' }),
+    );
+    one?.warn({ err: new Error('no room', { cause: new Error('ENOSPC') }) }, 'not written down');
+    two?.info('up');
+    log.logger.info('nobody hears');
+    for (const task of tasks) task.log.close();
+    expect(tasks.map(({ said }) => said().replace(/^time=\S+ /, ''))).toEqual([
+      'level=warning msg="not written down: no room: ENOSPC" id=one\n',
+      'level=info msg=up id=two\n',
+    ]);
+    expect(linesOf(log.path).map(({ msg, namespace, execId }) => [msg, namespace, execId])).toEqual([
+      ['not written down', 'n', 'e'],
+      ['up', 'n', 'e'],
+      ['nobody hears', undefined, undefined],
+    ]);
   });
 
   test('never has an environment in it', () => {

@@ -18,7 +18,7 @@ import { openNetworkMonitor, watchNetwork } from '../sys/rtnetlink/monitor.ts';
 import { admitAnswers, askingPorts, endRedirect, redirect } from '../sys/rtnetlink/redirect.ts';
 import { RtnetlinkSocket } from '../sys/rtnetlink/socket.ts';
 import { ask, type NameAnswer, type NameQuery } from './ask.ts';
-import { isEthernetOfOthers, tapName } from './classify.ts';
+import { isEthernetOfOthers, loopbackIsAlone, tapName } from './classify.ts';
 import type { NetworkConfig } from './config.ts';
 import { type ConnectedLink, readNetwork } from './read.ts';
 
@@ -136,6 +136,7 @@ export class SandboxNetwork implements Disposable {
    */
   connect(): NetworkConfig | undefined {
     const config = this.#namespace.run(() => {
+      if (this.#told === '' && loopbackIsAlone()) return undefined;
       using socket = new RtnetlinkSocket();
       try {
         return readNetwork(this.#id, socket, this.#connectLinks(socket));
@@ -145,6 +146,7 @@ export class SandboxNetwork implements Disposable {
         throw new KilnError('internal', message, { cause });
       }
     });
+    if (config === undefined) return undefined;
     const hasNothing = config.interfaces.length === 0 && this.#told === '';
     return hasNothing || textOf(config) === this.#told ? undefined : config;
   }

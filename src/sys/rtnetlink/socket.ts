@@ -115,7 +115,7 @@ export class RtnetlinkSocket implements Disposable {
   }
 
   #receive(what: string): Message[] {
-    const buffer = Buffer.alloc(RECEIVE_SIZE);
+    const buffer = Buffer.allocUnsafeSlow(RECEIVE_SIZE);
     const length = check(cRecv(this.#fd, buffer, buffer.length, 0), 'recv', what);
     return decodeMessages(buffer.subarray(0, length));
   }

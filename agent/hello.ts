@@ -33,6 +33,7 @@ const features: string[] = [
   'files',
   'ps',
   'outputs',
+  'ended-stdin',
 ];
 
 /** What the first Hello called the sandbox's session. */

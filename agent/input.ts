@@ -56,6 +56,11 @@ export class Input implements Disposable {
     this[Symbol.dispose]();
   }
 
+  /** As a `writeAll` of nothing. */
+  end(): void {
+    if (this.#kind === 'pipe') this[Symbol.dispose]();
+  }
+
   #open(): Socket {
     const sink = this.#kind === 'pipe' ? socketFromFd(this.#fd, 'write') : socketFromDevice(this.#fd, 'write');
     return sink.on('error', () => {});

@@ -162,10 +162,15 @@ export function createService({
     }),
     startContainer: unary(async (request) => {
       if (request.network !== undefined) network.apply(request.network);
+      if (request.stdinEnded) containers.process({ id: request.id, execId: '' }).stdio.stdin?.end();
       await containers.start(request.id);
       return {};
     }),
-    execProcess: streaming(async (call) => tellOfMade(call, call.request, await containers.exec(call.request))),
+    execProcess: streaming(async (call) => {
+      const pid = await containers.exec(call.request);
+      if (call.request.stdinEnded) containers.process(call.request).stdio.stdin?.end();
+      await tellOfMade(call, call.request, pid);
+    }),
     signalProcess: unary(({ id, execId, signal, all }) => {
       containers.signal({ id, execId }, signal, all);
       return {};

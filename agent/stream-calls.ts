@@ -1,5 +1,5 @@
 /** The calls that carry a process's stdin and its outputs. */
-import { setImmediate } from 'node:timers/promises';
+import { setImmediate as nextTurn } from 'node:timers/promises';
 import type { ServerDuplexStream, ServerReadableStream } from '@grpc/grpc-js';
 import {
   OutputStream,
@@ -85,9 +85,10 @@ function relaysOf(containers: Containers, call: OutputCall, request: ReadOutputR
   const sinkOf = (stderr: boolean): OutputSink => ({
     write: (data) => call.write(frameOutput(data, stderr)),
     end: () => {
-      call.write({ data: Buffer.alloc(0), stderr, ended: true });
       open -= 1;
       if (open === 0) call.end();
+      // Both end in the same turn mostly, and the call's end says it of both.
+      else setImmediate(() => open > 0 && call.write({ data: Buffer.alloc(0), stderr, ended: true }));
     },
   });
   const stderr = outputOf(containers, { ...request, stream: OutputStream.OUTPUT_STREAM_STDERR });
@@ -124,7 +125,7 @@ export async function writeStdin(
     yield first.value.data;
     for await (const message of messages) yield message.data;
     // One that was reset, or whose connection broke, ends as well, and in the same turn says that it was cancelled.
-    await setImmediate();
+    await nextTurn();
     if (call.cancelled) throw new AgentError('failed-precondition', 'the call was cancelled');
   };
   await stdin.writeAll(data());

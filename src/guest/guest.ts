@@ -140,18 +140,22 @@ export class Guest implements Disposable {
     return ids.filter(({ length }) => length <= maxIdChars).slice(0, maxContainers);
   }
 
-  /** @param network what the guest has to take over before; absent when there is nothing new */
-  async startContainer(id: string, network?: NetworkConfig): Promise<void> {
-    await this.#call(AgentService.startContainer, { id, network: toNetwork(network) });
+  /**
+   * @param stdinEnded nothing will be piped to its stdin; for a guest that `takesEndedStdin`
+   * @param network what the guest has to take over before; absent when there is nothing new
+   */
+  async startContainer(id: string, stdinEnded = false, network?: NetworkConfig): Promise<void> {
+    await this.#call(AgentService.startContainer, { id, network: toNetwork(network), stdinEnded });
   }
 
   /**
    * Runs one more process in the container; returns its pid in the guest.
    *
    * @param process the guest's runtime-spec `process`, JSON
+   * @param stdinEnded as of `startContainer`
    */
-  async exec(ref: ProcessRef, process: string, stdio: GuestStdio): Promise<number> {
-    const request = { ...ref, process: Buffer.from(process), stdio: toStdio(stdio) };
+  async exec(ref: ProcessRef, process: string, stdio: GuestStdio, stdinEnded = false): Promise<number> {
+    const request = { ...ref, process: Buffer.from(process), stdio: toStdio(stdio), stdinEnded };
     const begin = () => this.#client.execProcess(request);
     return this.#made(ref, await Creation.of(begin, AgentService.execProcess, { limitMs: this.#answerLimitMs }));
   }

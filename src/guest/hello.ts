@@ -22,6 +22,8 @@ export interface GuestFacts {
   readonly agentStartedAtMs: number;
   /** Whether it gives both outputs of a process in one call (feature "outputs"). */
   readonly joinsOutputs: boolean;
+  /** Whether a process's start can say that nothing will come for its stdin (feature "ended-stdin"). */
+  readonly takesEndedStdin: boolean;
 }
 
 export interface HelloOptions {
@@ -96,6 +98,7 @@ function factsOf(answer: HelloResponse, answeredAt: number): GuestFacts {
     // No time in the future, nor before there were clocks.
     agentStartedAtMs: answeredAt - Math.min(Math.max(ageMs, 0), answeredAt),
     joinsOutputs: answer.features.includes('outputs'),
+    takesEndedStdin: answer.features.includes('ended-stdin'),
   };
 }
 

@@ -119,6 +119,7 @@ export class Container {
       positions: new Positions(path.join(directory, 'positions')),
       report: this.#report,
     });
+    if (parts.state.kind !== 'created') this.#io.pipeStdin();
     this.#vm = new OccupiedVm(resources, {
       logger: parts.logger,
       report: this.#report,
@@ -163,8 +164,9 @@ export class Container {
     this.#state = { kind: 'starting' };
     try {
       // First, because it can fail; until the program reads it, stdin waits in the guest's pipe.
-      stdio.startStdin();
-      await sandbox.startContainer(this.id, this.#resolvConf);
+      const stdinEnded = stdio.startStdin() && sandbox.guest.facts.takesEndedStdin;
+      if (!stdinEnded) this.#io.pipeStdin();
+      await sandbox.startContainer(this.id, stdinEnded, this.#resolvConf);
       faultPoint('container-start');
       this.timeline.mark('started');
       this.#state = { kind: 'running' };

@@ -119,12 +119,13 @@ export class Exec {
       await mkdir(directory, { recursive: true, mode: 0o700 });
       undo.defer(() => rm(directory, { recursive: true, force: true }));
       const stdio = undo.adopt(await openStdio(), (opened) => opened.dispose());
-      stdio.startStdin();
+      const stdinEnded = stdio.startStdin() && guest.facts.takesEndedStdin;
       const size = this.#size;
       await this.#host.forgotten();
-      this.#pid = await guest.exec(this.#ref, process, guestStdio(stdio, terminal, size));
+      this.#pid = await guest.exec(this.#ref, process, guestStdio(stdio, terminal, size), stdinEnded);
       undo.move();
-      this.#run(stdio);
+      const io = this.#run(stdio);
+      if (!stdinEnded) io.pipeStdin();
       // It was changed while the start was under way.
       if (this.#size !== undefined && this.#size !== size) await this.resize(this.#size);
     } catch (error) {
@@ -148,21 +149,23 @@ export class Exec {
     const stdio = await request.openStdio();
     stdio.startStdin({ clientMayReturn: true });
     exec.#pid = pid;
-    exec.#run(stdio);
+    exec.#run(stdio).pipeStdin();
     return exec;
   }
 
-  #run(stdio: ContainerStdio): void {
+  #run(stdio: ContainerStdio): ProcessIo {
     const { guest, report } = this.#host;
     const { directory, terminal } = this.#request;
     this.#stdio = stdio;
     // Before the start, or while it was under way: a short input is read by then, and its client has no more to say.
     if (this.#stdinClosed) stdio.closeStdin();
     const positions = new Positions(path.join(directory, 'positions'));
-    this.#io = new ProcessIo({ guest, process: this.#ref, stdio, terminal, positions, report });
+    const io = new ProcessIo({ guest, process: this.#ref, stdio, terminal, positions, report });
+    this.#io = io;
     this.#state = { kind: 'running' };
-    void this.#supervise(this.#io);
+    void this.#supervise(io);
     void this.#followStandIn();
+    return io;
   }
 
   /** Sends a signal; `not-found` when there is no process any more, `failed-precondition` before there is one. */

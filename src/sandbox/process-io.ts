@@ -45,6 +45,8 @@ class Progress {
  * is reported, and the others go on.
  */
 export class ProcessIo {
+  readonly #guest: Guest;
+  readonly #process: ProcessRef;
   readonly #stdio: ContainerStdio;
   readonly #positions: Positions;
   readonly #report: (error: unknown, message: string) => void;
@@ -53,10 +55,11 @@ export class ProcessIo {
     readonly progress: Progress;
     readonly ended: Promise<void>;
   }[];
+  #pipesStdin = false;
   /** Resolves when all outputs have ended and their readers see the end. */
   readonly drained: Promise<void>;
 
-  /** Begins to relay; the process must exist in the guest. */
+  /** Begins to relay the outputs; the process must exist in the guest. */
   constructor(options: {
     readonly guest: Guest;
     readonly process: ProcessRef;
@@ -68,11 +71,12 @@ export class ProcessIo {
   }) {
     const { guest, process, stdio, terminal, positions, report } = options;
     const from = positions.read();
+    this.#guest = guest;
+    this.#process = process;
     this.#stdio = stdio;
     this.#positions = positions;
     this.#report = report;
-    const broke = (error: unknown) => report(error, 'a stdio stream ended early');
-    if (stdio.stdin !== null) guest.pipeStdin(process, stdio.stdin).catch(unlessClosed(broke));
+    const broke = this.#broke;
     let told = false;
     const writeDown = (name: OutputName, offset: number) => {
       try {
@@ -101,6 +105,16 @@ export class ProcessIo {
     this.drained = Promise.all(this.#outputs.map(({ ended }) => ended))
       .then(() => stdio.finish())
       .catch((error: unknown) => report(error, 'cannot finish the output'));
+  }
+
+  readonly #broke = (error: unknown): void => this.#report(error, 'a stdio stream ended early');
+
+  /** Begins to relay stdin. Later calls do nothing. */
+  pipeStdin(): void {
+    const { stdin } = this.#stdio;
+    if (stdin === null || this.#pipesStdin) return;
+    this.#pipesStdin = true;
+    this.#guest.pipeStdin(this.#process, stdin).catch(unlessClosed(this.#broke));
   }
 
   /**

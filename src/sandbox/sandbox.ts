@@ -319,9 +319,9 @@ export class Sandbox implements AsyncDisposable {
    *
    * @param resolvConf the file of the host that is its /etc/resolv.conf, if it has one
    */
-  async startContainer(id: string, resolvConf?: string): Promise<void> {
+  async startContainer(id: string, stdinEnded: boolean, resolvConf?: string): Promise<void> {
     if (resolvConf !== undefined) await this.followNameservers(resolvConf);
-    await this.#withNetwork((network) => this.guest.startContainer(id, network));
+    await this.#withNetwork((network) => this.guest.startContainer(id, stdinEnded, network));
     this.#network?.follow(followAfterMs);
   }
 

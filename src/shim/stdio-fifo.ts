@@ -106,6 +106,7 @@ export class FifoReader extends Readable {
   #heldWriter: number | undefined;
   #started = false;
   #writerClosed = false;
+  #isEmpty = false;
 
   constructor(path: string) {
     super();
@@ -115,6 +116,11 @@ export class FifoReader extends Readable {
   /** True from the start until our write end is closed. */
   get open(): boolean {
     return this.#heldWriter !== undefined;
+  }
+
+  /** It has ended at its start, and nothing was sent. */
+  get isEmpty(): boolean {
+    return this.#isEmpty;
   }
 
   /** Opens the FIFO. Later calls do nothing. @throws the error of open(2) */
@@ -128,6 +134,7 @@ export class FifoReader extends Readable {
       // writer that came after the reader.
       const ended = this.#readWhatIsThere(fd) === 'ended';
       if (ended && (endWithoutClient || this.#writerClosed)) {
+        this.#isEmpty = this.readableLength === 0;
         this.push(null);
         return;
       }

@@ -68,9 +68,10 @@ export interface Stdio extends AsyncDisposable {
    * Opens stdin; to be called when the process is started. If no client holds its end at that moment, stdin ends at
    * once, unless `clientMayReturn`: for a running process that is taken over after a restart of ours.
    *
+   * @returns whether it has ended, and nothing was sent
    * @throws KilnError when the FIFO is gone
    */
-  startStdin(options?: { readonly clientMayReturn?: boolean }): void;
+  startStdin(options?: { readonly clientMayReturn?: boolean }): boolean;
   /** CloseIO: stdin ends once the clients have closed their ends too and the pipe is empty. Any time, any number. */
   closeStdin(): void;
   /**
@@ -213,11 +214,12 @@ class OpenStdio implements Stdio {
     return this.#released.get(path);
   }
 
-  startStdin({ clientMayReturn = false }: { readonly clientMayReturn?: boolean } = {}): void {
+  startStdin({ clientMayReturn = false }: { readonly clientMayReturn?: boolean } = {}): boolean {
     try {
       this.stdin?.start({ endWithoutClient: !clientMayReturn });
       // Nobody waits for it: what it guards against is kilnd's death. CloseIO may have come before.
       if (this.stdin?.open) void this.#holds?.holdFifo(this.stdin.path);
+      return this.stdin?.isEmpty ?? false;
     } catch (error) {
       throw cannotOpen('stdin', error);
     }

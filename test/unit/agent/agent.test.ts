@@ -320,8 +320,24 @@ describe('a container', () => {
     acknowledge(0n, 4n);
     expect(await next()).toEqual({ text: '', stderr: true, ended: true });
     acknowledge(6n, 4n);
-    expect(await next()).toEqual({ text: '', stderr: false, ended: true });
     expect((await messages.next()).done).toBe(true);
+    await remove(client, 'both');
+  });
+
+  it('tells of both outputs that end together by the end of the call alone', async () => {
+    await create(client, 'both', 'exit 0');
+    const call = client.readOutput();
+    call.write({
+      id: 'both',
+      execId: '',
+      stream: OutputStream.OUTPUT_STREAM_STDOUT,
+      delivered: 0n,
+      stderrDelivered: 0n,
+    });
+    await start(client, 'both');
+    const messages = call[Symbol.asyncIterator]() as AsyncIterator<ReadOutputResponse>;
+    expect((await messages.next()).done).toBe(true);
+    await wait(client, 'both');
     await remove(client, 'both');
   });
 
@@ -401,6 +417,14 @@ describe('a container', () => {
     await writing;
     await wait(client, 'both');
     await remove(client, 'both');
+  });
+
+  it('reads nothing where nothing comes for its stdin, and nobody writes to that', async () => {
+    await create(client, 'none', 'cat; exit 3');
+    await start(client, 'none', true);
+    expect(await wait(client, 'none')).toMatchObject({ exitStatus: 3 });
+    await expect(write(client, 'none', 'x')).rejects.toMatchObject({ details: 'stdin is closed' });
+    await remove(client, 'none');
   });
 
   it('has one writer of its stdin at a time, the latest, whose end closes it', async () => {

@@ -147,9 +147,10 @@ export async function exec(
   name: ProcessName,
   script: string,
   stdio: Partial<Stdio> = {},
+  stdinEnded = false,
 ): Promise<number> {
   const process = Buffer.from(JSON.stringify({ args: [script.split(' ')[0]], script }));
-  const request = { ...name, process, stdio: { ...pipes, ...stdio } };
+  const request = { ...name, process, stdio: { ...pipes, ...stdio }, stdinEnded };
   return firstPid(client.execProcess(request));
 }
 
@@ -160,8 +161,8 @@ function named(process: ProcessId): ProcessName {
   return typeof process === 'string' ? { id: process, execId: '' } : process;
 }
 
-export const start = (client: AgentClient, id: string) =>
-  unary((done) => client.startContainer({ id, network: undefined }, done));
+export const start = (client: AgentClient, id: string, stdinEnded = false) =>
+  unary((done) => client.startContainer({ id, network: undefined, stdinEnded }, done));
 /** The last message of WaitProcess. */
 export async function wait(client: AgentClient, process: ProcessId): Promise<WaitProcessResponse> {
   let last: WaitProcessResponse | undefined;

@@ -53,10 +53,17 @@ describe("an exec'd process", () => {
     expect(agent.leftovers().filter((file) => file.includes('exec-'))).toEqual([]);
   });
 
+  it('reads nothing where nothing comes for its stdin, and nobody writes to that', async () => {
+    await exec(client, name('none'), 'cat; echo end', {}, true);
+    expect((await read(client, name('none'))).toString()).toBe('end\n');
+    await expect(write(client, name('none'), 'x')).rejects.toMatchObject({ details: 'stdin is closed' });
+    await removeProcess(client, name('none'));
+  });
+
   it('is told of by the call that has made it, until it has ended', async () => {
     const process = Buffer.from(JSON.stringify({ args: ['exit'], script: 'exit 4' }));
     const stdio = { stdin: false, stdout: false, stderr: false, terminal: false, width: 0, height: 0 };
-    const told = client.execProcess({ ...name('told'), process, stdio })[Symbol.asyncIterator]();
+    const told = client.execProcess({ ...name('told'), process, stdio, stdinEnded: false })[Symbol.asyncIterator]();
     expect((await told.next()).value).toMatchObject({ pid: expect.any(Number), process: undefined });
     expect((await told.next()).value).toMatchObject({ pid: 0, process: { exitStatus: 4 } });
     expect((await told.next()).done).toBe(true);
@@ -295,6 +302,13 @@ describe.skipIf(!hasGcc)('a terminal', () => {
     await expect(read(client, name('t'), 'stderr')).rejects.toMatchObject({ code: status.FAILED_PRECONDITION });
     await removeProcess(client, name('t'));
     expect(agent.leftovers().filter((file) => file.includes('console-'))).toEqual([]);
+  });
+
+  it('stays open where nothing comes for its stdin', async () => {
+    await exec(client, name('open'), 'read -r line; exit 3', { terminal: true, ...size }, true);
+    await write(client, name('open'), 'go\n');
+    expect(await wait(client, name('open'))).toMatchObject({ exitStatus: 3 });
+    await removeProcess(client, name('open'));
   });
 
   it("can have another size while it runs, and keeps its stdin when a writer's stream ends", async () => {

@@ -87,6 +87,7 @@ describe('Hello', () => {
       kernelRelease: '6.1.0-guest',
       bootId: 'b007',
       joinsOutputs: false,
+      takesEndedStdin: false,
       memoryBytes: 512 << 20,
       vcpus: 2,
     });

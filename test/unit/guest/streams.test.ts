@@ -382,6 +382,7 @@ describe('a process', () => {
       ...ref,
       process: Buffer.from('{"args":["sh"]}'),
       stdio: { stdin: false, stdout: true, stderr: false, terminal: true, width: 80, height: 24 },
+      stdinEnded: false,
     });
   });
 

@@ -121,7 +121,9 @@ it("hands a handler's error on with its code and text", async () => {
 
 it('says UNIMPLEMENTED for a method that the server does not have', async () => {
   const { client } = await open();
-  const error = await new Promise((resolve) => client.startContainer({ id: '', network: undefined }, resolve));
+  const error = await new Promise((resolve) =>
+    client.startContainer({ id: '', network: undefined, stdinEnded: false }, resolve),
+  );
   expect(error).toMatchObject({ code: status.UNIMPLEMENTED });
 });
 

@@ -4,8 +4,8 @@ import { afterEach, describe, expect, it } from 'vitest';
 import type { KilnError } from '../../../src/errors.ts';
 import { guestStopGraceMs } from '../../../src/sandbox/limits.ts';
 import { readContainerRecord } from '../../../src/sandbox/record.ts';
-import { failure, outputOf, type Script } from '../guest/scripted-agent.ts';
-import { canMakeNetns, isAlive, Workbench } from './workbench.ts';
+import { failure, helloResponse, outputOf, type Script } from '../guest/scripted-agent.ts';
+import { canMakeNetns, execRequest, isAlive, Workbench } from './workbench.ts';
 
 const benches: Workbench[] = [];
 function bench(script: Script = {}): Workbench {
@@ -72,7 +72,7 @@ describe.skipIf(!canMakeNetns)('a container', () => {
     expect(await container.delete()).toBe(exit);
     expect(container.state).toEqual({ kind: 'deleted', exit });
     expect(made.agent.calls).toEqual([
-      ...['hello', 'createContainer', 'writeStdin', 'readOutput'],
+      ...['hello', 'createContainer', 'readOutput', 'writeStdin'],
       ...['startContainer', 'listProcesses', 'readStats', 'removeContainer'],
     ]);
     expect(made.events).toEqual(['stdin started', 'vm killed', 'rootfs released']);
@@ -95,6 +95,37 @@ describe.skipIf(!canMakeNetns)('a container', () => {
     expect(made.agent.calls.filter((name) => names.includes(name))).toEqual(expected);
     expect(readContainerRecord(made.directory)).toMatchObject({ resolvConf: made.resolvConf });
   });
+
+  it.each([
+    [['ended-stdin'], true, true],
+    [['ended-stdin'], false, false],
+    [[], true, false],
+  ])(
+    'in a guest with features %j whose stdin is empty (%j) is started with its end (%j)',
+    async (features, isEmpty, told) => {
+      const requests: boolean[] = [];
+      const made = bench({
+        hello: (_call, done) => done(null, helloResponse({ features })),
+        startContainer: ({ request }, done) => {
+          requests.push(request.stdinEnded);
+          done(null, {});
+        },
+        execProcess: ({ request }, done) => {
+          requests.push(request.stdinEnded);
+          done(null, { pid: 77 });
+        },
+      });
+      made.stdio.stdinIsEmpty = isEmpty;
+      const container = await made.create();
+      await container.start();
+      const { request, stdio } = execRequest(made, 'e1');
+      stdio.stdinIsEmpty = isEmpty;
+      await container.exec(request).start();
+      expect(requests).toEqual([told, told]);
+      await container.processes();
+      expect(made.agent.calls.filter((name) => name === 'writeStdin').length).toBe(told ? 0 : 2);
+    },
+  );
 
   it('gives its VM back as soon as it has ended, with its filesystems flushed', async () => {
     const removed = held();

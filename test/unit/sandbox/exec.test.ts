@@ -111,6 +111,7 @@ describe.skipIf(!canMakeNetns)('an exec', () => {
       {
         ...{ id: 'c1', execId: 'e1', process: Buffer.from(request.process) },
         stdio: { stdin: true, stdout: true, stderr: false, terminal: false, width: 0, height: 0 },
+        stdinEnded: false,
       },
     ]);
     made.agent.exit(42, 'e1');

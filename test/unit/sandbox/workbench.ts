@@ -163,6 +163,8 @@ export class MemoryStdio implements ContainerStdio {
   readonly written: Buffer[] = [];
   disposals = 0;
   startError: Error | undefined;
+  /** Its client has sent nothing, and is gone at the start. */
+  stdinIsEmpty = false;
 
   constructor(log: string[]) {
     this.#log = log;
@@ -178,9 +180,10 @@ export class MemoryStdio implements ContainerStdio {
     this.stdout.on('error', () => {});
   }
 
-  startStdin({ clientMayReturn = false } = {}): void {
+  startStdin({ clientMayReturn = false } = {}): boolean {
     this.#log.push(clientMayReturn ? 'stdin taken over' : 'stdin started');
     if (this.startError !== undefined) throw this.startError;
+    return this.stdinIsEmpty;
   }
 
   closeStdin(): void {

@@ -318,7 +318,7 @@ describe('stdin', () => {
 
   test('ends at the start when the client has closed its end already, as ctr does with an empty input', async () => {
     const stdio = await open({ stdin: mkfifo('in') });
-    stdio.startStdin();
+    expect([stdio.startStdin(), stdio.startStdin()]).toEqual([true, true]);
     expect(await text(stdio.stdin as Readable)).toBe('');
     expect(openFifos()).toEqual([]);
   });
@@ -326,7 +326,7 @@ describe('stdin', () => {
   test('of a task that is taken over waits for a client to come', async () => {
     const path = mkfifo('in');
     const stdio = await open({ stdin: path });
-    stdio.startStdin({ clientMayReturn: true });
+    expect(stdio.startStdin({ clientMayReturn: true })).toBe(false);
     const client = openWriter(path);
     writeSync(client, 'back');
     closeSync(client);

@@ -3,6 +3,7 @@ import path from 'node:path';
 import type { GuestPod } from '../guest/terms.ts';
 import { HostControlGroup } from '../host/control-group.ts';
 import type { PodFiles } from '../oci/cri-pod.ts';
+import { reattachSandbox } from './bring-up.ts';
 import { faultPoint } from './faults.ts';
 import { ContainerHooks } from './hooks.ts';
 import { Pod } from './pod.ts';
@@ -21,7 +22,7 @@ import {
   rejoinNetwork,
   sideBySide,
 } from './resources.ts';
-import { Sandbox } from './sandbox.ts';
+import type { Sandbox } from './sandbox.ts';
 import { startSandbox, type VmRequest } from './start.ts';
 
 export interface PodRequest
@@ -102,7 +103,7 @@ export async function reattachPod(
   await using stack = new AsyncDisposableStack();
   const hooks = new ContainerHooks({ id, hooks: hookPlan, logger, begun: true });
   const sandbox = stack.use(
-    await Sandbox.adopt({ vmm, fileServers: host.fileServers, record, directory, logger }, signal),
+    await reattachSandbox({ vmm, fileServers: host.fileServers, record, directory, logger }, signal),
   );
   const controlGroup = HostControlGroup.adopt(directory, logger);
   host.clocks.keep(sandbox);

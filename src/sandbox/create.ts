@@ -2,6 +2,7 @@ import { HostControlGroup } from '../host/control-group.ts';
 import type { Logger } from '../observe/logger.ts';
 import { guestMounts, type PreparedRootfs } from '../rootfs/index.ts';
 import { attachDevices } from './block-devices.ts';
+import { reattachSandbox } from './bring-up.ts';
 import { Changes, type ChangesPlan } from './changes.ts';
 import { Container } from './container.ts';
 import type { AttachedDisk } from './disk-slots.ts';
@@ -20,7 +21,7 @@ import {
   makeDirectory,
   type Resources,
 } from './resources.ts';
-import { Sandbox } from './sandbox.ts';
+import type { Sandbox } from './sandbox.ts';
 import type { Tenancy } from './tenancy.ts';
 import { inHostsWords, volumeOptions } from './volumes.ts';
 
@@ -149,7 +150,7 @@ async function sandboxOf(
 ): Promise<Sandbox> {
   if ('pod' in request) return request.pod.sandbox;
   const { vmm, record, directory, logger } = request;
-  const sandbox = stack.use(await Sandbox.adopt({ vmm, fileServers, record, directory, logger }, signal));
+  const sandbox = stack.use(await reattachSandbox({ vmm, fileServers, record, directory, logger }, signal));
   clocks.keep(sandbox);
   return sandbox;
 }

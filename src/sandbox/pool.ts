@@ -13,7 +13,8 @@ import type { Logger } from '../observe/logger.ts';
 import { prime } from '../template/prime.ts';
 import type { Template, TemplateRequest, TemplateStore } from '../template/store.ts';
 import type { BootSlots } from './boot-slots.ts';
-import { Sandbox } from './sandbox.ts';
+import { restoreSandbox } from './bring-up.ts';
+import type { Sandbox } from './sandbox.ts';
 
 /** For how long what was taken counts, in ms. */
 const demandMs = 60_000;
@@ -264,7 +265,7 @@ export class SandboxPool implements AsyncDisposable {
     const options = { vmm, vm, ownsDirectory: true, bootTimeoutMs, logger, mark: () => {} };
     let sandbox: Sandbox;
     try {
-      sandbox = stack.use(await Sandbox.restore(template, options, signal));
+      sandbox = stack.use(await restoreSandbox(template, options, signal));
       templates.noteRestored(sandbox.guest.facts.bootId);
     } catch (error) {
       if (!signal.aborted) templates.noteFailure(template, error);

@@ -1,8 +1,6 @@
-import { randomUUID } from 'node:crypto';
 import { rmSync } from 'node:fs';
-import { setTimeout as delay } from 'node:timers/promises';
 import { KilnError } from '../errors.ts';
-import { Guest } from '../guest/guest.ts';
+import type { Guest } from '../guest/guest.ts';
 import type { GuestContainer, GuestPod } from '../guest/terms.ts';
 import { abortable } from '../host/abortable.ts';
 import { claimDevice } from '../host/block-devices.ts';
@@ -12,31 +10,15 @@ import type { ConnectedNetwork } from '../network/networks.ts';
 import type { Logger } from '../observe/logger.ts';
 import { tooMuchMemory } from '../oci/limits-check.ts';
 import { guestOverheadMib } from '../oci/vm-size.ts';
-import type { Template } from '../template/store.ts';
-import type { SlotName, Vm, VmConfig, VmExit, Vmm, VmRecord } from '../vmm/vmm.ts';
+import type { SlotName, Vm, VmExit, VmRecord } from '../vmm/vmm.ts';
 import { type AttachedDisk, type DiskFile, DiskSlots } from './disk-slots.ts';
-import { faultPoint } from './faults.ts';
 import { GuestNetwork } from './guest-network.ts';
-import { consoleLimitMs, guestStopGraceMs } from './limits.ts';
-import { type FileServers, SandboxVolumes, type VolumeCache, type VolumesRecord } from './volumes.ts';
-
-/** Bytes of guest console that go into an error message. */
-const consoleTailBytes = 2000;
+import { guestStopGraceMs } from './limits.ts';
+import { tailOf, vmmSilent } from './unresponsive.ts';
+import type { SandboxVolumes, VolumeCache, VolumesRecord } from './volumes.ts';
 
 /** How long after its first container's start a sandbox's network is followed, in ms: short containers do not pay for it. */
 const followAfterMs = 500;
-
-export interface SandboxOptions {
-  readonly vmm: Vmm;
-  readonly vm: VmConfig;
-  /** The VM's directory goes with the sandbox, and not with a container. */
-  readonly ownsDirectory?: boolean;
-  /** Time for the boot, from starting the VMM to the agent's call; then for each answer of VMM and agent. */
-  readonly bootTimeoutMs: number;
-  readonly logger: Logger;
-  /** Called with the moments of the start as they pass. */
-  readonly mark: (name: 'vmm-spawned' | 'vm-restored' | 'kernel-up' | 'agent-connected', atMs?: number) => void;
-}
 
 /** What a later kilnd needs to take a sandbox over. */
 export interface SandboxRecord {
@@ -50,12 +32,13 @@ export interface SandboxRecord {
   readonly volumes?: VolumesRecord | undefined;
 }
 
-export interface AdoptOptions {
-  readonly vmm: Vmm;
-  readonly fileServers: FileServers;
-  readonly record: SandboxRecord;
-  /** The container's directory, which is the VM's, too, where the record names no other. */
-  readonly directory: string;
+/** What a sandbox is made of, new or taken over. */
+export interface SandboxParts extends Pick<SandboxRecord, 'session' | 'answerLimitMs' | 'vmDirectory'> {
+  readonly vm: Vm;
+  /** Its agent, which has said hello. */
+  readonly guest: Guest;
+  /** An earlier kilnd may have put files behind any of its drive slots. */
+  readonly adopted?: boolean;
   readonly logger: Logger;
 }
 
@@ -65,7 +48,7 @@ export interface SandboxEnd extends VmExit {
   readonly agentLost: boolean;
 }
 
-/** One VM with its agent connected. Containers attach their disks to it and run in it. */
+/** One VM with its agent connected (see bring-up.ts). Containers attach their disks to it and run in it. */
 export class Sandbox implements AsyncDisposable {
   readonly vm: Vm;
   readonly guest: Guest;
@@ -82,12 +65,7 @@ export class Sandbox implements AsyncDisposable {
   /** What containers may be promised. */
   #memoryBytes: number;
 
-  private constructor(
-    vm: Vm,
-    guest: Guest,
-    { session, answerLimitMs, vmDirectory }: Omit<SandboxRecord, 'vm' | 'volumes'>,
-    { logger, adopted = false }: { readonly logger: Logger; readonly adopted?: boolean },
-  ) {
+  constructor({ vm, guest, session, answerLimitMs, vmDirectory, adopted = false, logger }: SandboxParts) {
     this.vm = vm;
     this.guest = guest;
     this.#disks = new DiskSlots(adopted);
@@ -98,7 +76,7 @@ export class Sandbox implements AsyncDisposable {
     this.#memoryBytes = guest.facts.memoryBytes;
   }
 
-  /** The sandbox as it is now, for `adopt`. */
+  /** The sandbox as it is now, for `reattachSandbox`. */
   record(): SandboxRecord {
     return {
       session: this.#session,
@@ -108,108 +86,6 @@ export class Sandbox implements AsyncDisposable {
       vm: this.vm.record(),
       volumes: this.#volumes?.record(),
     };
-  }
-
-  /**
-   * Takes over the VM of an earlier kilnd: its agent dials again. Throws `not-found` when it has ended, `deadline-exceeded`
-   * when it does not answer, and whatever else makes it useless; the VM is ended then.
-   */
-  static async adopt(options: AdoptOptions, signal: AbortSignal): Promise<Sandbox> {
-    const { answerLimitMs } = options.record;
-    using limit = new TimeLimit(answerLimitMs, signal);
-    try {
-      return await Sandbox.#takeOver(options, limit.signal);
-    } catch (error) {
-      if (!limit.caused(error)) throw error;
-      const message = `VMM and agent did not both answer the next kilnd within ${answerLimitMs / 1000} s`;
-      throw new KilnError('deadline-exceeded', message);
-    }
-  }
-
-  static async #takeOver(
-    { vmm, fileServers, record, directory, logger }: AdoptOptions,
-    signal: AbortSignal,
-  ): Promise<Sandbox> {
-    const { session, answerLimitMs } = record;
-    await using stack = new AsyncDisposableStack();
-    const vm = stack.use(await vmm.adopt(record.vm, record.vmDirectory ?? directory, signal));
-    let impostors = 0;
-    for (;;) {
-      const socket = await vm.acceptAgent(signal);
-      try {
-        const hello = Guest.connect(socket, { hostname: '', answerLimitMs, session, returning: true });
-        const guest = await abortable(hello, signal);
-        logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is taken over');
-        const sandbox = new Sandbox(vm, guest, record, { logger, adopted: true });
-        sandbox.volumeCache = record.volumeCache ?? sandbox.volumeCache;
-        if (record.volumes !== undefined) {
-          const volumes = await SandboxVolumes.adopt(fileServers, record.volumes, { directory, logger });
-          if (volumes !== undefined) sandbox.useVolumes(volumes);
-        }
-        stack.move();
-        return sandbox;
-      } catch (error) {
-        if (!(error instanceof KilnError && error.code === 'permission-denied')) throw error;
-        impostors += 1;
-        // Once: it may do so without end.
-        if (impostors === 1) logger.warn({ err: error }, 'a program in the guest has dialled the port of the agent');
-      }
-    }
-  }
-
-  /** Boots the VM and waits for its agent. A failure carries the guest's last console lines and leaves nothing. */
-  static async boot(options: SandboxOptions, signal: AbortSignal): Promise<Sandbox> {
-    const { vmm, vm, mark } = options;
-    const boot = async (either: AbortSignal) => {
-      const booted = await vmm.boot(vm, either);
-      mark('vmm-spawned');
-      return booted;
-    };
-    const sandbox = await Sandbox.#start(boot, options, signal);
-    mark('kernel-up', sandbox.guest.facts.agentStartedAtMs);
-    return sandbox;
-  }
-
-  /** As `boot`, of a VM that is a template's clone. */
-  static restore(template: Template, options: SandboxOptions, signal: AbortSignal): Promise<Sandbox> {
-    const { vm, mark } = options;
-    const restore = async (either: AbortSignal) => {
-      const restored = await template.driver.restore(vm, template.directory, either);
-      mark('vm-restored');
-      return restored;
-    };
-    return Sandbox.#start(restore, options, signal);
-  }
-
-  static async #start(
-    startVm: (signal: AbortSignal) => Promise<Vm>,
-    { vmm, vm: config, ownsDirectory, mark, bootTimeoutMs, logger }: SandboxOptions,
-    signal: AbortSignal,
-  ): Promise<Sandbox> {
-    const session = randomUUID();
-    await using stack = new AsyncDisposableStack();
-    using limit = new TimeLimit(bootTimeoutMs, signal);
-    const either = limit.signal;
-    let vm: Vm | undefined;
-    let guest: Guest;
-    try {
-      vm = stack.use(await startVm(either));
-      faultPoint('vm-boot');
-      const socket = await vm.acceptAgent(either);
-      mark('agent-connected');
-      guest = stack.use(
-        await abortable(Guest.connect(socket, { hostname: 'kiln', answerLimitMs: bootTimeoutMs, session }), either),
-      );
-    } catch (error) {
-      if (!limit.caused(error)) throw error;
-      if (vm === undefined) throw vmmSilent(vmm, 'start', bootTimeoutMs);
-      throw await agentSilent(vm, bootTimeoutMs);
-    }
-    faultPoint('agent-connect');
-    logger.info({ vmmPid: vm.pid, ...guest.facts }, 'sandbox is up');
-    stack.move();
-    const vmDirectory = ownsDirectory ? config.directory : undefined;
-    return new Sandbox(vm, guest, { session, answerLimitMs: bootTimeoutMs, vmDirectory }, { logger });
   }
 
   /** Puts a file behind a free drive slot; a read-only one that another container has is not put there twice. */
@@ -415,23 +291,4 @@ export class Sandbox implements AsyncDisposable {
     const directory = this.#vmDirectory;
     if (directory !== undefined) others.defer(() => rmSync(directory, { recursive: true, force: true }));
   }
-}
-
-async function agentSilent(vm: Vm, timeoutMs: number): Promise<KilnError> {
-  return new KilnError(
-    'deadline-exceeded',
-    `the agent in the guest did not call within ${timeoutMs / 1000} s; the guest console's last lines:\n${await tailOf(vm)}`,
-    { hint: 'see docs/guest.md; vm.boot_timeout_s in the config file sets the limit' },
-  );
-}
-
-function vmmSilent(vmm: { readonly name: string }, action: string, timeoutMs: number): KilnError {
-  return new KilnError('deadline-exceeded', `${vmm.name} did not ${action} within ${timeoutMs / 1000} s`, {
-    hint: 'vm.boot_timeout_s in the config file sets the limit',
-  });
-}
-
-async function tailOf(vm: Vm): Promise<string> {
-  const given = await Promise.race([vm.consoleTail(consoleTailBytes), delay(consoleLimitMs, '', { ref: false })]);
-  return given || '(nothing)';
 }

@@ -1,7 +1,8 @@
 import { type ControlGroup, ControlGroupError } from '../host/control-group.ts';
 import type { Template } from '../template/store.ts';
+import { bootSandbox, restoreSandbox, type SandboxOptions } from './bring-up.ts';
 import type { ContainerRequest, HostServices } from './resources.ts';
-import { Sandbox, type SandboxOptions } from './sandbox.ts';
+import type { Sandbox } from './sandbox.ts';
 
 /** What the VM of a container or a pod depends on. */
 export type VmRequest = Pick<
@@ -46,7 +47,7 @@ async function provideSandbox(host: HostServices, request: VmRequest, signal: Ab
     if (restored !== undefined) return restored;
   }
   using _slot = await host.bootSlots.take(signal);
-  return await Sandbox.boot(options, signal);
+  return await bootSandbox(options, signal);
 }
 
 /** One that cannot be put there is ended. */
@@ -68,7 +69,7 @@ async function restore(
   using _slot = await host.bootSlots.take(signal);
   try {
     await using stack = new AsyncDisposableStack();
-    const sandbox = stack.use(await Sandbox.restore(template, options, signal));
+    const sandbox = stack.use(await restoreSandbox(template, options, signal));
     host.templates.noteRestored(sandbox.guest.facts.bootId);
     stack.move();
     return sandbox;

@@ -1,27 +1,17 @@
-import path from 'node:path';
-import { setTimeout as delay } from 'node:timers/promises';
-import { forLog, KilnError } from '../errors.ts';
 import type { ProcessDetails } from '../guest/process-details.ts';
 import type { ContainerStats } from '../guest/stats.ts';
-import type { ProcessRef, TerminalSize } from '../guest/terms.ts';
-import type { GuestExit } from '../guest/wait.ts';
+import type { TerminalSize } from '../guest/terms.ts';
 import type { Logger } from '../observe/logger.ts';
 import type { Timeline } from '../observe/timeline.ts';
 import type { LimitResources } from '../oci/limits.ts';
 import type { Changes } from './changes.ts';
 import { type ContainerFiles, filesOf } from './container-files.ts';
 import type { Exec, ExecRequest } from './exec.ts';
-import { Execs } from './execs.ts';
 import { faultPoint } from './faults.ts';
 import type { ContainerHooks, HookPlan } from './hooks.ts';
-import { deleteDrainMs, destroyGraceMs, killLimitMs, outputGraceMs } from './limits.ts';
-import { OccupiedVm } from './occupied-vm.ts';
-import { OomReport } from './oom.ts';
-import { Positions } from './positions.ts';
-import { ProcessIo } from './process-io.ts';
+import type { OomReport } from './oom.ts';
 import {
   afterExit,
-  alreadyFinished,
   type ContainerState,
   type Exit,
   requireDeletable,
@@ -34,9 +24,10 @@ import {
 } from './process-state.ts';
 import { type ContainerRecord, writeContainerRecord } from './record.ts';
 import type { ContainerRequest, Resources } from './resources.ts';
+import { type SupervisedParts, Supervisor } from './supervisor.ts';
 import { updateLimits } from './update.ts';
 import { sigkill } from './vm-end.ts';
-import { WaitableCell } from './waitable-cell.ts';
+import type { WaitableCell } from './waitable-cell.ts';
 
 export type { ContainerStats, ProcessDetails };
 
@@ -48,11 +39,7 @@ export interface ContainerProcess {
 }
 
 /** What a container is made of, new or taken over. */
-export interface ContainerParts
-  extends Pick<ContainerRequest, 'id' | 'directory' | 'terminal' | 'resolvConf' | 'timeline' | 'logger'> {
-  readonly resources: Resources;
-  /** Absent where nothing of what it writes comes to the host. */
-  readonly changes?: Changes | undefined;
+export interface ContainerParts extends SupervisedParts, Pick<ContainerRequest, 'resolvConf'> {
   readonly disposal: AsyncDisposableStack;
   readonly hooks: ContainerHooks;
   /** What `hooks` was made of. */
@@ -61,17 +48,16 @@ export interface ContainerParts
   readonly state: ContainerState;
 }
 
-/** A container in a VM of its own or in that of its pod, from when it is there (see create.ts) to when it is released. */
+/**
+ * A container in a VM of its own or in that of its pod, from when it is there (see create.ts) to when it is released. Here is
+ * what may be asked of it in which state; its supervisor follows what runs in it.
+ */
 export class Container {
   readonly id: string;
   /** The stand-in's pid: what the host knows the container by. */
   readonly pid: number;
   readonly terminal: boolean;
-  /** Set once, when the init process and all others have ended and their output was delivered. */
-  readonly exit = new WaitableCell<Exit>();
   readonly timeline: Timeline;
-  /** Tells of processes killed for want of memory; of all that were, before `exit` is set. */
-  readonly oom = new OomReport({ onTold: () => this.#save() });
   #state: ContainerState;
   readonly #resources: Resources;
   readonly #changes: Changes | undefined;
@@ -81,65 +67,40 @@ export class Container {
   readonly #resolvConf: string | undefined;
   readonly #logger: Logger;
   readonly #directory: string;
-  readonly #io: ProcessIo;
-  readonly #execs: Execs;
-  readonly #vm: OccupiedVm;
+  readonly #supervisor: Supervisor;
   #starting: Promise<void> = Promise.resolve();
-  /** The init process has ended; its output may still be on its way. */
-  #exited = false;
-  /** What it had used when its init process ended. */
-  #finalStats: ContainerStats | undefined;
   /** Settled when no change of limits is under way. */
   #updating: Promise<unknown> = Promise.resolve();
-  /** Set when we end the container ourselves, so that its VM's end is nothing to report. */
   #destruction: Promise<void> | undefined;
-  /** Settled when output, guest and VM are done with; set before `exit`. Never rejects. */
-  #woundUp: Promise<void> | undefined;
 
   constructor(parts: ContainerParts) {
-    const { id, resources, directory, terminal } = parts;
+    const { id, resources, directory, terminal, changes, timeline, logger } = parts;
     this.id = id;
     this.#state = parts.state;
     this.pid = resources.standIn.pid;
     this.terminal = terminal;
-    this.timeline = parts.timeline;
+    this.timeline = timeline;
     this.#resources = resources;
-    this.#changes = parts.changes;
+    this.#changes = changes;
     this.#disposal = parts.disposal;
-    this.#logger = parts.logger;
+    this.#logger = logger;
     this.#hooks = parts.hooks;
     this.#hookPlan = parts.hookPlan;
     this.#resolvConf = parts.resolvConf;
     this.#directory = directory;
-    this.#io = new ProcessIo({
-      guest: resources.sandbox.guest,
-      process: this.#init,
-      stdio: resources.stdio,
-      terminal,
-      positions: new Positions(path.join(directory, 'positions')),
-      report: this.#report,
-    });
-    if (parts.state.kind !== 'created') this.#io.pipeStdin();
-    this.#vm = new OccupiedVm(resources, {
-      logger: parts.logger,
-      report: this.#report,
-      endIsWanted: () => this.#destruction !== undefined,
-    });
-    this.#execs = new Execs({
-      id,
-      guest: resources.sandbox.guest,
+    // Not all of `parts`, which may have the whole request: the supervisor stays as long as the container.
+    const supervised = { id, resources, directory, terminal, changes, timeline, logger };
+    this.#supervisor = new Supervisor(supervised, {
       requireExecable: () => requireExecable(this.#name, this.#state),
-      lostStatus: () => this.#vm.lostStatus(),
-      report: this.#report,
+      starting: () => this.#starting,
+      stopped: (exit) => {
+        this.#state = afterExit(this.#state, exit);
+      },
+      save: () => this.#save(),
     });
+    if (parts.state.kind !== 'created') this.#supervisor.pipeStdin();
     this.#save();
-    resources.tenancy.enter({ id, pid: this.pid, quit: () => this.#endInGuest() });
-    void this.#supervise();
-    void this.#followStandIn();
-  }
-
-  get #init(): ProcessRef {
-    return { id: this.id, execId: '' };
+    this.#supervisor.follow();
   }
 
   get #name(): string {
@@ -150,9 +111,19 @@ export class Container {
     return this.#state;
   }
 
+  /** Set once, when the init process and all others have ended and their output was delivered. */
+  get exit(): WaitableCell<Exit> {
+    return this.#supervisor.exit;
+  }
+
+  /** Tells of processes killed for want of memory; of all that were, before `exit` is set. */
+  get oom(): OomReport {
+    return this.#supervisor.oom;
+  }
+
   /** One that an earlier kilnd has started, and that runs in the guest as `pid`. */
   async adoptExec(request: ExecRequest, pid: number): Promise<Exec> {
-    return this.#execs.adopt(request, pid);
+    return this.#supervisor.execs.adopt(request, pid);
   }
 
   /** Runs the user's program. When it fails, the program has not run, as far as the guest has told. */
@@ -165,7 +136,7 @@ export class Container {
     try {
       // First, because it can fail; until the program reads it, stdin waits in the guest's pipe.
       const stdinEnded = stdio.startStdin() && sandbox.guest.facts.takesEndedStdin;
-      if (!stdinEnded) this.#io.pipeStdin();
+      if (!stdinEnded) this.#supervisor.pipeStdin();
       await sandbox.startContainer(this.id, stdinEnded, this.#resolvConf);
       faultPoint('container-start');
       this.timeline.mark('started');
@@ -189,48 +160,13 @@ export class Container {
    */
   async kill(signal: number, all: boolean): Promise<void> {
     requireSignalable(this.#name, this.#state);
-    try {
-      await this.#resources.sandbox.guest.signal(this.#init, signal, all);
-      if (signal === sigkill) this.#limitEnd();
-    } catch (error) {
-      const code = error instanceof KilnError ? error.code : undefined;
-      if (code === 'deadline-exceeded' && signal === sigkill) {
-        await this.#killByVm(error);
-        return;
-      }
-      // The VM has ended, or will have in a moment.
-      if (code === 'unavailable') {
-        void this.#vm.lostStatus(error);
-        await this.exit.wait();
-      }
-      // The guest knows of the end already, while we still deliver the output.
-      else if (code !== 'failed-precondition' && code !== 'not-found') throw error;
-      throw alreadyFinished(this.#name);
-    }
-  }
-
-  /** After a SIGKILL that the guest has taken. */
-  #limitEnd(): void {
-    const timer = setTimeout(() => {
-      if (this.#exited) return;
-      const limit = `the guest did not end container ${this.id} within ${killLimitMs / 1000} s of SIGKILL`;
-      void this.#killByVm(new KilnError('deadline-exceeded', limit));
-    }, killLimitMs);
-    timer.unref();
-    void this.exit.wait().then(() => clearTimeout(timer));
-  }
-
-  /** SIGKILL for a guest that does not do it. */
-  async #killByVm(cause: unknown): Promise<void> {
-    this.#report(cause, 'cannot kill the container, so its VM is ended');
-    await this.#vm.end();
-    await this.exit.wait();
+    await this.#supervisor.kill(signal, all);
   }
 
   /** Registers one more process; it runs when it is started. The caller keeps its exec id unique, and deletes it. */
   exec(request: ExecRequest): Exec {
     requireExecable(this.#name, this.#state);
-    return this.#execs.add(request);
+    return this.#supervisor.execs.add(request);
   }
 
   /** Writes down what the next kilnd needs, should this one be killed. */
@@ -264,20 +200,20 @@ export class Container {
     if (this.#state.kind === 'stopped' || this.#state.kind === 'deleted') return [];
     const processes = await this.#resources.sandbox.guest.processes(this.id);
     // A guest may call them what it likes.
-    const known = (execId: string) => (this.#execs.has(execId) ? execId : '');
+    const known = (execId: string) => (this.#supervisor.execs.has(execId) ? execId : '');
     const others = processes.filter(({ init }) => !init).map(({ pid, execId }) => ({ pid, execId: known(execId) }));
     return [{ pid: this.pid, execId: '' }, ...others];
   }
 
   /** The same as ps(1) shows them, by their pids in the guest. */
   async processTable(): Promise<readonly ProcessDetails[]> {
-    return this.#exited ? [] : this.#resources.sandbox.guest.processTable(this.id);
+    return this.#supervisor.hasExited ? [] : this.#resources.sandbox.guest.processTable(this.id);
   }
 
   /** Sets the size of the init process's terminal, if it has one. */
   async resize(size: TerminalSize): Promise<void> {
-    if (!this.terminal || this.#exited) return;
-    await this.#resources.sandbox.guest.resize(this.#init, size);
+    if (!this.terminal || this.#supervisor.hasExited) return;
+    await this.#resources.sandbox.guest.resize({ id: this.id, execId: '' }, size);
   }
 
   /**
@@ -317,10 +253,8 @@ export class Container {
   }
 
   /** What it uses; of one that has ended, what it had used. */
-  async stats(): Promise<ContainerStats> {
-    if (this.#finalStats !== undefined) return this.#finalStats;
-    if (this.#exited) throw new KilnError('not-found', `container ${this.id} has ended, and nobody knows what it used`);
-    return this.#resources.sandbox.guest.stats(this.id);
+  stats(): Promise<ContainerStats> {
+    return this.#supervisor.stats();
   }
 
   /** Changes its limits, one update after the other: all that are given, or none. */
@@ -346,10 +280,9 @@ export class Container {
   /** Removes a container that is not running, with everything that belongs to it, and returns its exit. */
   async delete(): Promise<Exit> {
     requireDeletable(this.#name, this.#state);
-    if (this.#state.kind === 'created') await this.#discard();
+    if (this.#state.kind === 'created') await this.#supervisor.discard();
     const exit = await this.exit.wait();
-    await Promise.race([this.#woundUp, delay(deleteDrainMs, undefined, { ref: false })]);
-    await this.#windUp();
+    await this.#supervisor.drain();
     await this.destroy();
     this.#state = { kind: 'deleted', exit };
     return exit;
@@ -368,100 +301,10 @@ export class Container {
   }
 
   async #destroy(): Promise<void> {
-    const ended = this.#endInGuest().catch((error: unknown) => this.#report(error, 'cannot end the container'));
-    // For the sake of a pod's other containers a little more.
-    const graceMs = this.#resources.tenancy.shared ? killLimitMs : destroyGraceMs;
-    await Promise.race([ended, delay(graceMs, undefined, { ref: false })]);
-    if (this.exit.peek() === undefined || !this.#resources.tenancy.shared) await this.#vm.end();
-    await this.exit.wait();
-    await this.#windUp();
+    await this.#supervisor.end();
     await this.#disposal.disposeAsync();
     this.timeline.mark('deleted');
     const marks = this.timeline.toJSON().marks.map(({ name, atMs }) => ({ name, at_ms: atMs }));
     this.#logger.info({ marks }, 'timeline');
   }
-
-  async #endInGuest(): Promise<void> {
-    if (!this.#exited) await this.#resources.sandbox.guest.signal(this.#init, sigkill, true);
-    await this.exit.wait();
-    await this.#windUp();
-  }
-
-  /** Ends a container whose program has not run. */
-  async #discard(): Promise<void> {
-    try {
-      await this.kill(sigkill, true);
-    } catch (error) {
-      if (error instanceof KilnError && error.code === 'not-found') return;
-      // There is nothing in it yet that would be lost.
-      this.#report(error, 'cannot kill the container, so its VM is ended');
-      await this.#vm.end();
-    }
-  }
-
-  /** After the exit: what is left of the output is dropped; resolves when its filesystems are flushed and its VM gone. */
-  async #windUp(): Promise<void> {
-    await Promise.all([this.#io.dispose(), this.#execs.release()]);
-    await this.#woundUp;
-  }
-
-  /** Follows the init process to its end. Never rejects. */
-  async #supervise(): Promise<void> {
-    const { standIn } = this.#resources;
-    const { status, written, stats } = await this.#awaitExit();
-    const vmLives = !this.#vm.isLost;
-    this.#exited = true;
-    this.timeline.mark('exited');
-    const exit: Exit = { status, at: new Date() };
-    const counted = vmLives ? this.#countAtExit(stats) : undefined;
-    const inTime = delay(outputGraceMs, undefined, { ref: false });
-    await Promise.all([this.#io.settled(written), Promise.race([counted, inTime])]);
-    this.oom.close();
-    await this.#starting;
-    // No process outlives the init, whose end has killed the others.
-    await this.#execs.ended();
-    // Whoever hears of the end may look at once.
-    if (vmLives) await this.#changes?.ended();
-    // The stand-in lives exactly as long as the task: `kill -0` on its pid must fail once the exit is known, and not before.
-    await standIn.kill();
-    this.#state = afterExit(this.#state, exit);
-    const removed = Promise.all([this.#io.drained, this.#execs.drained()]).then(() =>
-      vmLives ? this.#vm.removeContainer(this.id) : undefined,
-    );
-    this.#woundUp = removed.then(() => this.#vm.leave());
-    this.exit.set(exit);
-    this.#save();
-  }
-
-  /** The container's last numbers, told with its exit or asked for while its control group is still there. Never rejects. */
-  async #countAtExit(told: ContainerStats | undefined): Promise<void> {
-    try {
-      this.#finalStats = told ?? (await this.#resources.sandbox.guest.stats(this.id));
-      this.oom.count(Number(this.#finalStats.memory.events.oom_kill ?? 0n));
-    } catch (error) {
-      this.#report(error, 'the guest does not tell what the container has used');
-    }
-  }
-
-  /** Who ends the stand-in, which is all that the host sees of the container, means the container. */
-  async #followStandIn(): Promise<void> {
-    await this.#resources.standIn.exited;
-    if (this.#exited || this.#destruction !== undefined) return;
-    this.#logger.warn({ pid: this.pid }, 'the process that stands for the container was ended: killing the container');
-    await this.kill(sigkill, true).catch((error: unknown) => this.#report(error, 'cannot kill the container'));
-  }
-
-  async #awaitExit(): Promise<GuestExit> {
-    try {
-      return await this.#resources.sandbox.guest.waitExit(this.#init, (kills) => this.oom.count(kills));
-    } catch (error) {
-      return { status: await this.#vm.lostStatus(error), written: { stdout: undefined, stderr: undefined } };
-    }
-  }
-
-  /** For what nobody awaits. That the connection is gone says nothing new: the VM has ended. */
-  readonly #report = (error: unknown, message: string): void => {
-    const gone = error instanceof KilnError && (error.code === 'unavailable' || error.code === 'not-found');
-    this.#logger[gone ? 'debug' : 'warn']({ err: forLog(error) }, message);
-  };
 }

@@ -8,6 +8,12 @@ import { AgentError } from './errors.ts';
 import type { Reaper } from './reaper.ts';
 import type { ProcessStdio } from './stdio.ts';
 
+/** A process of a container: the init process has the empty exec id. */
+export interface ProcessName {
+  readonly id: string;
+  readonly execId: string;
+}
+
 export interface ProcessExit {
   /** 0 to 255; 128 + n for signal n. */
   readonly status: number;

@@ -10,7 +10,7 @@ import {
 } from '../gen/kiln/agent/v1/agent.ts';
 import { hideCards } from './cards.ts';
 import { allContainers } from './cgroup.ts';
-import type { Containers, ProcessName } from './containers.ts';
+import type { Containers } from './containers.ts';
 import { relayDial } from './dial.ts';
 import { findDisks } from './disks.ts';
 import { AgentError, grpcStatusOf } from './errors.ts';
@@ -21,6 +21,7 @@ import { encodePorts, type Listeners } from './listeners.ts';
 import type { Nameservers } from './nameservers.ts';
 import type { GuestNetwork } from './network.ts';
 import type { Pod } from './pod.ts';
+import type { ProcessName } from './process.ts';
 import { processDetails } from './process-details.ts';
 import { readStats } from './stats.ts';
 import { relayOutput, writeStdin } from './stream-calls.ts';
@@ -107,15 +108,15 @@ export function createService({
   ): Promise<void> => {
     const init = name.execId === '';
     const tell = (oomKills: bigint) => say(WaitProcessResponse.fromPartial({ oomKills }));
-    using watch = init ? containers.followOom(name.id, tell) : undefined;
+    using watch = init ? containers.find(name.id)?.followOom(tell) : undefined;
     call.on('cancelled', () => watch?.[Symbol.dispose]());
-    const exit = await containers.wait(name);
+    const exit = await containers.get(name.id).wait(name.execId);
     say({
       exitStatus: exit.status,
       exitedAtNs: exit.atNs,
       stdoutBytes: optionalBigInt(exit.stdoutBytes),
       stderrBytes: optionalBigInt(exit.stderrBytes),
-      stats: init ? containers.finalStats(name.id) : undefined,
+      stats: init ? containers.find(name.id)?.finalStats() : undefined,
       oomKills: undefined,
     });
     call.end();
@@ -162,52 +163,58 @@ export function createService({
     }),
     startContainer: unary(async (request) => {
       if (request.network !== undefined) network.apply(request.network);
-      if (request.stdinEnded) containers.process({ id: request.id, execId: '' }).stdio.stdin?.end();
-      await containers.start(request.id);
+      const container = containers.get(request.id);
+      if (request.stdinEnded) container.process('').stdio.stdin?.end();
+      await container.start();
       return {};
     }),
     execProcess: streaming(async (call) => {
-      const pid = await containers.exec(call.request);
-      if (call.request.stdinEnded) containers.process(call.request).stdio.stdin?.end();
+      const { id, execId, stdinEnded } = call.request;
+      const container = containers.get(id);
+      const pid = await container.exec(call.request);
+      if (stdinEnded) container.process(execId).stdio.stdin?.end();
       await tellOfMade(call, call.request, pid);
     }),
     signalProcess: unary(({ id, execId, signal, all }) => {
-      containers.signal({ id, execId }, signal, all);
+      containers.get(id).signal(execId, signal, all);
       return {};
     }),
     waitProcess: streaming((call) => tellExit(call, call.request, (process) => call.write(process))),
-    describeContainer: unary(({ id }) => containers.describe(id)),
-    listProcesses: unary(({ id }) => ({ processes: containers.processes(id) })),
+    describeContainer: unary(({ id }) => containers.get(id).describe()),
+    listProcesses: unary(({ id }) => ({ processes: containers.get(id).processes() })),
     readProcesses: unary(({ id }) => ({
-      processes: containers.processes(id).flatMap(({ pid }) => processDetails(pid) ?? []),
+      processes: containers
+        .get(id)
+        .processes()
+        .flatMap(({ pid }) => processDetails(pid) ?? []),
     })),
     resizeTerminal: unary(({ id, execId, width, height }) => {
-      containers.process({ id, execId }).stdio.resize(width, height);
+      containers.get(id).process(execId).stdio.resize(width, height);
       return {};
     }),
-    removeProcess: unary((name) => {
-      containers.removeProcess(name);
+    removeProcess: unary(({ id, execId }) => {
+      containers.get(id).removeProcess(execId);
       return {};
     }),
     removeContainer: unary(async ({ id, force, guestEnds }) => {
-      await containers.remove(id, force, guestEnds);
+      await containers.get(id).remove(force, guestEnds);
       return {};
     }),
     pauseContainer: unary(async ({ id }) => {
-      await containers.controls(id, 'pause', 'running').pause();
+      await containers.get(id).controls('pause', 'running').pause();
       return {};
     }),
     resumeContainer: unary(({ id }) => {
-      containers.controls(id, 'resume', 'running').resume();
+      containers.get(id).controls('resume', 'running').resume();
       return {};
     }),
     readStats: unary(({ id }) =>
       id === ''
         ? readStats(allContainers)
-        : containers.controls(id, 'read the statistics of', 'created', 'running', 'stopped').stats(),
+        : containers.get(id).controls('read the statistics of', 'created', 'running', 'stopped').stats(),
     ),
     setLimits: unary(async ({ id, files }) => {
-      await containers.controls(id, 'change the limits of', 'created', 'running').setLimits(files);
+      await containers.get(id).controls('change the limits of', 'created', 'running').setLimits(files);
       return {};
     }),
     setNetwork: unary((request) => {
@@ -248,8 +255,8 @@ export function createService({
         fail(error);
       }
     },
-    readChanges: filesOut((request, call) => sendChanges(request, containers.mountsAtRest(request.id), call)),
-    readFiles: filesOut((request, call) => sendFiles(request, containers.rootOf(request.id), call)),
+    readChanges: filesOut((request, call) => sendChanges(request, containers.get(request.id).mountsAtRest(), call)),
+    readFiles: filesOut((request, call) => sendFiles(request, containers.get(request.id).root(), call)),
     writeFiles: async (call, done) => {
       let path = '';
       try {
@@ -258,7 +265,7 @@ export function createService({
         path = pathOf(first);
         const write = (root: string) => takeFiles(first, root, rest);
         if (first.path.length === 0) await containers.provideFiles(first.id, write);
-        else await write(containers.rootOf(first.id));
+        else await write(containers.get(first.id).root());
         done(null, {});
       } catch (error) {
         done(grpcStatusOf(filesError(error, path)));

@@ -99,7 +99,7 @@ function relaysOf(containers: Containers, call: OutputCall, request: ReadOutputR
 }
 
 function outputOf(containers: Containers, { id, execId, stream }: ReadOutputRequest): Output {
-  const { stdio } = containers.process({ id, execId });
+  const { stdio } = containers.get(id).process(execId);
   if (stream === OutputStream.OUTPUT_STREAM_UNSPECIFIED) {
     throw new AgentError('invalid-argument', 'which stream to read is not given');
   }
@@ -119,7 +119,7 @@ export async function writeStdin(
   const first = await messages.next();
   if (first.done) throw new AgentError('invalid-argument', 'the first message must name the process');
   const { id, execId } = first.value;
-  const { stdin } = containers.process({ id, execId }).stdio;
+  const { stdin } = containers.get(id).process(execId).stdio;
   if (stdin === undefined) throw noStream(id, execId, 'stdin');
   const data = async function* () {
     yield first.value.data;

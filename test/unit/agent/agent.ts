@@ -9,7 +9,7 @@ import { createServer, type Server, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { ClientDuplexStream, ClientReadableStream, ClientUnaryCall, ServiceError } from '@grpc/grpc-js';
-import type { ProcessName } from '../../../agent/containers.ts';
+import type { ProcessName } from '../../../agent/process.ts';
 import {
   AgentClient,
   type DescribeContainerResponse,

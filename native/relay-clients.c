@@ -1,6 +1,6 @@
 /*
- * containerd's connections, and the session with kilnd that each has. Requests wait here, in their order, until their
- * response is whole: a kilnd that comes back is sent again what the last one has not answered. Towards containerd only
+ * containerd's connections, and the session with kilnd that each has. Requests wait (relay-queues.c), in their order, until
+ * their response is whole: a kilnd that comes back is sent again what the last one has not answered. Towards containerd only
  * whole frames go, so a kilnd that ends in the middle of one leaves no trace there.
  *
  * Bounds: a client with too much unanswered or untaken is not read from, and kilnd is not read from while its last frame
@@ -10,17 +10,14 @@
 #define _GNU_SOURCE
 #include "relay.h"
 
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
 #define CLIENT_LIMIT 256	   /* connections; a containerd has one or two */
 #define REQUEST_LIMIT (17u << 10)  /* unanswered requests of a client */
 #define BYTE_LIMIT (32u << 20)	   /* bytes of them */
 #define REPLY_LIMIT 64		   /* answers that a client has not taken */
-#define REPLAY_LIMIT 3		   /* times that a request other than Wait is sent again: it may be what ends kilnd */
 #define LAST_WORDS_MS 1000	   /* what a client gets to take its last answers once all is over */
 #define FIRST_PAUSE_MS 20	   /* before a lost session is opened again: a kilnd that dies closes its keeper, too */
 #define PAUSE_LIMIT_MS 5000	   /* it doubles with a kilnd that closes it again and again */
@@ -30,15 +27,12 @@ struct client {
 	unsigned number;
 	int fd, session; /* -1: gone; none */
 	struct reader from_client, from_kilnd;
-	struct frame *frames, **last; /* towards kilnd: requests without a response, and what is not sent yet */
-	struct frame *unsent;	      /* the first of those that is not yet sent in full */
-	size_t requests, bytes;
-	struct frame *replies, **last_reply; /* towards containerd */
-	size_t reply_count;
-	int64_t retry_at, pause; /* for the next session */
-	int64_t close_by;	 /* 0: not yet ending */
-	bool stuck;		 /* writing to the session failed; what kilnd has said is read to its end */
-	bool spoke;		 /* something has come from it: who only looks whether we are here needs no session */
+	struct requests requests; /* towards kilnd */
+	struct replies replies;	  /* towards containerd */
+	int64_t retry_at, pause;  /* for the next session */
+	int64_t close_by;	  /* 0: not yet ending */
+	bool stuck;		  /* writing to the session failed; what kilnd has said is read to its end */
+	bool spoke;		  /* something has come from it: who only looks whether we are here needs no session */
 };
 
 static struct client *clients;
@@ -68,8 +62,8 @@ void add_client(int fd)
 	client->fd = fd;
 	client->session = -1;
 	client->pause = FIRST_PAUSE_MS;
-	client->last = &client->frames;
-	client->last_reply = &client->replies;
+	init_requests(&client->requests);
+	init_replies(&client->replies);
 	client->next = clients;
 	clients = client;
 	count++;
@@ -77,59 +71,10 @@ void add_client(int fd)
 
 /* Towards kilnd. */
 
-static void append_frame(struct client *client, struct frame *frame)
+static void send_to_kilnd(struct client *client)
 {
-	*client->last = frame;
-	client->last = &frame->next;
-	if (client->unsent == NULL)
-		client->unsent = frame;
-	client->requests++;
-	client->bytes += frame->length;
-}
-
-static void remove_frame(struct client *client, struct frame **at)
-{
-	struct frame *frame = *at;
-	*at = frame->next;
-	if (client->last == &frame->next)
-		client->last = at;
-	if (client->unsent == frame)
-		client->unsent = frame->next;
-	client->requests--;
-	client->bytes -= frame->length;
-	free(frame);
-}
-
-/* Removes what was sent with this id; it is more than one where the client has used an id twice. */
-static void forget_answered(struct client *client, uint32_t stream)
-{
-	for (struct frame **at = &client->frames; *at && (*at)->sent;)
-		if ((*at)->stream == stream)
-			remove_frame(client, at);
-		else
-			at = &(*at)->next;
-}
-
-static void send_frames(struct client *client)
-{
-	while (client->session >= 0 && !client->stuck && client->unsent) {
-		struct frame *frame = client->unsent;
-		int written = write_frame(client->session, frame);
-		if (written == 0)
-			return;
-		if (written < 0) {
-			client->stuck = true;
-			return;
-		}
-		frame->sent = frame->seen = true;
-		client->unsent = frame->next;
-		if (frame->type == FRAME_REQUEST)
-			continue;
-		struct frame **at = &client->frames;
-		while (*at != frame)
-			at = &(*at)->next;
-		remove_frame(client, at);
-	}
+	if (client->session >= 0 && !client->stuck)
+		client->stuck = !send_requests(&client->requests, client->session);
 }
 
 /* Towards containerd. */
@@ -140,32 +85,13 @@ static void drop_client_side(struct client *client)
 		close(client->fd);
 	client->fd = -1;
 	forget_reading(&client->from_client);
-	while (client->replies) {
-		struct frame *frame = client->replies;
-		client->replies = frame->next;
-		free(frame);
-	}
-	client->last_reply = &client->replies;
-	client->reply_count = 0;
+	drop_replies(&client->replies);
 }
 
-static void write_replies(struct client *client)
+static void send_to_client(struct client *client)
 {
-	while (client->fd >= 0 && client->replies) {
-		struct frame *frame = client->replies;
-		int written = write_frame(client->fd, frame);
-		if (written == 0)
-			return;
-		if (written < 0) {
-			drop_client_side(client);
-			return;
-		}
-		client->replies = frame->next;
-		if (client->replies == NULL)
-			client->last_reply = &client->replies;
-		client->reply_count--;
-		free(frame);
-	}
+	if (client->fd >= 0 && !send_replies(&client->replies, client->fd))
+		drop_client_side(client);
 }
 
 /* Takes the frame; null, for want of memory, ends the connection, since an answer would be missing. */
@@ -176,24 +102,25 @@ static void reply(struct client *client, struct frame *frame)
 		drop_client_side(client);
 		return;
 	}
-	*client->last_reply = frame;
-	client->last_reply = &frame->next;
-	client->reply_count++;
-	write_replies(client);
+	add_reply(&client->replies, frame);
+	send_to_client(client);
+}
+
+/* Takes the requests. */
+static void refuse(struct client *client, struct frame *requests, const char *why)
+{
+	while (requests) {
+		struct frame *frame = requests;
+		uint32_t stream = frame->stream;
+		requests = frame->next;
+		free(frame);
+		reply(client, make_failure(stream, STATUS_UNAVAILABLE, why));
+	}
 }
 
 static void answer_waiting(struct client *client)
 {
-	for (struct frame **at = &client->frames; *at;) {
-		struct frame *frame = *at;
-		if (frame->type != FRAME_REQUEST || frame->wait) {
-			at = &frame->next;
-			continue;
-		}
-		uint32_t stream = frame->stream;
-		remove_frame(client, at);
-		reply(client, make_failure(stream, STATUS_UNAVAILABLE, unavailable));
-	}
+	refuse(client, take_all_but_waits(&client->requests), unavailable);
 }
 
 void answer_unavailable(const char *reason)
@@ -229,14 +156,13 @@ static void read_client(struct client *client)
 	case READ_FRAME:
 		break;
 	}
-	append_frame(client, frame);
+	add_request(&client->requests, frame);
 	if (client->session >= 0)
-		send_frames(client);
+		send_to_kilnd(client);
 	else if (*unavailable)
 		answer_waiting(client);
 }
 
-/* What kilnd had in full is sent to the next one as a replay; the rest as if nothing had happened. */
 static void lose_session(struct client *client)
 {
 	char text[128];
@@ -249,19 +175,7 @@ static void lose_session(struct client *client)
 	if (ending)
 		client->close_by = now_ms() + LAST_WORDS_MS;
 	snprintf(text, sizeof text, "kilnd ended %d times before it answered this request", REPLAY_LIMIT + 1);
-	for (struct frame **at = &client->frames; *at;) {
-		struct frame *frame = *at;
-		if (frame->sent && !frame->wait && ++frame->replays > REPLAY_LIMIT) {
-			uint32_t stream = frame->stream;
-			remove_frame(client, at);
-			reply(client, make_failure(stream, STATUS_UNAVAILABLE, text));
-			continue;
-		}
-		frame->sent = false;
-		frame->done = 0;
-		at = &frame->next;
-	}
-	client->unsent = client->frames;
+	refuse(client, rewind_requests(&client->requests), text);
 }
 
 static void read_session(struct client *client)
@@ -281,7 +195,7 @@ static void read_session(struct client *client)
 		break;
 	}
 	if (frame->type == FRAME_RESPONSE)
-		forget_answered(client, frame->stream);
+		forget_answered(&client->requests, frame->stream);
 	client->pause = FIRST_PAUSE_MS;
 	reply(client, frame);
 }
@@ -299,15 +213,12 @@ void open_sessions(int (*open_session)(unsigned client, size_t replayed))
 	for (struct client *client = clients; client; client = client->next) {
 		if (!wants_session(client) || client->retry_at > now)
 			continue;
-		size_t replayed = 0;
-		for (struct frame *frame = client->frames; frame && frame->seen; frame = frame->next)
-			replayed++;
-		client->session = open_session(client->number, replayed);
+		client->session = open_session(client->number, count_replayed(&client->requests));
 		if (client->session < 0) { /* whether kilnd has ended is for its keeper connection to find out */
 			client->retry_at = now + FIRST_PAUSE_MS;
 			continue;
 		}
-		send_frames(client);
+		send_to_kilnd(client);
 	}
 }
 
@@ -331,8 +242,8 @@ void end_clients(void)
 static bool is_over(struct client *client, int64_t now)
 {
 	if (client->fd < 0) /* what it has said is still for kilnd, its answers are for nobody */
-		return client->session < 0 || client->stuck || client->unsent == NULL;
-	return client->close_by != 0 && ((client->session < 0 && client->replies == NULL) || client->close_by <= now);
+		return client->session < 0 || client->stuck || client->requests.unsent == NULL;
+	return client->close_by != 0 && ((client->session < 0 && client->replies.count == 0) || client->close_by <= now);
 }
 
 int64_t reap_clients(void)
@@ -350,8 +261,7 @@ int64_t reap_clients(void)
 		if (client->session >= 0)
 			close(client->session);
 		forget_reading(&client->from_kilnd);
-		while (client->frames)
-			remove_frame(client, &client->frames);
+		drop_requests(&client->requests);
 		*at = client->next;
 		free(client);
 		count--;
@@ -369,18 +279,18 @@ size_t client_polls(void)
 
 static bool may_read(const struct client *client)
 {
-	return client->close_by == 0 && client->requests < REQUEST_LIMIT && client->bytes < BYTE_LIMIT &&
-	       client->reply_count < REPLY_LIMIT;
+	return client->close_by == 0 && client->requests.count < REQUEST_LIMIT && client->requests.bytes < BYTE_LIMIT &&
+	       client->replies.count < REPLY_LIMIT;
 }
 
 void fill_polls(struct pollfd *polls)
 {
 	for (struct client *client = clients; client; client = client->next, polls += 2) {
 		/* Asked for nothing, the client's entry still tells when it is gone. */
-		short from = (short)((may_read(client) ? POLLIN : 0) | (client->replies ? POLLOUT : 0));
+		short from = (short)((may_read(client) ? POLLIN : 0) | (client->replies.count > 0 ? POLLOUT : 0));
 		polls[0] = (struct pollfd){.fd = client->fd, .events = from};
-		short to = (short)((client->replies || client->fd < 0 ? 0 : POLLIN) |
-				   (client->unsent && !client->stuck ? POLLOUT : 0));
+		short to = (short)((client->replies.count > 0 || client->fd < 0 ? 0 : POLLIN) |
+				   (client->requests.unsent && !client->stuck ? POLLOUT : 0));
 		/* In the end a client that takes nothing must not keep us from seeing that kilnd is through with it. */
 		bool watch = to != 0 || (ending && client->close_by == 0);
 		polls[1] = (struct pollfd){.fd = watch ? client->session : -1, .events = to};
@@ -391,15 +301,15 @@ void act_on_polls(const struct pollfd *polls)
 {
 	for (struct client *client = clients; client; client = client->next, polls += 2) {
 		if (polls[1].revents & POLLOUT)
-			send_frames(client);
+			send_to_kilnd(client);
 		if (client->session >= 0 && polls[1].revents & (POLLIN | POLLHUP | POLLERR)) {
-			if (client->replies == NULL)
+			if (client->replies.count == 0)
 				read_session(client);
 			else if (ending && client->close_by == 0)
 				client->close_by = now_ms() + LAST_WORDS_MS;
 		}
 		if (polls[0].revents & POLLOUT)
-			write_replies(client);
+			send_to_client(client);
 		if (client->fd < 0)
 			continue;
 		if (polls[0].revents & POLLIN)

@@ -1,7 +1,7 @@
 /*
  * What the parts of the relay share: relay.c lives (finds kilnd, obeys it, ends), relay-socket.c has the socket
- * file, relay-starter.c starts kilnd, relay-clients.c carries frames, relay-frame.c reads and makes them, relay-holds.c
- * keeps FIFOs open. The story is at the head of relay.c.
+ * file, relay-starter.c starts kilnd, relay-clients.c carries frames, relay-queues.c keeps those that wait, relay-frame.c
+ * reads and makes them, relay-holds.c keeps FIFOs open. The story is at the head of relay.c.
  */
 #ifndef KILN_RELAY_H
 #define KILN_RELAY_H
@@ -100,6 +100,56 @@ int write_frame(int fd, struct frame *frame);
 
 /* A Response with this status; null without memory. */
 struct frame *make_failure(uint32_t stream, int code, const char *message);
+
+/* relay-queues.c */
+
+#define REPLAY_LIMIT 3 /* times that a request other than Wait is sent again: it may be what ends kilnd */
+
+/* Requests without a response, and what is not sent yet. */
+struct requests {
+	struct frame *frames, **last;
+	struct frame *unsent; /* the first of those that is not yet sent in full */
+	size_t count, bytes;
+};
+
+void init_requests(struct requests *requests);
+
+/* Takes the frame, which need not be a request: another one is forgotten when it is sent. */
+void add_request(struct requests *requests, struct frame *frame);
+
+/* Sends what is unsent, without waiting. False: the other end is gone. */
+bool send_requests(struct requests *requests, int session);
+
+/* Removes what was sent with this id; it is more than one where the client has used an id twice. */
+void forget_answered(struct requests *requests, uint32_t stream);
+
+/* Removes the requests other than Wait, for the caller to answer and free. */
+struct frame *take_all_but_waits(struct requests *requests);
+
+/*
+ * The session is lost. What kilnd had in full is sent to the next one as a replay; the rest as if nothing had happened.
+ * Removes those that more than REPLAY_LIMIT kilnds have had, for the caller to answer and free.
+ */
+struct frame *rewind_requests(struct requests *requests);
+
+/* How many an earlier kilnd has had. */
+size_t count_replayed(const struct requests *requests);
+void drop_requests(struct requests *requests);
+
+/* What the client has not taken. */
+struct replies {
+	struct frame *frames, **last;
+	size_t count;
+};
+
+void init_replies(struct replies *replies);
+
+/* Takes the frame. */
+void add_reply(struct replies *replies, struct frame *frame);
+
+/* Sends them, without waiting. False: the other end is gone. */
+bool send_replies(struct replies *replies, int client);
+void drop_replies(struct replies *replies);
 
 /* relay-clients.c */
 

@@ -14,7 +14,8 @@ export const isRoot = process.getuid?.() === 0;
 
 export const launcherSources = [
   ...['launcher.c', 'launcher-kilnd.c'],
-  ...['relay.c', 'relay-clients.c', 'relay-frame.c', 'relay-holds.c', 'relay-socket.c', 'relay-starter.c'],
+  ...['relay.c', 'relay-clients.c', 'relay-queues.c', 'relay-frame.c'],
+  ...['relay-holds.c', 'relay-socket.c', 'relay-starter.c'],
 ];
 
 export function compile(sources: readonly string[], out: string, defines: readonly string[] = []): void {

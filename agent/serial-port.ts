@@ -7,6 +7,7 @@ import { spawnSync } from 'node:child_process';
 import { constants, existsSync, openSync, readdirSync, readFileSync } from 'node:fs';
 import type { Socket } from 'node:net';
 import { join } from 'node:path';
+import koffi from 'koffi';
 import { answerSerialSession } from '../src/rpc/serial-session.ts';
 import { socketFromDevice } from '../src/sys/terminal.ts';
 import { AgentError } from './errors.ts';
@@ -21,18 +22,31 @@ export interface Dialled {
 /** The name of the agent's port, which src/vmm/qemu/command-line.ts gives it. */
 const portName = 'kiln.agent';
 
+/** Which kiln-init has loaded into this program. */
+const joinedWrites = '/usr/lib/kiln/kiln-joined-writes.so';
+
 const portsDirectory = '/sys/class/virtio-ports';
 
 /** Opens the port; resolves when the host speaks on it. Rejects when there is none, or the host's end is not open. */
 export async function dialSerialPort(): Promise<Dialled> {
   const { O_RDWR, O_NONBLOCK } = constants;
-  const socket = socketFromDevice(openSync(findPort(portName), O_RDWR | O_NONBLOCK), 'both');
+  const fd = openSync(findPort(portName), O_RDWR | O_NONBLOCK);
+  holdWritesTo(fd);
+  const socket = socketFromDevice(fd, 'both');
   try {
     return { socket, at: await answerSerialSession(socket) };
   } catch (error) {
     socket.destroy();
     throw error;
   }
+}
+
+let cHoldWritesTo: ((fd: number) => void) | undefined;
+
+/** Has what is written to the port go out in as few writes as may be: native/guest-joined-writes.c. */
+function holdWritesTo(fd: number): void {
+  cHoldWritesTo ??= koffi.load(joinedWrites).func('void kiln_hold_writes_to(int fd)') as (fd: number) => void;
+  cHoldWritesTo(fd);
 }
 
 /** The device of the port of that name. @throws AgentError not-found */

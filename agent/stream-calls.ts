@@ -1,5 +1,5 @@
 /** The calls that carry a process's stdin and its outputs. */
-import { setImmediate as nextTurn } from 'node:timers/promises';
+import { setImmediate } from 'node:timers/promises';
 import type { ServerDuplexStream, ServerReadableStream } from '@grpc/grpc-js';
 import {
   OutputStream,
@@ -40,6 +40,9 @@ export function frameOutput(data: Buffer, stderr = false): FramedMessage {
   frame.writeUInt8(rest, at);
   return new FramedMessage(frame);
 }
+
+/** What ends of a process's outputs within so many ms ends together: mostly by the end of the process. */
+const togetherMs = 10;
 
 type OutputCall = ServerDuplexStream<ReadOutputRequest, ReadOutputResponse | FramedMessage>;
 
@@ -87,8 +90,8 @@ function relaysOf(containers: Containers, call: OutputCall, request: ReadOutputR
     end: () => {
       open -= 1;
       if (open === 0) call.end();
-      // Both end in the same turn mostly, and the call's end says it of both.
-      else setImmediate(() => open > 0 && call.write({ data: Buffer.alloc(0), stderr, ended: true }));
+      // The call's end says it of both.
+      else setTimeout(() => open > 0 && call.write({ data: Buffer.alloc(0), stderr, ended: true }), togetherMs);
     },
   });
   const stderr = outputOf(containers, { ...request, stream: OutputStream.OUTPUT_STREAM_STDERR });
@@ -125,7 +128,7 @@ export async function writeStdin(
     yield first.value.data;
     for await (const message of messages) yield message.data;
     // One that was reset, or whose connection broke, ends as well, and in the same turn says that it was cancelled.
-    await nextTurn();
+    await setImmediate();
     if (call.cancelled) throw new AgentError('failed-precondition', 'the call was cancelled');
   };
   await stdin.writeAll(data());

@@ -219,7 +219,10 @@ export class Exec {
   /** Closes its stdio at once, in whatever state. Never rejects. */
   async release(): Promise<void> {
     await this.#io?.dispose();
-    if (this.#pid !== 0) await rm(this.#request.directory, { recursive: true, force: true });
+    if (this.#pid === 0) return;
+    await rm(this.#request.directory, { recursive: true, force: true }).catch((error: unknown) => {
+      this.#host.report(error, 'cannot remove the directory of an exec');
+    });
   }
 
   /** Follows the process to its end. Never rejects. */

@@ -132,18 +132,26 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
     host: ControlGroupHost = controlGroupHost,
   ): Promise<HostControlGroup> {
     const hierarchies = hierarchiesIn(host.mounts);
-    const made = hierarchies
-      .map((hierarchy) => path.join(hierarchy.directory, plan.group))
-      .filter((group) => !existsSync(group));
-    const record = { ...plan, made };
-    // Before the groups, so that they are found whenever this kilnd is killed.
-    writeRecord(directory, record, logger);
+    const groups = hierarchies.map((hierarchy) => path.join(hierarchy.directory, plan.group));
+    // systemd makes it with the first process.
+    const made = plan.scope === undefined ? [] : groups.filter((group) => !existsSync(group));
+    const record: GroupRecord = { ...plan, made };
+    // Before the groups, so that they are found whenever this kilnd is killed. One that is there already counts as made only
+    // until that is seen, a moment later.
+    writeRecord(directory, plan.scope === undefined ? { ...plan, made: groups } : record, logger);
     await using stack = new AsyncDisposableStack();
     const group = stack.use(new HostControlGroup(record, { logger, host, hierarchies }));
-    // Else systemd makes it, with the first process.
-    if (plan.scope === undefined) group.#makeDirectories();
+    if (plan.scope === undefined) {
+      group.#makeDirectories((directory) => group.#noteMade(directory));
+      if (made.length < groups.length) writeRecord(directory, record, logger);
+    }
     stack.move();
     return group;
+  }
+
+  #noteMade(directory: string): void {
+    this.#record.made.push(directory);
+    held.get(this.#record.group)?.made.add(directory);
   }
 
   /** That of a container of an earlier kilnd; undefined for one that has none. */
@@ -199,7 +207,8 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
     this.#makeDirectories();
   }
 
-  #makeDirectories(): void {
+  /** @param onMade called with each that was not there */
+  #makeDirectories(onMade: (directory: string) => void = () => {}): void {
     const { group } = this.#record;
     // Beside v1, it has no controller that counts.
     const delegates = this.#hierarchies.every(({ version }) => version === 2);
@@ -208,7 +217,7 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
       const inherits = controllers.includes('cpuset');
       attempt(`make the control group ${group} in ${directory}`, () => {
         if (!delegates && !inherits) {
-          mkdirSync(whole, { recursive: true });
+          if (mkdirSync(whole, { recursive: true }) !== undefined) onMade(whole);
           return;
         }
         // Groups above one that systemd has made are systemd's to write to.
@@ -219,6 +228,7 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
           if (delegates) delegateControllers(parent);
           const child = path.join(parent, name);
           const isNew = mkdirSync(child, { recursive: true }) !== undefined;
+          if (isNew && child === whole) onMade(whole);
           if (inherits) inheritCpus({ parent, group: child, isNew }, cpus);
           parent = child;
         }

@@ -64,8 +64,12 @@ export function podVmSize(config: KilnConfig, spec: Spec, host: HostSize = thisH
   };
 }
 
+let host: HostSize | undefined;
+
+/** As it was when it was asked for first: each answer is read from several files. */
 export function thisHost(): HostSize {
-  return { memoryMib: Math.floor(totalmem() / mib), cpus: availableParallelism() };
+  host ??= { memoryMib: Math.floor(totalmem() / mib), cpus: availableParallelism() };
+  return host;
 }
 
 function memory(config: KilnConfig, spec: Spec, annotated: number | undefined, host: HostSize): number {

@@ -2,17 +2,21 @@ import { closeSync, fstatSync, ftruncateSync, mkdirSync, openSync, readSync, wri
 import { open, readdir, rename, rm } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { KilnError } from '../errors.ts';
+import { fileIdentity } from '../host/program.ts';
 import { SingleFlight } from '../host/single-flight.ts';
 import { nextExtent } from '../sys/sparse.ts';
 import { isExt4 } from './ext4.ts';
 import { removeStaleParts, uniqueSuffix } from './owner.ts';
 import { lastLine, runTool } from './tool.ts';
 
+/** Bytes that are read at a time. */
+const chunkBytes = 256 << 10;
+
+/** What of a filesystem is kept in memory at most, in bytes: several times what there is, unless its disk knows no holes. */
+const keptBytes = 1 << 20;
+
 /** From here on the journal has the bigger size. */
 const bigSizeBytes = 512 * 1024 * 1024;
-
-/** Bytes that are copied at a time. */
-const chunkBytes = 256 << 10;
 
 /**
  * Everything that mke2fs would take from the host's mke2fs.conf is said here, so that every host makes the same
@@ -34,6 +38,8 @@ const formatVersion = 1;
 export class BlankFilesystems {
   readonly #directory: string;
   readonly #flights = new SingleFlight();
+  /** Of the one that was copied last: with one size for all, as hosts have it, there is nothing to read any more. */
+  #content: { readonly identity: string; readonly pieces: readonly Piece[] } | undefined;
 
   constructor(directory: string) {
     this.#directory = directory;
@@ -41,16 +47,45 @@ export class BlankFilesystems {
   }
 
   /**
-   * Makes an open, empty file into a filesystem of that size. Where there is one to copy, here and now, from page cache to
-   * page cache: a thread for each of these few small pieces takes longer.
+   * Makes an open, empty file into a filesystem of that size. Where there is one to copy, here and now, to the page cache: a
+   * thread for each of these few small pieces takes longer.
    *
    * @throws KilnError resource-exhausted when a disk is full, internal when mkfs.ext4 failed; the error of a system call
    */
   async copyTo(target: number, sizeBytes: number, signal: AbortSignal): Promise<void> {
     const blank = join(this.#directory, `${sizeBytes}-${formatVersion}.ext4`);
-    if (copyWhole(blank, { target, sizeBytes })) return;
+    if (this.#copyWhole(blank, { target, sizeBytes })) return;
     await this.#flights.run(blank, signal, (flight) => this.#make(blank, sizeBytes, flight));
-    if (!copyWhole(blank, { target, sizeBytes })) throw new KilnError('internal', `${blank} was removed at once`);
+    if (!this.#copyWhole(blank, { target, sizeBytes })) throw new KilnError('internal', `${blank} was removed at once`);
+  }
+
+  /** False when there is no whole filesystem of that size to copy. */
+  #copyWhole(blank: string, { target, sizeBytes }: { target: number; sizeBytes: number }): boolean {
+    using stack = new DisposableStack();
+    let identity: string;
+    let pieces: Iterable<Piece>;
+    try {
+      identity = fileIdentity(blank);
+      if (this.#content?.identity === identity) pieces = this.#content.pieces;
+      else {
+        const source = stack.adopt(openSync(blank, 'r'), closeSync);
+        if (fstatSync(source).size !== sizeBytes || !isExt4(source)) return false;
+        pieces = piecesOf(source);
+      }
+    } catch {
+      // Whatever it is that cannot be read, it is made anew.
+      return false;
+    }
+    ftruncateSync(target, sizeBytes);
+    const copied: Piece[] = [];
+    let bytes = 0;
+    for (const piece of pieces) {
+      writeWhole(target, piece);
+      bytes += piece.data.length;
+      if (bytes <= keptBytes) copied.push(piece);
+    }
+    if (bytes <= keptBytes) this.#content = { identity, pieces: copied };
+    return true;
   }
 
   async #make(blank: string, sizeBytes: number, signal: AbortSignal): Promise<void> {
@@ -69,31 +104,27 @@ export class BlankFilesystems {
   }
 }
 
-/** False when there is no whole filesystem of that size to copy. */
-function copyWhole(blank: string, { target, sizeBytes }: { target: number; sizeBytes: number }): boolean {
-  using stack = new DisposableStack();
-  let source: number;
-  try {
-    source = stack.adopt(openSync(blank, 'r'), closeSync);
-    if (fstatSync(source).size !== sizeBytes || !isExt4(source)) return false;
-  } catch {
-    // Whatever it is that cannot be read, it is made anew.
-    return false;
-  }
-  ftruncateSync(target, sizeBytes);
-  copyExtents(source, target);
-  return true;
+/** A piece of a file that is no hole. */
+interface Piece {
+  readonly at: number;
+  readonly data: Buffer;
 }
 
-function copyExtents(source: number, target: number): void {
-  const buffer = Buffer.allocUnsafe(chunkBytes);
-  for (let piece = nextExtent(source, 0); piece !== undefined; piece = nextExtent(source, piece.end)) {
-    for (let at = piece.start; at < piece.end; ) {
-      const length = readSync(source, buffer, 0, Math.min(chunkBytes, piece.end - at), at);
-      // A write may be cut short by a disk that is nearly full.
-      at += writeSync(target, buffer, 0, length, at);
+function* piecesOf(source: number): Generator<Piece> {
+  for (let extent = nextExtent(source, 0); extent !== undefined; extent = nextExtent(source, extent.end)) {
+    for (let at = extent.start; at < extent.end; ) {
+      const data = Buffer.allocUnsafe(Math.min(chunkBytes, extent.end - at));
+      const length = readSync(source, data, 0, data.length, at);
+      if (length === 0) throw new KilnError('internal', 'an empty filesystem was cut off while it was copied');
+      yield { at, data: data.subarray(0, length) };
+      at += length;
     }
   }
+}
+
+/** A write may be cut short by a disk that is nearly full. */
+function writeWhole(target: number, { at, data }: Piece): void {
+  for (let done = 0; done < data.length; ) done += writeSync(target, data, done, data.length - done, at + done);
 }
 
 async function format(file: string, sizeBytes: number, signal: AbortSignal): Promise<void> {

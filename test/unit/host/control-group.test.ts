@@ -176,6 +176,23 @@ describe('the control group of a sandbox', () => {
     const made = await group(host, '/s1');
     await made[Symbol.asyncDispose]();
     expect(existsSync(path.join(folder, 'memory/s1'))).toBe(true);
+    // Nor does the next kilnd remove it.
+    await group(host, '/s1');
+    await clearControlGroup(directory, logger);
+    expect(existsSync(path.join(folder, 'memory/s1'))).toBe(true);
+  });
+
+  test('that was there in one hierarchy goes from the others', async () => {
+    const host = hostWith('cgroup memory', 'cgroup cpuset', 'cgroup pids', 'cgroup2');
+    for (const file of ['cpuset.cpus', 'cpuset.mems']) writeFileSync(path.join(folder, 'cpuset', file), '0\n');
+    for (const name of ['memory', 'cpuset']) mkdirSync(path.join(folder, name, 'mixed'));
+    const made = await group(host, '/mixed');
+    const there = () =>
+      ['memory', 'cpuset', 'pids', 'unified'].map((name) => existsSync(path.join(folder, name, 'mixed')));
+    expect(there()).toEqual([true, true, true, true]);
+    emptyFiles(path.join(folder, 'unified/mixed'));
+    await made[Symbol.asyncDispose]();
+    expect(there()).toEqual([true, true, false, false]);
   });
 
   test('that cannot be made is an error that names it, and leaves nothing', async () => {

@@ -17,11 +17,12 @@ import { join } from 'node:path';
 import { AgentService } from '../gen/kiln/agent/v1/agent.ts';
 import { prepareServer, type ServedSocket } from '../src/rpc/grpc/server-transport.ts';
 import { becomeChildSubreaper } from '../src/sys/process.ts';
-import { connectVsock, listenVsock, VMADDR_CID_ANY, VMADDR_CID_HOST } from '../src/sys/vsock.ts';
+import { connectVsock, fdOfVsock, listenVsock, VMADDR_CID_ANY, VMADDR_CID_HOST } from '../src/sys/vsock.ts';
 import { hideCards } from './cards.ts';
 import { Containers } from './containers.ts';
 import { Crun } from './crun.ts';
 import { describe } from './errors.ts';
+import { holdWritesTo } from './held-writes.ts';
 import { Listeners } from './listeners.ts';
 import { Nameservers } from './nameservers.ts';
 import { GuestNetwork } from './network.ts';
@@ -61,7 +62,8 @@ function dialer(socketPath: string | undefined): { dial: () => Promise<Dialled>;
   return {
     dial: async () => {
       const at = performance.now();
-      const socket = await connectVsock(VMADDR_CID_HOST, port === undefined ? HOST_PORT : Number(port));
+      const socket = connectVsock(VMADDR_CID_HOST, port === undefined ? HOST_PORT : Number(port));
+      holdWritesTo(fdOfVsock(socket));
       return { socket, at };
     },
     knocked: true,

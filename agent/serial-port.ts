@@ -7,10 +7,10 @@ import { spawnSync } from 'node:child_process';
 import { constants, existsSync, openSync, readdirSync, readFileSync } from 'node:fs';
 import type { Socket } from 'node:net';
 import { join } from 'node:path';
-import koffi from 'koffi';
 import { answerSerialSession } from '../src/rpc/serial-session.ts';
 import { socketFromDevice } from '../src/sys/terminal.ts';
 import { AgentError } from './errors.ts';
+import { holdWritesTo } from './held-writes.ts';
 
 /** A connection to the host. */
 export interface Dialled {
@@ -21,9 +21,6 @@ export interface Dialled {
 
 /** The name of the agent's port, which src/vmm/qemu/command-line.ts gives it. */
 const portName = 'kiln.agent';
-
-/** Which kiln-init has loaded into this program. */
-const joinedWrites = '/usr/lib/kiln/kiln-joined-writes.so';
 
 const portsDirectory = '/sys/class/virtio-ports';
 
@@ -39,14 +36,6 @@ export async function dialSerialPort(): Promise<Dialled> {
     socket.destroy();
     throw error;
   }
-}
-
-let cHoldWritesTo: ((fd: number) => void) | undefined;
-
-/** Has what is written to the port go out in as few writes as may be: native/guest-joined-writes.c. */
-function holdWritesTo(fd: number): void {
-  cHoldWritesTo ??= koffi.load(joinedWrites).func('void kiln_hold_writes_to(int fd)') as (fd: number) => void;
-  cHoldWritesTo(fd);
 }
 
 /** The device of the port of that name. @throws AgentError not-found */

@@ -1,10 +1,10 @@
 /*
- * kiln-joined-writes.so: a library that the agent's Node is started with (LD_PRELOAD). Each write to a virtio-serial port is a
- * turn of the VMM and wakes the host, and the port gets what writev(2) is given piece by piece (Linux 6.12,
- * drivers/char/virtio_console.c: it has no write_iter). An answer of the agent would be six writes: its header, its frame, the
- * message in two pieces and, a turn of Node's event loop later, its status.
+ * kiln-joined-writes.so: a library that the agent's Node is started with (LD_PRELOAD). Each write to the host, by a
+ * virtio-serial port or a vsock, is a turn of the VMM and wakes kilnd, and a port gets what writev(2) is given piece by piece
+ * (Linux 6.12, drivers/char/virtio_console.c: it has no write_iter). An answer of the agent would be up to six writes: its
+ * header, its frame, the message in two pieces and, a turn of Node's event loop later, its status.
  *
- * So what is written to the port is held until the event loop has nothing else to do, and goes out in one write then. Elsewhere
+ * So what is written to the host is held until the event loop has nothing else to do, and goes out in one write then. Elsewhere
  * writes are what they were, but for short pieces of one writev(2), which are joined.
  */
 #define _GNU_SOURCE
@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -33,20 +34,21 @@
 /* The kernel's set of signals, which is smaller than the C library's: rt_sigprocmask(2). */
 #define SIGNALS_BYTES 8
 
-static int port = -1;
-static struct stat port_file;
+/* The way to the host. */
+static int channel = -1;
+static struct stat channel_file;
 /* Node has threads with event loops of their own. */
 static pthread_t owner;
 static char held[LONGEST_JOINED];
 static size_t held_length;
 static int looks;
 
-static bool is_port(int fd) {
+static bool is_channel(int fd) {
   struct stat file;
-  if (fd < 0 || fd != port || !pthread_equal(pthread_self(), owner)) return false;
-  if (fstat(fd, &file) == 0 && file.st_dev == port_file.st_dev && file.st_ino == port_file.st_ino) return true;
+  if (fd < 0 || fd != channel || !pthread_equal(pthread_self(), owner)) return false;
+  if (fstat(fd, &file) == 0 && file.st_dev == channel_file.st_dev && file.st_ino == channel_file.st_ino) return true;
   /* It was closed, and the number may be another file's. */
-  port = -1;
+  channel = -1;
   held_length = 0;
   return false;
 }
@@ -55,15 +57,15 @@ static bool is_port(int fd) {
 void kiln_hold_writes_to(int fd) {
   held_length = 0;
   owner = pthread_self();
-  port = fstat(fd, &port_file) == 0 ? fd : -1;
+  channel = fstat(fd, &channel_file) == 0 ? fd : -1;
 }
 
 /* False when the host takes no more for now. */
 static bool let_go(void) {
-  if (held_length == 0 || !is_port(port)) return true;
+  if (held_length == 0 || !is_channel(channel)) return true;
   size_t at = 0;
   while (at < held_length) {
-    ssize_t length = syscall(SYS_write, port, held + at, held_length - at);
+    ssize_t length = syscall(SYS_write, channel, held + at, held_length - at);
     if (length > 0) at += length;
     else if (length == 0 || errno == EAGAIN) break;
     /* Nobody is there any more, which reading tells. */
@@ -98,7 +100,7 @@ static ssize_t hold(const struct iovec *pieces, int count) {
       errno = EAGAIN;
       return -1;
     }
-    if (length > sizeof(held)) return syscall(SYS_writev, port, pieces, count);
+    if (length > sizeof(held)) return syscall(SYS_writev, channel, pieces, count);
   }
   if (held_length == 0) looks = 0;
   copy(pieces, count, held + held_length);
@@ -108,16 +110,21 @@ static ssize_t hold(const struct iovec *pieces, int count) {
 
 ssize_t write(int fd, const void *bytes, size_t length) {
   struct iovec piece = {(void *)bytes, length};
-  return is_port(fd) ? hold(&piece, 1) : syscall(SYS_write, fd, bytes, length);
+  return is_channel(fd) ? hold(&piece, 1) : syscall(SYS_write, fd, bytes, length);
 }
 
 ssize_t writev(int fd, const struct iovec *pieces, int count) {
-  if (is_port(fd)) return hold(pieces, count);
+  if (is_channel(fd)) return hold(pieces, count);
   char joined[LONGEST_JOINED];
   size_t length = length_of(pieces, count);
   if (length > sizeof(joined)) return syscall(SYS_writev, fd, pieces, count);
   copy(pieces, count, joined);
   return syscall(SYS_write, fd, joined, length);
+}
+
+int shutdown(int fd, int how) {
+  if (is_channel(fd)) let_go();
+  return syscall(SYS_shutdown, fd, how);
 }
 
 int epoll_pwait(int fd, struct epoll_event *events, int count, int timeout, const sigset_t *signals) {

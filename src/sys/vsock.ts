@@ -140,7 +140,12 @@ export function listenVsock(cid: number, port: number, options: ServerOpts = {})
  * @throws SysError ENOTCONN when the caller is gone, EBADF when the socket is closed
  */
 export function peerOfVsock(socket: Socket): VsockAddress {
+  return readName(cGetpeername, 'getpeername', fdOfVsock(socket));
+}
+
+/** Its descriptor; -1 when it is closed. */
+export function fdOfVsock(socket: Socket): number {
   // The handle that Node's stream reads from; its types leave it out.
   const handle = (socket as unknown as { readonly _handle: TcpHandle | null })._handle;
-  return readName(cGetpeername, 'getpeername', handle?.fd ?? -1);
+  return handle?.fd ?? -1;
 }

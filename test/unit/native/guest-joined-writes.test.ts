@@ -78,6 +78,12 @@ describe.skipIf(!hasGcc)('kiln-joined-writes.so', () => {
       },
     );
 
+    it('has them go out before the end of a connection', () => {
+      const script = `${hold('1')}
+        new (require('node:net').Socket)({ fd: 1, readable: false, writable: true }).end('bye');`;
+      expect(written(script)).toEqual(['bye', '']);
+    });
+
     it('loses nothing where the reader is slow', async () => {
       const script = `const fs = require('node:fs');
         ${hold('1')}

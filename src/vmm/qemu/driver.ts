@@ -52,22 +52,25 @@ export function createQemu(options: QemuOptions, devices: HostDevices = hostDevi
 
 /** Only virtio-serial can be saved: vhost-user-vsock has state in a program beside QEMU, which QEMU refuses to save. */
 function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver {
+  let chosen: Accelerator | undefined;
+  const accelerator = () => {
+    chosen ??= chooseAccelerator(options.accelerator, devices).accelerator;
+    return chosen;
+  };
   const launchWith = (config: VmConfig, extra: Pick<Launch, 'memory' | 'state' | 'tscKhz'>, signal: AbortSignal) => {
     requireGuestFiles(config);
-    const { accelerator } = chooseAccelerator(options.accelerator, devices);
-    return launch({ options, config, accelerator, channel: 'virtio-serial', ...extra }, signal);
+    return launch({ options, config, accelerator: accelerator(), channel: 'virtio-serial', ...extra }, signal);
   };
   return {
     files: [memoryName, stateName],
     get clonesAreCold() {
-      return chooseAccelerator(options.accelerator, devices).accelerator === 'tcg';
+      return accelerator() === 'tcg';
     },
     fingerprint(shape) {
-      const { accelerator } = chooseAccelerator(options.accelerator, devices);
       // All that QEMU is told but for what differs from clone to clone, and the CPU's clock, which changes all the time.
       const args = qemuArguments({
         config: { ...shape, id: '', directory: '' },
-        accelerator,
+        accelerator: accelerator(),
         translationMib: options.translationMib,
         tscKhz: undefined,
         channel: { kind: 'serial', filesSocket: '' },

@@ -50,6 +50,18 @@ export function cpuOf(pid: number): { ownMs: number; childrenMs: number } {
   return { ownMs: ticks(14), childrenMs: ticks(16) };
 }
 
+/**
+ * CPU milliseconds of the process so far, to the nanosecond: of the threads that it has. Source: Documentation/scheduler/
+ * sched-stats.rst of Linux.
+ */
+export function exactCpuOf(pid: number): number {
+  const threads = readdirSync(`/proc/${pid}/task`);
+  const ns = threads.map((thread) =>
+    Number(readFileSync(`/proc/${pid}/task/${thread}/schedstat`, 'utf8').split(' ')[0]),
+  );
+  return ns.reduce((sum, each) => sum + each, 0) / 1e6;
+}
+
 /** Processes whose command line holds all of these texts. */
 export function findProcesses(...texts: readonly string[]): number[] {
   return readdirSync('/proc')

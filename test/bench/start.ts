@@ -2,7 +2,7 @@
 import type { Scene } from '../support/scene.ts';
 import { readTimeline } from '../support/timeline.ts';
 import { bars } from './plot.ts';
-import { cpuOf } from './processes.ts';
+import { cpuOf, exactCpuOf } from './processes.ts';
 import { mean, median, type Summary, summary, table } from './statistics.ts';
 import { colourOfWay, configOf, kiln, poolFull, runc, timedRun, type Variant, wayOf } from './ways.ts';
 
@@ -19,7 +19,7 @@ export interface StartTimes extends Variant {
     readonly sinceStartMs: number;
     readonly sincePreviousMs: number;
   }[];
-  /** CPU milliseconds for one container. */
+  /** CPU milliseconds for one container: a median and a mean. */
   readonly cpu: { readonly kilndMs: number; readonly launcherMs: number };
 }
 
@@ -62,9 +62,9 @@ async function measureVariant(
     await ready();
     const id = scene.id('kiln');
     // containerd waits for no children but the launcher's two calls, start and delete.
-    const before = { kilnd: cpuOf(kilnd).ownMs, launcher: cpuOf(scene.containerd.pid).childrenMs };
+    const before = { kilnd: exactCpuOf(kilnd), launcher: cpuOf(scene.containerd.pid).childrenMs };
     kilnMs.push(await timedRun(scene, kiln, id));
-    kilndCpu.push(cpuOf(kilnd).ownMs - before.kilnd);
+    kilndCpu.push(exactCpuOf(kilnd) - before.kilnd);
     launcherCpu.push(cpuOf(scene.containerd.pid).childrenMs - before.launcher);
     const marks = await readTimeline(scene.kilndLog, id);
     timelines.push(new Map(marks.map(({ name, atMs }) => [name, atMs - (marks[0]?.atMs ?? 0)])));
@@ -80,8 +80,8 @@ async function measureVariant(
     ratio: median(kilnMs) / median(runcMs),
     others: timelines.filter((timeline) => wayOf(timeline.keys()) !== variant.way).length,
     timeline: medianTimeline(timelines),
-    // Means: the kernel counts in ticks of 10 ms.
-    cpu: { kilndMs: mean(kilndCpu), launcherMs: mean(launcherCpu) },
+    // A mean of what the kernel counts in ticks of 10 ms.
+    cpu: { kilndMs: median(kilndCpu), launcherMs: mean(launcherCpu) },
   };
 }
 

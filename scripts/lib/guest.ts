@@ -9,7 +9,7 @@
  *
  * Each *_DIR has a sister file *_DIR.packages, written by fetch_deb, with the names and versions.
  */
-import { execFileSync } from 'node:child_process';
+import { execFileSync, spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import {
   chmodSync,
@@ -33,6 +33,7 @@ import { extractVmlinux, ModuleTree } from './kernel.ts';
 const ROOT = resolve(import.meta.dirname, '../..');
 const GUEST = join(ROOT, 'dist/guest');
 const LIBRARIES = 'usr/lib/x86_64-linux-gnu';
+const LOADER = 'usr/lib64/ld-linux-x86-64.so.2';
 
 /**
  * What the initrd loads before anything else runs: the disk, the filesystems a container needs and the channel to the
@@ -127,7 +128,14 @@ function makeImage(kernelDir: string, packagesDir: string, staging: string): voi
     const path = applet === 'modprobe' ? 'usr/sbin/modprobe' : `usr/bin/${applet}`;
     if (!tree.has(path)) tree.link(path, '/usr/bin/busybox');
   }
-  addLibraries(tree, packagesDir, ['usr/bin/node', 'usr/bin/crun', 'usr/lib/kiln/koffi.node']);
+  const programs = ['usr/bin/node', 'usr/bin/crun', 'usr/lib/kiln/koffi.node'];
+  tree.file(`${LIBRARIES}/libsystemd.so.0`, join(source, 'libsystemd.so'), 0o644);
+  addLibraries(tree, packagesDir, programs);
+  if (!tree.runs('usr/bin/crun')) {
+    // A later one that wants more of the library than ours has: it gets the package's, with all that this brings.
+    rmSync(join(tree.root, LIBRARIES, 'libsystemd.so.0'));
+    addLibraries(tree, packagesDir, programs);
+  }
   const modules = new ModuleTree(kernelDir);
   addModules(tree, modules);
   addEtc(tree);
@@ -160,6 +168,12 @@ class StagingTree {
     symlinkSync(target, join(this.root, path));
   }
 
+  /** Whether a program finds all that it wants of its libraries: Debian's bind all symbols when they begin. */
+  runs(path: string): boolean {
+    const at = (each: string) => join(this.root, each);
+    return spawnSync(at(LOADER), ['--library-path', at(LIBRARIES), at(path), '--version']).status === 0;
+  }
+
   /** A large file is linked, not copied, when it already has the mode it needs. */
   file(path: string, source: string, mode: number): void {
     const target = join(this.root, path);
@@ -186,7 +200,8 @@ class StagingTree {
 function addLibraries(tree: StagingTree, packagesDir: string, programs: string[]): void {
   const [linker] = globSync('{,usr/}lib/x86_64-linux-gnu/ld-linux-x86-64.so.2', { cwd: packagesDir });
   if (linker === undefined) throw new Error(`${packagesDir}: no dynamic linker in it`);
-  const path = ['lib/x86_64-linux-gnu', LIBRARIES].map((dir) => join(packagesDir, dir)).join(':');
+  const theirs = ['lib/x86_64-linux-gnu', LIBRARIES].map((dir) => join(packagesDir, dir));
+  const path = [join(tree.root, LIBRARIES), ...theirs].join(':');
   const found = new Map<string, string>();
   for (const program of programs) {
     const listing = execFileSync(
@@ -200,12 +215,14 @@ function addLibraries(tree: StagingTree, packagesDir: string, programs: string[]
       const [, name, file] = /^\s*(\S+) => (.*?)( \(0x[0-9a-f]+\))?$/.exec(line) ?? [];
       if (name === undefined || file === undefined) continue;
       if (name.includes('/')) continue; // the dynamic linker itself
+      if (file.startsWith(`${tree.root}/`)) continue; // ours, in place of a package's
       if (!file.startsWith(`${packagesDir}/`)) throw new Error(`${program} needs ${name}: ${file}`);
       found.set(name, file);
     }
   }
-  for (const [name, file] of [...found].sort()) tree.file(`${LIBRARIES}/${name}`, file, 0o644);
-  tree.file('usr/lib64/ld-linux-x86-64.so.2', join(packagesDir, linker), 0o755);
+  const files = [...found].map(([name, file]) => [`${LIBRARIES}/${name}`, file] as const).sort();
+  for (const [path, file] of files) if (!tree.has(path)) tree.file(path, file, 0o644);
+  if (!tree.has(LOADER)) tree.file(LOADER, join(packagesDir, linker), 0o755);
 }
 
 /** The modules and the two indexes modprobe reads (modules.dep(5)). */

@@ -59,17 +59,12 @@ static void mount_filesystems(void) {
 static void open_cgroups(void) {
   mount_or_fail("cgroup2", "/sys/fs/cgroup", MS_NOSUID | MS_NODEV | MS_NOEXEC, "nsdelegate,memory_recursiveprot");
   char names[512], request[1024];
-  int fd = open("/sys/fs/cgroup/cgroup.controllers", O_RDONLY | O_CLOEXEC);
-  if (fd < 0) fail("open cgroup.controllers");
-  ssize_t length = read(fd, names, sizeof(names) - 1);
-  close(fd);
-  if (length < 0) fail("read cgroup.controllers");
-  names[length] = '\0';
+  read_or_fail("/sys/fs/cgroup/cgroup.controllers", names, sizeof(names));
   size_t used = 0;
   for (char *rest = names, *name; (name = strsep(&rest, " \n")) != NULL;) {
     if (name[0] != '\0') used += (size_t)snprintf(request + used, sizeof(request) - used, "+%s ", name);
   }
-  fd = open("/sys/fs/cgroup/cgroup.subtree_control", O_WRONLY | O_CLOEXEC);
+  int fd = open("/sys/fs/cgroup/cgroup.subtree_control", O_WRONLY | O_CLOEXEC);
   if (fd < 0 || write(fd, request, used) != (ssize_t)used) fail("enable the cgroup controllers");
   close(fd);
 }

@@ -81,14 +81,18 @@ void fail(const char *what) {
   end_machine();
 }
 
+void read_or_fail(const char *path, char *text, size_t size) {
+  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (fd < 0) fail(path);
+  ssize_t length = read(fd, text, size - 1);
+  close(fd);
+  if (length < 0) fail(path);
+  text[length] = '\0';
+}
+
 void read_command_line(void) {
   char text[4096];
-  int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
-  if (fd < 0) fail("open /proc/cmdline");
-  ssize_t length = read(fd, text, sizeof(text) - 1);
-  close(fd);
-  if (length < 0) fail("read /proc/cmdline");
-  text[length] = '\0';
+  read_or_fail("/proc/cmdline", text, sizeof(text));
   tracing = strstr(text, "kiln.trace") != NULL;
   emulated = strstr(text, "kiln.emulated") != NULL;
   has_one_stage = strstr(text, "init=/sbin/kiln-init") != NULL;

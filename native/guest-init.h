@@ -44,6 +44,9 @@ void tell_boot_timer(void);
 void mount_or_fail(const char *type, const char *target, unsigned long flags, const char *options);
 void make_directory(const char *path, mode_t mode);
 
+/* What a file of the kernel's says, as far as there is room for it and an end. */
+void read_or_fail(const char *path, char *text, size_t size);
+
 /* --- the stages --- */
 
 void first_stage(void) __attribute__((noreturn));

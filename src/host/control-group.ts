@@ -142,7 +142,7 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
     await using stack = new AsyncDisposableStack();
     const group = stack.use(new HostControlGroup(record, { logger, host, hierarchies }));
     if (plan.scope === undefined) {
-      group.#makeDirectories((directory) => group.#noteMade(directory));
+      group.#makeDirectories();
       if (made.length < groups.length) writeRecord(directory, record, logger);
     }
     stack.move();
@@ -150,7 +150,7 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
   }
 
   #noteMade(directory: string): void {
-    this.#record.made.push(directory);
+    if (!this.#record.made.includes(directory)) this.#record.made.push(directory);
     held.get(this.#record.group)?.made.add(directory);
   }
 
@@ -207,8 +207,7 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
     this.#makeDirectories();
   }
 
-  /** @param onMade called with each that was not there */
-  #makeDirectories(onMade: (directory: string) => void = () => {}): void {
+  #makeDirectories(): void {
     const { group } = this.#record;
     // Beside v1, it has no controller that counts.
     const delegates = this.#hierarchies.every(({ version }) => version === 2);
@@ -217,7 +216,7 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
       const inherits = controllers.includes('cpuset');
       attempt(`make the control group ${group} in ${directory}`, () => {
         if (!delegates && !inherits) {
-          if (mkdirSync(whole, { recursive: true }) !== undefined) onMade(whole);
+          if (mkdirSync(whole, { recursive: true }) !== undefined) this.#noteMade(whole);
           return;
         }
         // Groups above one that systemd has made are systemd's to write to.
@@ -228,7 +227,7 @@ export class HostControlGroup implements ControlGroup, AsyncDisposable {
           if (delegates) delegateControllers(parent);
           const child = path.join(parent, name);
           const isNew = mkdirSync(child, { recursive: true }) !== undefined;
-          if (isNew && child === whole) onMade(whole);
+          if (isNew && child === whole) this.#noteMade(whole);
           if (inherits) inheritCpus({ parent, group: child, isNew }, cpus);
           parent = child;
         }

@@ -18,7 +18,7 @@ export function isEthernetOfOthers({ name, type, loopback }: Link): boolean {
 const interfaces = '/proc/thread-self/net/dev';
 const headings = 2;
 
-/** Whether this thread's namespace has no interface but its own loopback, as it has at first. A tenth of the price of asking rtnetlink. */
+/** Whether this thread's namespace has no interface but its own loopback, as it has at first. Asking rtnetlink costs twice as much. */
 export function loopbackIsAlone(): boolean {
   const fd = openSync(interfaces, 'r');
   try {

@@ -51,8 +51,8 @@ export function cpuOf(pid: number): { ownMs: number; childrenMs: number } {
 }
 
 /**
- * CPU milliseconds of the process so far, to the nanosecond: of the threads that it has. Source: Documentation/scheduler/
- * sched-stats.rst of Linux.
+ * CPU milliseconds of the process so far, to the nanosecond: of the threads that it has. Source: Linux,
+ * Documentation/scheduler/sched-stats.rst.
  */
 export function exactCpuOf(pid: number): number {
   const threads = readdirSync(`/proc/${pid}/task`);

@@ -7,12 +7,12 @@
  * turns out to be no program only after `start`, the container's init writes crun's message to the container's stderr,
  * in the log's format, and there a user reads it.
  */
-import { spawn } from 'node:child_process';
-import { once } from 'node:events';
 import { readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
+import { type Exit, signalName } from '../src/sys/process.ts';
+import { posixSpawn, type Spawn } from '../src/sys/spawn.ts';
 import { AgentError } from './errors.ts';
-import { withOomScore } from './oom-score.ts';
+import { type CommandLine, withOomScore } from './oom-score.ts';
 import type { Reaper } from './reaper.ts';
 import type { ProcessStdio, ProgramStdio } from './stdio.ts';
 
@@ -24,13 +24,15 @@ export interface CrunOptions {
   readonly command: string;
   /** Where crun keeps its state. */
   readonly root: string;
+  /** kiln-oom-score, which starts crun with the OOM score of a container. */
+  readonly oomScoreProgram: string;
   readonly reaper: Reaper;
 }
 
 /** What a container has whose spec names no oomScoreAdj, or 0, of which crun 1.8 makes no difference: it sets neither. */
 const defaultOomScore = 0;
 
-const noStdio: ProgramStdio = ['ignore', 'ignore', 'ignore'];
+const noStdio: ProgramStdio = [null, null, null];
 
 export class Crun {
   readonly #options: CrunOptions;
@@ -103,27 +105,30 @@ export class Crun {
 
   /** @param oomScore of crun itself, and so of the container's process unless crun sets another; ours when absent */
   async #run(args: readonly string[], bundle: string, stdio: ProgramStdio, oomScore?: number): Promise<void> {
-    const { command, root, reaper } = this.#options;
+    const { command, root, oomScoreProgram, reaper } = this.#options;
     const log = join(bundle, 'crun.log');
     rmSync(log, { force: true });
     const global = ['--root', root, '--cgroup-manager=cgroupfs', '--log', log, '--log-format', 'text'];
-    const all = [...global, ...args];
-    const [program, programArgs] = oomScore === undefined ? [command, all] : withOomScore(oomScore, command, all);
-    const child = spawn(program, programArgs, { stdio: [...stdio], cwd: bundle });
-    reaper.leaveToNode(child);
-    let code: number | null;
-    let signal: NodeJS.Signals | null;
-    try {
-      [code, signal] = await once(child, 'exit');
-    } catch (error) {
-      throw new AgentError('internal', `cannot run ${command} in the guest: ${(error as Error).message}`, {
-        cause: error,
-      });
-    }
-    if (code === 0) return;
-    const failure = `crun ${args[0]} ended with ${signal ?? `status ${code}`} and no message`;
-    throw new CrunFailure(lastError(log) ?? failure, signal !== null);
+    const line: CommandLine = [command, ...global, ...args];
+    const [path, ...rest] = oomScore === undefined ? line : withOomScore(oomScore, oomScoreProgram, line);
+    const exit = await run(reaper, { path, args: rest, env: process.env, workingDirectory: bundle, fds: stdio });
+    const killed = exit.kind === 'signaled';
+    if (!killed && exit.code === 0) return;
+    const how = killed ? (signalName(exit.signal) ?? `signal ${exit.signal}`) : `status ${exit.code}`;
+    throw new CrunFailure(lastError(log) ?? `crun ${args[0]} ended with ${how} and no message`, killed);
   }
+}
+
+/** Runs a program to its end. Node's own `spawn` would copy the page tables of all that the agent has (sys/spawn.ts). */
+async function run(reaper: Reaper, program: Spawn): Promise<Exit> {
+  let pid: number;
+  try {
+    pid = posixSpawn(program);
+  } catch (error) {
+    const reason = (error as Error).message;
+    throw new AgentError('internal', `cannot run ${program.path} in the guest: ${reason}`, { cause: error });
+  }
+  return new Promise((resolve) => reaper.watch(pid, resolve));
 }
 
 class CrunFailure extends Error {

@@ -8,7 +8,7 @@
  *
  * Environment: KILN_AGENT_SOCKET, a Unix socket to dial instead of vsock (on a host, for tests: then the clock and the
  * hostname are left alone); KILN_AGENT_DIR, for bundles and crun's state, /run/kiln; KILN_CRUN, crun; KILN_LISTENERS,
- * kiln-listeners; KILN_NAMESERVERS, kiln-nameservers.
+ * kiln-listeners; KILN_NAMESERVERS, kiln-nameservers; KILN_OOM_SCORE, kiln-oom-score.
  */
 import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
@@ -84,6 +84,7 @@ async function main(): Promise<never> {
     KILN_CRUN: command = 'crun',
     KILN_LISTENERS: listenersProgram = '/usr/lib/kiln/kiln-listeners',
     KILN_NAMESERVERS: nameserversProgram = '/usr/lib/kiln/kiln-nameservers',
+    KILN_OOM_SCORE: oomScoreProgram = '/usr/lib/kiln/kiln-oom-score',
   } = process.env;
   // Of this program alone (native/guest-joined-writes.c).
   delete process.env.LD_PRELOAD;
@@ -91,7 +92,7 @@ async function main(): Promise<never> {
   // Before the host may save the guest: its clones find it done.
   if (socketPath === undefined) hideCards();
   const reaper = new Reaper();
-  const crun = new Crun({ command, root: join(directory, 'crun'), reaper });
+  const crun = new Crun({ command, root: join(directory, 'crun'), oomScoreProgram, reaper });
   const volumes = new Volumes({ directory: join(directory, 'volumes'), reaper, channel: volumesChannel });
   const pod = new Pod({ directory: join(directory, 'pod'), reaper });
   const containers = new Containers({ directory: join(directory, 'containers'), crun, reaper, volumes, pod });

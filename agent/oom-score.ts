@@ -12,14 +12,14 @@ export function oomScoreOf(pid: number): number {
 }
 
 /**
- * A command line that runs a program with an oom_score_adj, at least our own: to lower it takes privilege, and outside of a
- * guest nobody needs to.
+ * A command line that runs another one with an oom_score_adj, at least our own: to lower it takes privilege, and outside of
+ * a guest nobody needs to.
+ *
+ * @param program kiln-oom-score (native/guest-oom-score.c)
  */
-export function withOomScore(
-  score: number,
-  command: string,
-  args: readonly string[],
-): [command: string, args: string[]] {
-  const raised = Math.max(score, oomScoreOf(process.pid));
-  return ['/bin/sh', ['-c', 'echo "$0" >/proc/self/oom_score_adj && exec "$@"', String(raised), command, ...args]];
+export function withOomScore(score: number, program: string, command: CommandLine): CommandLine {
+  return score <= oomScoreOf(process.pid) ? command : [program, String(score), ...command];
 }
+
+/** A program, and its arguments. */
+export type CommandLine = readonly [program: string, ...args: string[]];

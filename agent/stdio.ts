@@ -22,8 +22,8 @@ export interface WantedStdio {
   readonly height: number;
 }
 
-/** File descriptors, or 'ignore' for /dev/null. */
-export type ProgramStdio = readonly [number | 'ignore', number | 'ignore', number | 'ignore'];
+/** File descriptors; null is /dev/null. */
+export type ProgramStdio = readonly [number | null, number | null, number | null];
 
 export interface ProcessStdio extends Disposable {
   readonly stdin: Input | undefined;
@@ -68,8 +68,8 @@ class PipeStdio implements ProcessStdio {
     this.stdin = stdin === undefined ? undefined : new Input(stdin.write);
     this.stdout = stdout === undefined ? undefined : new Output(stdout.read, 'stdout');
     this.stderr = stderr === undefined ? undefined : new Output(stderr.read, 'stderr');
-    this.forProgram = [stdin?.read ?? 'ignore', stdout?.write ?? 'ignore', stderr?.write ?? 'ignore'];
-    this.#programEnds = this.forProgram.filter((end) => end !== 'ignore');
+    this.forProgram = [stdin?.read ?? null, stdout?.write ?? null, stderr?.write ?? null];
+    this.#programEnds = this.forProgram.filter((end) => end !== null);
     undo.move();
   }
 
@@ -91,7 +91,7 @@ class PipeStdio implements ProcessStdio {
 }
 
 class TerminalStdio implements ProcessStdio {
-  readonly forProgram: ProgramStdio = ['ignore', 'ignore', 'ignore'];
+  readonly forProgram: ProgramStdio = [null, null, null];
   readonly consoleSocket: string;
   readonly stderr = undefined;
   readonly #wanted: WantedStdio;

@@ -21,7 +21,7 @@ build_guest() {
     "$KILN_NODE" "$lib/guest.ts" boot "$GUEST_CACHE/kernel"
     mark_fresh "$GUEST_CACHE/boot.stamp" "$tools"
   fi
-  key=$tools$(hash_of "$src/agent.cjs" "$src/kiln-mount-volumes" "$src/kiln-listeners" "$src/kiln-nameservers" "$src/kiln-joined-writes.so" "$src/libsystemd.so" "$src/koffi.node" "$GUEST_CACHE/packages.packages" "$KILN_ROOT/package-lock.json")
+  key=$tools$(hash_of "$src/agent.cjs" "$src/kiln-mount-volumes" "$src/kiln-listeners" "$src/kiln-nameservers" "$src/kiln-oom-score" "$src/kiln-joined-writes.so" "$src/libsystemd.so" "$src/koffi.node" "$GUEST_CACHE/packages.packages" "$KILN_ROOT/package-lock.json")
   if ! is_fresh "$GUEST_CACHE/image.stamp" "$key" || [ ! -f "$guest/guest.erofs" ]; then
     say 'making the guest image'
     "$KILN_NODE" "$lib/guest.ts" image "$GUEST_CACHE/kernel" "$GUEST_CACHE/packages" "$GUEST_CACHE/root"

@@ -114,6 +114,7 @@ function makeImage(kernelDir: string, packagesDir: string, staging: string): voi
   tree.file('usr/lib/kiln/kiln-mount-volumes', join(source, 'kiln-mount-volumes'), 0o755);
   tree.file('usr/lib/kiln/kiln-listeners', join(source, 'kiln-listeners'), 0o755);
   tree.file('usr/lib/kiln/kiln-nameservers', join(source, 'kiln-nameservers'), 0o755);
+  tree.file('usr/lib/kiln/kiln-oom-score', join(source, 'kiln-oom-score'), 0o755);
   tree.file('usr/lib/kiln/kiln-joined-writes.so', join(source, 'kiln-joined-writes.so'), 0o644);
   tree.file('usr/lib/kiln/agent.cjs', join(source, 'agent.cjs'), 0o644);
   tree.file('usr/lib/kiln/koffi.node', join(source, 'koffi.node'), 0o644);

@@ -1,13 +1,12 @@
 import { type ChildProcess, type SpawnOptions, spawn } from 'node:child_process';
 import { closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';
-import { constants as osConstants } from 'node:os';
 import path from 'node:path';
 import type { Readable } from 'node:stream';
 import { KilnError } from '../errors.ts';
 import type { NetworkNamespace } from '../sys/netns.ts';
 import { ProcessHandle } from '../sys/pidfd.ts';
 import { pipe2, socketFromFd } from '../sys/pipe.ts';
-import { waitpid } from '../sys/process.ts';
+import { signalName, waitpid } from '../sys/process.ts';
 import { posixSpawn } from '../sys/spawn.ts';
 import type { ControlGroup } from './control-group.ts';
 import { limitLog } from './log-limit.ts';
@@ -142,8 +141,7 @@ function run(options: HelperOptions, fds: (number | null)[]) {
 function exitOf(pid: number): ProcessExit {
   const exit = waitpid(pid);
   if (exit?.kind !== 'signaled') return { code: exit?.code ?? null, signal: null };
-  const name = Object.entries(osConstants.signals).find(([, number]) => number === exit.signal)?.[0];
-  return { code: null, signal: (name ?? 'SIGKILL') as NodeJS.Signals };
+  return { code: null, signal: signalName(exit.signal) ?? 'SIGKILL' };
 }
 
 /** Takes over a helper that an earlier kilnd has started; undefined when it has ended. */

@@ -1,3 +1,4 @@
+import { constants } from 'node:os';
 import { check, declare } from './libc.ts';
 
 /** prctl(2), from linux/prctl.h. */
@@ -25,6 +26,12 @@ const cWaitid = declare<[idtype: number, id: number, infop: Int32Array, options:
   'int waitid(int idtype, unsigned int id, int32_t *infop, int options)',
 );
 const cSethostname = declare<[name: string, length: number]>('int sethostname(const char *name, size_t len)');
+
+/** "SIGKILL" for 9; undefined where signal(7) has no name for it. */
+export function signalName(signal: number): NodeJS.Signals | undefined {
+  const found = Object.entries(constants.signals).find(([, number]) => number === signal);
+  return found?.[0] as NodeJS.Signals | undefined;
+}
 
 /** How a child ended. */
 export type Exit =

@@ -1,5 +1,5 @@
 /**
- * posix_spawn(3). Node's own `spawn` forks: the kernel copies the page tables of all of Node's memory, and afterwards each
+ * posix_spawnp(3). Node's own `spawn` forks: the kernel copies the page tables of all of Node's memory, and afterwards each
  * page that Node writes to costs a fault. Here the new process borrows the memory until it is another program, while
  * this thread waits.
  *
@@ -24,7 +24,7 @@ type Memory = Uint8Array;
 
 const cSpawn = declare<
   [pid: Int32Array, path: string, actions: Memory, attributes: Memory, argv: Strings, envp: Strings]
->('int posix_spawn(int *pid, const char *path, void *fa, void *attr, const char **argv, const char **envp)');
+>('int posix_spawnp(int *pid, const char *path, void *fa, void *attr, const char **argv, const char **envp)');
 const cActionsInit = declare<[actions: Memory]>('int posix_spawn_file_actions_init(void *fa)');
 const cActionsDestroy = declare<[actions: Memory]>('int posix_spawn_file_actions_destroy(void *fa)');
 const cAddOpen = declare<[actions: Memory, fd: number, path: string, flags: number, mode: number]>(
@@ -50,11 +50,11 @@ const cSetSigMask = declare<[attributes: Memory, signals: Memory]>(
 type Strings = readonly (string | null)[];
 
 export interface Spawn {
-  /** The program's file. */
+  /** The program's file; a name is looked up in our own PATH. */
   readonly path: string;
   /** Without the program's name. */
   readonly args: readonly string[];
-  readonly env: Readonly<Record<string, string>>;
+  readonly env: Readonly<Record<string, string | undefined>>;
   readonly workingDirectory: string;
   /** What it gets as its descriptors 0, 1, 2 and so on; null is /dev/null. All others of ours are to be close-on-exec. */
   readonly fds: readonly (number | null)[];
@@ -65,7 +65,7 @@ export interface Spawn {
  * command line and environment can be seen in /proc takes a moment more.
  *
  * @returns its process id
- * @throws SysError of posix_spawn(3), execve(2), chdir(2): ENOENT, EACCES …
+ * @throws SysError of posix_spawnp(3), execve(2), chdir(2): ENOENT, EACCES …
  */
 export function posixSpawn({ path, args, env, workingDirectory, fds }: Spawn): number {
   const actions = new Uint8Array(OPAQUE_SIZE);
@@ -79,7 +79,7 @@ export function posixSpawn({ path, args, env, workingDirectory, fds }: Spawn): n
     ok(cSetSigDefault(attributes, new Uint8Array(SIGSET_SIZE).fill(0xff)));
     ok(cSetSigMask(attributes, new Uint8Array(SIGSET_SIZE)));
     ok(cSetFlags(attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSID));
-    const environment = Object.entries(env).map(([name, value]) => `${name}=${value}`);
+    const environment = Object.entries(env).flatMap(([name, value]) => (value === undefined ? [] : `${name}=${value}`));
     ok(cSpawn(pid, path, actions, attributes, [path, ...args, null], [...environment, null]), path);
   } finally {
     check(cActionsDestroy(actions), 'posix_spawn_file_actions_destroy');

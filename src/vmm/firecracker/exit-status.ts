@@ -1,9 +1,9 @@
 import { closeSync } from 'node:fs';
-import { constants } from 'node:os';
 import { setTimeout as delay } from 'node:timers/promises';
 import type { HelperProcess, ProcessExit } from '../../host/helper-process.ts';
 import { type ProcessIdentity, waitStatusOf } from '../../host/process-identity.ts';
 import { exitOf, exitStatusOf, pidfdOpen } from '../../sys/pidfd.ts';
+import { signalName } from '../../sys/process.ts';
 
 /** Between the two looks lies the moment in which init takes the process away. */
 const lookLimitMs = 50;
@@ -29,7 +29,9 @@ async function statusOf(pidfd: number, identity: ProcessIdentity): Promise<Proce
       const exit = waitStatus === undefined ? exitStatusOf(pidfd) : exitOf(waitStatus);
       if (exit === undefined) return unknown;
       if (exit !== 'unreaped') {
-        return exit.kind === 'exited' ? { code: exit.code, signal: null } : { code: null, signal: nameOf(exit.signal) };
+        return exit.kind === 'exited'
+          ? { code: exit.code, signal: null }
+          : { code: null, signal: signalName(exit.signal) ?? null };
       }
       await delay(lookIntervalMs);
     }
@@ -37,9 +39,4 @@ async function statusOf(pidfd: number, identity: ProcessIdentity): Promise<Proce
   } finally {
     closeSync(pidfd);
   }
-}
-
-function nameOf(number: number): NodeJS.Signals | null {
-  const [name] = Object.entries(constants.signals).find(([, each]) => each === number) ?? [];
-  return (name as NodeJS.Signals | undefined) ?? null;
 }

@@ -253,7 +253,7 @@ export class Container implements NewContainer {
     this.state.become({ kind: 'removing' });
     for (const process of this.#execs.values()) process?.[Symbol.dispose]();
     this.#options.pod.forget(this.id);
-    await undo.disposeAsync();
+    await undo[Symbol.asyncDispose]();
     this.#onRemoved();
   }
 

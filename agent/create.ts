@@ -17,6 +17,7 @@ import { Process, type ProcessExit } from './process.ts';
 import type { Reaper } from './reaper.ts';
 import type { ContainerState } from './state.ts';
 import { makeStdio, type ProcessStdio } from './stdio.ts';
+import { Undo } from './undo.ts';
 import type { Volumes } from './volumes.ts';
 
 export interface ContainerOptions {
@@ -44,7 +45,7 @@ export interface ContainerParts {
   readonly controls: Controls | undefined;
   readonly init: Process;
   /** Takes back everything that creating it has acquired. */
-  readonly undo: AsyncDisposableStack;
+  readonly undo: Undo;
 }
 
 /** A container that is being made, as its creation sees it. */
@@ -57,7 +58,7 @@ export interface NewContainer {
   readonly files: PromiseWithResolvers<void>;
   /** Set when it has been created. */
   parts: ContainerParts | undefined;
-  /** The VM ends next: crun's own state of the container goes with it, without a process to remove it. */
+  /** The VM ends next. */
   readonly guestEnds: boolean;
   /** Told of its init's exit before anybody else; returns it as it is to be told. */
   ended(pid: number, seen: ProcessExit): ProcessExit;
@@ -79,19 +80,18 @@ export async function createContainer(
   const { id } = container;
   const beyondCrun = new BeyondCrun(request.spec);
   beyondCrun.check();
-  await using undo = new AsyncDisposableStack();
+  await using undo = new Undo(() => container.guestEnds);
   const bundle = join(directory, id);
   // Whoever is root in a user namespace is not root here, and reaches its root filesystem by a path beside this one.
   mkdirSync(directory, { recursive: true, mode: 0o711 });
   mkdirSync(bundle, { recursive: true, mode: 0o700 });
-  undo.defer(() => rmSync(bundle, { recursive: true, force: true }));
+  undo.deferWithin(() => rmSync(bundle, { recursive: true, force: true }));
   if (request.volumes !== undefined) {
     await volumes.mount(request.volumes.options);
     undo.defer(() => volumes.flush());
   }
   // Undone last: as long as anything has a disk, the host must not put another file behind it.
-  undo.defer(async () => {
-    if (container.guestEnds) return;
+  undo.deferWithin(async () => {
     for (const disk of disksOf(request)) await diskIsFree(disk);
   });
   for (const mount of request.mounts) mountOne(mount, undo);
@@ -104,9 +104,7 @@ export async function createContainer(
   // From here on an init can exist: it must be found when it ends, and killed when anything below fails.
   pod.provideFor(request.spec, initOf);
   using _held = reaper.hold();
-  undo.defer(async () => {
-    if (!container.guestEnds) await crun.delete(id, bundle);
-  });
+  undo.deferWithin(() => crun.delete(id, bundle));
   const pid = await crun.create(id, bundle, stdio);
   beyondCrun.apply(pid);
   stdio.connect();

@@ -11,6 +11,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { promisify } from 'node:util';
 import type { FindDisksRequest_Disk, FindDisksResponse_Device } from '../gen/kiln/agent/v1/agent.ts';
 import { AgentError } from './errors.ts';
+import type { Undo } from './undo.ts';
 
 /** How long something may have a disk that no container uses any more, and how often we look, in milliseconds. */
 const freeLimitMs = 10_000;
@@ -37,12 +38,20 @@ export function findDisk(serial: string, sysBlock = sysfs): string {
   return `/dev/${nameOf(serial, sysBlock)}`;
 }
 
+/** Where serials were found last: sysfs asks the VMM for each one that is read. */
+const names = new Map<string, string>();
+
 function nameOf(serial: string, sysBlock: string): string {
+  const serialOf = (name: string) => readSerial(join(sysBlock, name, 'serial'));
+  const known = names.get(serial);
+  if (known !== undefined && serialOf(known) === serial) return known;
   const seen: string[] = [];
   for (const name of readdirSync(sysBlock)) {
-    const found = readSerial(join(sysBlock, name, 'serial'));
+    const found = serialOf(name);
+    if (found === '') continue;
+    names.set(found, name);
     if (found === serial) return name;
-    if (found !== '') seen.push(found);
+    seen.push(found);
   }
   throw new AgentError(
     'internal',
@@ -104,13 +113,13 @@ function isUsed(serial: string): boolean {
 }
 
 /** Notes a use of a disk until `undo`. */
-export function countUse(serial: string, undo: AsyncDisposableStack): void {
+export function countUse(serial: string, undo: Undo): void {
   uses.set(serial, (uses.get(serial) ?? 0) + 1);
-  undo.defer(() => void uses.set(serial, (uses.get(serial) ?? 0) - 1));
+  undo.deferWithin(() => void uses.set(serial, (uses.get(serial) ?? 0) - 1));
 }
 
 /** Has a container use a disk as a device. `undo` writes to the disk what is not there yet. */
-export function useAsDevice(serial: string, undo: AsyncDisposableStack): void {
+export function useAsDevice(serial: string, undo: Undo): void {
   countUse(serial, undo);
   // What cannot be written any more must not keep the container in the guest: its programs have been told.
   undo.defer(() => flushDisk(serial).catch(() => {}));

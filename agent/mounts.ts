@@ -12,6 +12,7 @@ import * as sys from '../src/sys/mount.ts';
 import { syncfs } from '../src/sys/sync.ts';
 import { countUse, findDisk, forgetSize } from './disks.ts';
 import { AgentError } from './errors.ts';
+import type { Undo } from './undo.ts';
 
 /** Options of mount(8) that are flags of mount(2): what each sets, or clears. */
 const flagOptions: Record<string, { set?: number; clear?: number }> = {
@@ -55,7 +56,7 @@ export function parseOptions(options: readonly string[]): { flags: number; data:
  *
  * @throws AgentError naming the target
  */
-export function mountOne(mount: Mount, undo: AsyncDisposableStack): void {
+export function mountOne(mount: Mount, undo: Undo): void {
   const { target } = mount;
   if (resolve(target) !== target)
     throw new AgentError('invalid-argument', `mount target "${target}" is not an absolute path`);
@@ -71,7 +72,8 @@ export function mountOne(mount: Mount, undo: AsyncDisposableStack): void {
     });
   }
   if (mount.source?.$case === 'disk') countUse(mount.source.value, undo);
-  undo.defer(() => unmount(target, (flags & (sys.MS_RDONLY | sys.MS_BIND)) === 0 && source.startsWith('/dev/')));
+  undo.deferWithin(() => detach(target));
+  if ((flags & (sys.MS_RDONLY | sys.MS_BIND)) === 0 && source.startsWith('/dev/')) undo.defer(() => settle(target));
   for (const directory of mount.directories) {
     const path = resolve(target, directory);
     if (!path.startsWith(`${target}/`)) {
@@ -105,10 +107,10 @@ function sourceOf({ source, target }: Mount): string {
 }
 
 /** mkdir -p; `undo` removes what this has made and nobody else uses, and only that. */
-function makeDirectories(path: string, undo: AsyncDisposableStack): void {
+function makeDirectories(path: string, undo: Undo): void {
   const first = mkdirSync(path, { recursive: true, mode: 0o755 });
   if (first === undefined) return;
-  undo.defer(() => {
+  undo.deferWithin(() => {
     for (let made = path; ; made = dirname(made)) {
       try {
         rmdirSync(made);
@@ -123,17 +125,9 @@ function makeDirectories(path: string, undo: AsyncDisposableStack): void {
 }
 
 /**
- * Unmounts. For a writable disk, everything is on the disk and its filesystem is marked clean when this returns, even if
- * the kernel still holds the filesystem: a container's mount namespace is taken apart a little after its last process.
+ * Of a writable disk: everything is on the disk and its filesystem is marked clean when this returns, even if the kernel still
+ * holds the filesystem: a container's mount namespace is taken apart a little after its last process.
  */
-async function unmount(target: string, writableDisk: boolean): Promise<void> {
-  try {
-    if (writableDisk) await settle(target);
-  } finally {
-    await detach(target);
-  }
-}
-
 async function settle(target: string): Promise<void> {
   await flush(target);
   // A remount to read-only acts on the filesystem itself, in every mount namespace. It is refused while a file is open

@@ -15,6 +15,7 @@ import {
 } from '../support/images.ts';
 import { busyboxBinary, runtime, underKiln } from '../support/paths.ts';
 import type { Scene } from '../support/scene.ts';
+import { mustRun } from '../support/spawn.ts';
 import { useScene } from '../support/use-scene.ts';
 
 /** A file capability (cap_net_raw+ep) as the kernel stores it: VFS_CAP_REVISION_2 with the effective bit. */
@@ -220,6 +221,16 @@ async function listInside(scene: Scene, runtimeType: string, snapshotter: string
   return (await listing(result.stdout, snapshotter !== 'native')).filter((line) => !line.startsWith('"./" '));
 }
 
+/** What the one container that has ended has written is all on its disk, whose filesystem is marked as cleanly unmounted. */
+async function expectCleanDisk(scene: Scene): Promise<void> {
+  const { stdout } = await mustRun('find', [scene.dir, '-name', '*.ext4', '-not', '-path', '*/blank/*']);
+  const disk = stdout.toString().trim();
+  const header = await mustRun('dumpe2fs', ['-h', disk]);
+  expect(header.stdout.toString()).toMatch(/Filesystem state: +clean/);
+  expect(header.stdout.toString()).not.toContain('needs_recovery');
+  await mustRun('e2fsck', ['-fn', disk]);
+}
+
 const snapshotters = ['overlayfs', 'native'] as const;
 
 describe('the root filesystem', () => {
@@ -257,6 +268,7 @@ describe('the root filesystem', () => {
       `;
       const run = await scene.run(id, ['sh', '-c', script], { image: oddImage.name, snapshotter, flags: [] });
       expect(run).toMatchObject({ code: 0, stderr: '', stdout: Buffer.from('first\n') });
+      if (underKiln) await expectCleanDisk(scene);
       const again = await scene.containerd.ctr(['task', 'start', '--fifo-dir', scene.fifoDir, id]);
       expect(again.stdout.toString()).toBe('again\nmine\nchanged\n1\ncomes-back\n');
       const other = await scene.run(

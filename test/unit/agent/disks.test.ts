@@ -39,6 +39,18 @@ describe('disks', () => {
     expect(() => findDisk('rw0', block)).toThrow('no disk with serial "rw0" in the guest (there are: ro0, root)');
   });
 
+  it('are found again where they have other names, and other serials', () => {
+    disk('vda', { serial: 'ro0' });
+    disk('vdb', { serial: 'rw0' });
+    expect([findDisk('ro0', block), findDisk('rw0', block)]).toEqual(['/dev/vda', '/dev/vdb']);
+    disk('vdc', { serial: 'ro0' });
+    writeFileSync(join(block, 'vda', 'serial'), 'rw0');
+    rmSync(join(block, 'vdb'), { recursive: true });
+    expect([findDisk('rw0', block), findDisk('ro0', block)]).toEqual(['/dev/vda', '/dev/vdc']);
+    writeFileSync(join(block, 'vda', 'serial'), 'other');
+    expect(() => findDisk('rw0', block)).toThrow('no disk with serial "rw0" in the guest (there are: other, ro0)');
+  });
+
   it('of the right size have their numbers told, in the order of the question', () => {
     disk('vda', { serial: 'rw0', dev: '254:0' });
     disk('vdb', { serial: 'ro0', dev: '254:16', sectors: 2 });

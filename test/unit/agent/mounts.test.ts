@@ -3,6 +3,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, expect, it } from 'vitest';
 import { mountOne, parseOptions } from '../../../agent/mounts.ts';
+import { Undo } from '../../../agent/undo.ts';
 import { MS_NODEV, MS_NOSUID, MS_RDONLY } from '../../../src/sys/mount.ts';
 
 let directory: string;
@@ -30,7 +31,7 @@ it('does not take a word that JavaScript objects know for a flag', () => {
 });
 
 it('refuses a target that is not absolute, or has dots', async () => {
-  await using undo = new AsyncDisposableStack();
+  await using undo = new Undo(() => false);
   const mount = { source: { $case: 'device', value: 'tmpfs' }, type: 'tmpfs', options: [], directories: [] } as const;
   for (const target of ['relative', '/a/../b', '/a/']) {
     expect(() => mountOne({ ...mount, options: [], directories: [], target }, undo)).toThrow(

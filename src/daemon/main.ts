@@ -61,9 +61,14 @@ async function main(): Promise<void> {
   const rootfs = new RootfsStore({ cacheDir: paths.cacheDir, logger });
   const bootSlots = new BootSlots(bootsPerCpu * availableParallelism());
   const takeTurn = (signal: AbortSignal) => bootSlots.take(signal);
-  const templates = new TemplateStore({ cacheDir: paths.cacheDir, logger, takeTurn, endRemains });
+  const makeBlank = async (file: string, signal: AbortSignal) => {
+    // As containers have it.
+    const { writableSizeGib } = load().config.storage;
+    await rootfs.makeBlank(file, { signal, writableSizeBytes: writableSizeGib * 2 ** 30 });
+  };
+  const templates = new TemplateStore({ cacheDir: paths.cacheDir, logger, takeTurn, makeBlank, endRemains });
   const poolDirectory = path.join(paths.stateDir, poolName);
-  const pool = new SandboxPool({ directory: poolDirectory, templates, bootSlots, logger });
+  const pool = new SandboxPool({ directory: poolDirectory, templates, bootSlots, makeBlank, logger });
   const parking = NetworkNamespace.create();
   const clocks = new GuestClocks({ logger });
   const host = { rootfs, standInProgram, bootSlots, templates, pool, fileServers, parking, networks, clocks };

@@ -1,3 +1,4 @@
+import { closeSync, openSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Logger } from 'pino';
 import { BlankFilesystems } from './blank.ts';
@@ -62,6 +63,7 @@ export interface PrepareOptions {
 /** Turns root filesystems into disks, and keeps the disks. */
 export class RootfsStore {
   readonly #layers: LayerCache;
+  readonly #blanks: BlankFilesystems;
   readonly #writable: WritableLayers;
   readonly #logger: Logger | undefined;
   #collecting: Promise<string[]> | undefined;
@@ -70,8 +72,8 @@ export class RootfsStore {
   constructor({ cacheDir, logger, mkfsErofs = 'mkfs.erofs' }: RootfsStoreOptions) {
     this.#logger = logger;
     this.#layers = new LayerCache({ directory: join(cacheDir, 'layers'), mkfsErofs, logger });
-    const blanks = new BlankFilesystems(join(cacheDir, 'blank'));
-    this.#writable = new WritableLayers(join(cacheDir, 'writable'), blanks, logger);
+    this.#blanks = new BlankFilesystems(join(cacheDir, 'blank'));
+    this.#writable = new WritableLayers(join(cacheDir, 'writable'), this.#blanks, logger);
   }
 
   /**
@@ -105,6 +107,17 @@ export class RootfsStore {
     }
     for (const step of [writable, lower]) if (step.status === 'fulfilled') step.value?.release();
     throw either.reason;
+  }
+
+  /**
+   * Makes a new file that is an empty writable layer, of nobody.
+   *
+   * @throws KilnError as `prepare`; the error of a system call
+   */
+  async makeBlank(file: string, { signal, writableSizeBytes }: PrepareOptions): Promise<void> {
+    using stack = new DisposableStack();
+    const target = stack.adopt(openSync(file, 'wx+', 0o600), closeSync);
+    await this.#blanks.copyTo(target, writableSizeBytes, signal);
   }
 
   /** The disks that a container of an earlier kilnd has. To be called before `collectGarbage`. */

@@ -9,8 +9,10 @@ import { randomUUID } from 'node:crypto';
 import { mkdirSync } from 'node:fs';
 import { mkdir, rm } from 'node:fs/promises';
 import path from 'node:path';
+import { abortable } from '../host/abortable.ts';
+import { TimeLimit } from '../host/time-limit.ts';
 import type { Logger } from '../observe/logger.ts';
-import { prime } from '../template/prime.ts';
+import { type MakeBlank, prime } from '../template/prime.ts';
 import type { Template, TemplateRequest, TemplateStore } from '../template/store.ts';
 import type { BootSlots } from './boot-slots.ts';
 import { restoreSandbox } from './bring-up.ts';
@@ -52,6 +54,7 @@ export interface PoolOptions {
   readonly directory: string;
   readonly templates: Pick<TemplateStore, 'provide' | 'noteRestored' | 'noteFailure'>;
   readonly bootSlots: BootSlots;
+  readonly makeBlank: MakeBlank;
   readonly logger: Logger;
 }
 
@@ -252,7 +255,7 @@ export class SandboxPool implements AsyncDisposable {
   }
 
   async #restore(request: TemplateRequest, signal: AbortSignal): Promise<Sandbox> {
-    const { templates, bootSlots, logger } = this.#options;
+    const { templates, bootSlots, makeBlank, logger } = this.#options;
     const template = await templates.provide(request, signal);
     if (template === undefined) throw new Error('there is no template');
     const { vmm, shape, bootTimeoutMs } = request;
@@ -272,8 +275,10 @@ export class SandboxPool implements AsyncDisposable {
       throw error;
     }
     if (template.driver.clonesAreCold) {
-      await prime(sandbox.guest);
-      await sandbox.guest.checkClock(bootTimeoutMs);
+      const { guest, vm: restored } = sandbox;
+      using limit = new TimeLimit(bootTimeoutMs, signal);
+      await abortable(prime({ guest, vm: restored, directory, makeBlank }, limit.signal), limit.signal);
+      await guest.checkClock(bootTimeoutMs);
     }
     signal.throwIfAborted();
     stack.move();

@@ -5,11 +5,12 @@ import { Guest } from '../guest/guest.ts';
 import { abortable } from '../host/abortable.ts';
 import { TimeLimit } from '../host/time-limit.ts';
 import type { TemplateDriver, VmShape } from '../vmm/vmm.ts';
-import { prime } from './prime.ts';
+import { type MakeBlank, prime } from './prime.ts';
 
 export interface BuildOptions {
   readonly driver: TemplateDriver;
   readonly shape: VmShape;
+  readonly makeBlank: MakeBlank;
   /** Time for all of it, in ms. */
   readonly limitMs: number;
 }
@@ -31,16 +32,17 @@ export async function buildTemplate(directory: string, options: BuildOptions, si
   }
 }
 
-async function build(directory: string, { driver, shape, limitMs }: BuildOptions, signal: AbortSignal): Promise<void> {
+async function build(directory: string, options: BuildOptions, signal: AbortSignal): Promise<void> {
+  const { driver, shape, limitMs, makeBlank } = options;
   const vmDirectory = vmDirectoryIn(directory);
   await mkdir(vmDirectory, { mode: 0o700 });
   {
     await using vm = await driver.boot({ ...shape, id: 'template', directory: vmDirectory }, directory, signal);
     const socket = await vm.acceptAgent(signal);
-    const hello = { hostname: '', session: '', becomesTemplate: true, answerLimitMs: limitMs };
+    const hello = { hostname: 'kiln', session: '', becomesTemplate: true, answerLimitMs: limitMs };
     {
       using guest = await abortable(Guest.connect(socket, hello), signal);
-      await abortable(prime(guest), signal);
+      await abortable(prime({ guest, vm, directory: vmDirectory, makeBlank }, signal), signal);
     }
     // Once more, so that the agent waits for the first words of a host when it is saved: the clone's.
     await vm.acceptAgent(signal);

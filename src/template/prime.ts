@@ -2,10 +2,13 @@
  * Warm-up calls for a guest that becomes a template: after them the agent's code is compiled, crun and its libraries are
  * in the guest's page cache, and what a container's start touches first is touched. All clones share that.
  */
+import { rm } from 'node:fs/promises';
+import path from 'node:path';
 import { PassThrough, type Readable } from 'node:stream';
 import type { Guest } from '../guest/guest.ts';
 import type { OutputName } from '../guest/streams.ts';
 import type { GuestContainer, GuestStdio, ProcessRef } from '../guest/terms.ts';
+import type { Vm } from '../vmm/vmm.ts';
 
 /** Rounds of calls. The first reads files and compiles; the second runs what is compiled by then. */
 const rounds = 2;
@@ -24,17 +27,43 @@ const SIGKILL = 9;
 /** For what a container that has written nothing has written, in ms. */
 const changesLimitMs = 60_000;
 
-/** Makes calls of every kind that a container's life is made of. Throws what the guest refuses. */
-export async function prime(guest: Guest): Promise<void> {
-  for (let round = 0; round < rounds; round += 1) {
-    await liveWithPipes(guest, `prime-${round}`);
-    await liveWithTerminal(guest, `prime-terminal-${round}`);
+/** Makes a file that is an empty ext4 filesystem, as containers have it for their changes. */
+export type MakeBlank = (file: string, signal: AbortSignal) => Promise<void>;
+
+export interface PrimeOptions {
+  readonly guest: Guest;
+  /** Its drive slots are empty, and will be again. */
+  readonly vm: Pick<Vm, 'attachDisk' | 'detachDisk'>;
+  /** For a disk that is gone afterwards. */
+  readonly directory: string;
+  readonly makeBlank: MakeBlank;
+}
+
+/** The one that the first container gets. */
+const slot = 'rw0';
+
+/**
+ * Makes calls of every kind that a container's life is made of. Throws what the guest refuses, and what becomes of the disk; the
+ * VM is of no use then.
+ */
+export async function prime({ guest, vm, directory, makeBlank }: PrimeOptions, signal: AbortSignal): Promise<void> {
+  const file = path.join(directory, 'prime.ext4');
+  try {
+    await makeBlank(file, signal);
+    const disk = await vm.attachDisk(slot, file);
+    for (let round = 0; round < rounds; round += 1) {
+      await liveWithPipes(guest, `prime-${round}`, disk);
+      await liveWithTerminal(guest, `prime-terminal-${round}`, disk);
+    }
+    await vm.detachDisk(slot);
+  } finally {
+    await rm(file, { force: true });
   }
 }
 
-async function liveWithPipes(guest: Guest, id: string): Promise<void> {
+async function liveWithPipes(guest: Guest, id: string, disk: string): Promise<void> {
   const init = { id, execId: '' };
-  await guest.createContainer(container(id, ['/bin/cat'], pipes));
+  await guest.createContainer(container(id, ['/bin/cat'], pipes, disk));
   const stdin = new PassThrough();
   const ended = beside(endOf(guest, init, stdin));
   await guest.startContainer(id);
@@ -55,14 +84,14 @@ async function liveWithPipes(guest: Guest, id: string): Promise<void> {
 
 async function execOnce(guest: Guest, id: string): Promise<void> {
   const ref = { id, execId: 'exec' };
-  await guest.exec(ref, JSON.stringify(processOf(['/bin/true'], false)), pipes);
-  await endOf(guest, ref, new PassThrough().end());
+  await guest.exec(ref, JSON.stringify(processOf(['/bin/true'], false)), pipes, true);
+  await Promise.all([...read(guest, ref, 'stdout', 'stderr'), guest.waitExit(ref)]);
   await guest.removeProcess(ref);
 }
 
-async function liveWithTerminal(guest: Guest, id: string): Promise<void> {
+async function liveWithTerminal(guest: Guest, id: string, disk: string): Promise<void> {
   const init = { id, execId: '' };
-  await guest.createContainer(container(id, ['/bin/sh'], terminal));
+  await guest.createContainer(container(id, ['/bin/sh'], terminal, disk));
   const ended = beside(Promise.all([guest.waitExit(init), ...read(guest, init, 'stdout')]));
   await guest.startContainer(id);
   await guest.resize(init, { width: 100, height: 30 });
@@ -90,8 +119,12 @@ function read(guest: Guest, ref: ProcessRef, ...streams: OutputName[]): Promise<
   return guest.pipeOutputs(ref, targets).map(({ ended }) => ended);
 }
 
-/** A container whose root filesystem is the guest's own under a layer in memory. */
-function container(id: string, args: string[], stdio: GuestStdio): GuestContainer {
+/**
+ * A container whose root filesystem is the guest's own under a disk of its own.
+ *
+ * @param disk its serial
+ */
+function container(id: string, args: string[], stdio: GuestStdio, disk: string): GuestContainer {
   const base = `/run/kiln/roots/${id}`;
   const root = `${base}/rootfs`;
   const spec = {
@@ -119,10 +152,10 @@ function container(id: string, args: string[], stdio: GuestStdio): GuestContaine
     stdio,
     mounts: [
       {
-        source: { device: 'tmpfs' },
+        source: { disk },
         target: `${base}/rw`,
-        type: 'tmpfs',
-        options: [],
+        type: 'ext4',
+        options: ['rw', 'relatime', 'noinit_itable', 'discard'],
         directories: ['upper', 'work'],
       },
       {

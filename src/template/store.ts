@@ -26,6 +26,7 @@ import { flock } from '../sys/lock.ts';
 import type { TemplateDriver, Vmm, VmShape } from '../vmm/vmm.ts';
 import { buildTemplate, vmDirectoryIn } from './build.ts';
 import { type HostFacts, hostFacts, type TemplateParts, templateKey, templateParts } from './key.ts';
+import type { MakeBlank } from './prime.ts';
 import { digestOf, readTemplateRecord, recordName, sizeOf, writeTemplateRecord } from './record.ts';
 
 /** How long no template of a kind is made after that has failed, in ms: VMs boot meanwhile. */
@@ -47,6 +48,7 @@ export interface TemplateStoreOptions {
   readonly takeTurn: (signal: AbortSignal) => Promise<Disposable>;
   /** Ends what a kilnd that was killed has left of a VM in a directory, so that this can be removed. */
   readonly endRemains: (directory: string) => Promise<unknown>;
+  readonly makeBlank: MakeBlank;
   /** How a template is made; another way for tests. */
   readonly build?: typeof buildTemplate;
 }
@@ -236,7 +238,7 @@ export class TemplateStore {
     { shape, bootTimeoutMs }: TemplateRequest,
     signal: AbortSignal,
   ): Promise<void> {
-    const { logger, takeTurn, build = buildTemplate } = this.#options;
+    const { logger, takeTurn, makeBlank, build = buildTemplate } = this.#options;
     const fresh = `${directory}${newSuffix}`;
     await this.#remove(fresh);
     this.#requireRoom(shape.memoryMib);
@@ -245,7 +247,7 @@ export class TemplateStore {
       await mkdir(fresh, { mode: 0o700 });
       {
         using _turn = await takeTurn(signal);
-        await build(fresh, { driver, shape, limitMs: bootTimeoutMs }, signal);
+        await build(fresh, { driver, shape, limitMs: bootTimeoutMs, makeBlank }, signal);
       }
       const sha256 = await digestOf(fresh, driver.files, signal);
       writeTemplateRecord(fresh, { version: 1, parts, madeAt: new Date().toISOString(), sha256 });

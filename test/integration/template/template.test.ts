@@ -6,6 +6,7 @@ import { text } from 'node:stream/consumers';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { Guest } from '../../../src/guest/guest.ts';
 import type { GuestContainer } from '../../../src/guest/terms.ts';
+import { RootfsStore } from '../../../src/rootfs/index.ts';
 import { NetworkNamespace } from '../../../src/sys/netns.ts';
 import { buildTemplate } from '../../../src/template/build.ts';
 import { createQemu } from '../../../src/vmm/qemu/driver.ts';
@@ -34,6 +35,12 @@ const { templates } = createQemu({
   parking,
 });
 const driver = templates as TemplateDriver;
+
+/** As kilnd makes it. */
+const makeBlank = (file: string, signal: AbortSignal) => {
+  const store = new RootfsStore({ cacheDir: folder });
+  return store.makeBlank(file, { signal, writableSizeBytes: 10 * 2 ** 30 });
+};
 
 let folder: string;
 let template: string;
@@ -129,7 +136,7 @@ async function inGuest(guest: Guest, id: string, script: string): Promise<string
 beforeAll(async () => {
   folder = mkdtempSync(path.join(tmpdir(), 'kiln-t'));
   template = directory('template');
-  await buildTemplate(template, { driver, shape, limitMs: answerLimitMs }, never);
+  await buildTemplate(template, { driver, shape, limitMs: answerLimitMs, makeBlank }, never);
 }, 120_000);
 afterEach(endClones);
 afterAll(() => {
@@ -247,7 +254,7 @@ describe('files that are no template', () => {
 
 test('a template that takes too long to make says so, and ends its VM', async () => {
   const slow = directory('slow');
-  await expect(buildTemplate(slow, { driver, shape, limitMs: 300 }, never)).rejects.toMatchObject({
+  await expect(buildTemplate(slow, { driver, shape, limitMs: 300, makeBlank }, never)).rejects.toMatchObject({
     code: 'deadline-exceeded',
     message: 'no virtual machine was booted and saved within 0.3 s',
   });

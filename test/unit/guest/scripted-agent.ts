@@ -291,19 +291,25 @@ function nowNs(): bigint {
   return BigInt(Date.now()) * 1_000_000n;
 }
 
-/** For `writeStdin`: programs end when their stdin does. */
-export function endWithStdin(agent: () => ScriptedAgent): NonNullable<Script['writeStdin']> {
-  return (call, done) => {
-    let execId = '';
-    call.once('data', (first: WriteStdinRequest) => {
-      execId = first.execId;
-    });
-    call.on('data', () => {});
-    call.on('end', () => {
-      agent().exit(0, execId);
-      done(null, {});
-    });
-    call.on('error', () => {});
+/** Of a script: programs end when their stdin does. */
+export function endWithStdin(agent: () => ScriptedAgent): Pick<Script, 'writeStdin' | 'tellOfExec'> {
+  return {
+    writeStdin: (call, done) => {
+      let execId = '';
+      call.once('data', (first: WriteStdinRequest) => {
+        execId = first.execId;
+      });
+      call.on('data', () => {});
+      call.on('end', () => {
+        agent().exit(0, execId);
+        done(null, {});
+      });
+      call.on('error', () => {});
+    },
+    tellOfExec: (call) => {
+      if (call.request.stdinEnded) agent().exit(0, call.request.execId);
+      call.end();
+    },
   };
 }
 

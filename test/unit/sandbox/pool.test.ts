@@ -43,6 +43,7 @@ class Bench implements AsyncDisposable {
   readonly pool = new SandboxPool({
     directory: this.directory,
     bootSlots: new BootSlots(4),
+    makeBlank: async () => {},
     logger: loggerTo(
       {
         write: (line) => {
@@ -63,7 +64,7 @@ class Bench implements AsyncDisposable {
     const number = this.vms.length + 1;
     const agent: ScriptedAgent = new ScriptedAgent({
       hello: (_call, done) => done(null, helloResponse({ bootId: `b${number}` })),
-      writeStdin: endWithStdin(() => agent),
+      ...endWithStdin(() => agent),
     });
     const vm = new ScriptedVm(config, agent, [], {});
     this.vms.push(vm);

@@ -66,6 +66,7 @@ class Bench implements Disposable {
       endRemains: async (directory) => {
         this.ended.push(directory);
       },
+      makeBlank: async () => {},
       build: (directory, options, signal) => {
         this.builds += 1;
         return this.build(directory, options, signal);

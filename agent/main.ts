@@ -16,6 +16,7 @@ import { connect } from 'node:net';
 import { join } from 'node:path';
 import { AgentService } from '../gen/kiln/agent/v1/agent.ts';
 import { prepareServer, type ServedSocket } from '../src/rpc/grpc/server-transport.ts';
+import { collectYoung } from '../src/sys/garbage.ts';
 import { becomeChildSubreaper } from '../src/sys/process.ts';
 import { connectVsock, fdOfVsock, listenVsock, VMADDR_CID_ANY, VMADDR_CID_HOST } from '../src/sys/vsock.ts';
 import { hideCards } from './cards.ts';
@@ -114,8 +115,10 @@ async function main(): Promise<never> {
   for (;;) {
     try {
       let connectedAt = 0;
-      const onHello = () => {
+      let isPrimed = false;
+      const onHello = (becomesTemplate: boolean) => {
         retry = FIRST_RETRY;
+        isPrimed = becomesTemplate;
       };
       const service = createService({
         containers,
@@ -133,6 +136,8 @@ async function main(): Promise<never> {
       connectedAt = at;
       served = serve(socket);
       await served.closed;
+      // So that a clone has room for what a start makes, and nothing to collect while it is at it.
+      if (isPrimed) collectYoung();
     } catch (error) {
       if (retry === FIRST_RETRY) log(`cannot reach the host, trying again: ${describe(error)}`);
     }

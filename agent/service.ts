@@ -37,7 +37,7 @@ export interface ServiceOptions {
   /** When the connection was made: `performance.now()`. */
   readonly connectedAt: () => number;
   /** Called when a host has said Hello and was understood. */
-  readonly onHello?: () => void;
+  readonly onHello?: (becomesTemplate: boolean) => void;
 }
 
 /** The service for one connection. Until Hello has succeeded on it, every other call is FAILED_PRECONDITION. */
@@ -139,7 +139,7 @@ export function createService({
         greeted = true;
         // Its clones find it running.
         if (ownsGuest && call.request.becomesTemplate) listeners.start();
-        onHello?.();
+        onHello?.(call.request.becomesTemplate);
         done(null, response);
       } catch (error) {
         done(grpcStatusOf(error));

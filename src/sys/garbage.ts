@@ -16,6 +16,11 @@ export function countRelayed(bytes: number): void {
   relayed += bytes;
   if (relayed < interval) return;
   relayed = 0;
+  collectYoung();
+}
+
+/** A minor collection, now. */
+export function collectYoung(): void {
   if (collect === undefined) {
     // V8 gives its `gc` function to contexts that are made after this flag.
     process.getBuiltinModule('node:v8').setFlagsFromString('--expose-gc');

@@ -7,7 +7,7 @@
  * turns out to be no program only after `start`, the container's init writes crun's message to the container's stderr,
  * in the log's format, and there a user reads it.
  */
-import { readFileSync, rmSync } from 'node:fs';
+import { closeSync, constants, openSync, readFileSync, rmSync, unlinkSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
 import { type Exit, signalName } from '../src/sys/process.ts';
 import { posixSpawn, type Spawn } from '../src/sys/spawn.ts';
@@ -81,8 +81,13 @@ export class Crun {
     return Number(readFileSync(pidFile, 'utf8'));
   }
 
-  /** crun start. @throws AgentError internal with crun's reason */
+  /**
+   * What `crun start` does, without a process for it; where this crun does it in another way, it is asked.
+   *
+   * @throws AgentError internal with crun's reason
+   */
   async start(id: string, bundle: string): Promise<void> {
+    if (letGo(join(this.#options.root, id, 'exec.fifo'))) return;
     try {
       await this.#run(['start', id], bundle, noStdio);
     } catch (error) {
@@ -116,6 +121,28 @@ export class Crun {
     if (!killed && exit.code === 0) return;
     const how = killed ? (signalName(exit.signal) ?? `signal ${exit.signal}`) : `status ${exit.code}`;
     throw new CrunFailure(lastError(log) ?? `crun ${args[0]} ended with ${how} and no message`, killed);
+  }
+}
+
+/**
+ * Has a container's init go on: crun (src/libcrun/status.c, libcrun_status_write_exec_fifo; the same in all versions up to 1.28)
+ * takes the FIFO's name away, and writes one byte. A FIFO without a name is also how crun knows that a container was started.
+ *
+ * @returns false when there is no such FIFO, or nobody at its other end
+ */
+export function letGo(fifo: string): boolean {
+  let fd: number;
+  try {
+    fd = openSync(fifo, constants.O_WRONLY | constants.O_NONBLOCK);
+  } catch {
+    return false;
+  }
+  try {
+    unlinkSync(fifo);
+    writeSync(fd, Buffer.alloc(1));
+    return true;
+  } finally {
+    closeSync(fd);
   }
 }
 

@@ -21,7 +21,7 @@ const about: Readonly<Record<(typeof parts)[number], string>> = {
   QEMU: 'One per container: a fault is that container’s alone. The full disk is the one with the writable layers.',
   'vhost-device-vsock': 'One per container: the way between kilnd and the agent.',
   agent: 'The program in the guest; its end is the virtual machine’s. The full disk is /run of the guest.',
-  crun: 'In the guest, for moments: at Create, Start, each exec, and Delete.',
+  crun: 'In the guest, for moments: at Create, each exec, and Delete.',
   containerd: 'Started again by the test, as a service manager would. Its full disk is the one with its root folder.',
 };
 
@@ -34,7 +34,7 @@ life, on containerd 2.1, and this page is made of what they saw: change the test
   then it goes on. **disk full**: no space where it writes.
 - Phases are reached by what happens in them, not by time: **Create** in a \`createRuntime\` hook on the host (the virtual
   machine runs, its container is not made yet), **Start** in a \`poststart\` hook on the host and, when it begins, in a
-  \`startContainer\` hook in the guest too (the program does not run yet; crun's is its \`crun start\`), **Delete** in a \`poststop\` hook, or, for what is gone by then, while output that nobody
+  \`startContainer\` hook in the guest too (the program does not run yet), **Delete** in a \`poststop\` hook, or, for what is gone by then, while output that nobody
   has read holds the virtual machine. A stop of ${stopMs / 1000} s is in the time of its row.
 - "took" is the time from the fault to the answer, on two cores under emulation; "limit" is what the test allows.
 - After each case nothing is left: no process, mount, socket, file, namespace, control group, loop device or open file; and

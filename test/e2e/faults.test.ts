@@ -48,12 +48,10 @@ const hostPrograms: Partial<Record<VmPart, string>> = {
   'vhost-device-vsock': 'vhost-device-vsock',
 };
 
-/** The verb of crun by which the saboteur knows it in a phase; it waits for one. */
-const crunVerbs: Readonly<Record<Phase, string>> = {
+/** The verb of crun by which the saboteur knows it in a phase, where there is one; it waits for it. */
+const crunVerbs: Readonly<Partial<Record<Phase, string>>> = {
   Create: 'create',
-  Start: 'start',
   'running idle': 'exec',
-  'running with output': 'exec',
   Delete: 'delete',
 };
 
@@ -115,8 +113,9 @@ describe.runIf(underKiln).each(kinds)('%s of a part of a virtual machine', (kind
 
   it('during Start: an error, the exit of a lost container, or the container runs', () =>
     each(async (part) => {
+      if (part === 'crun') return;
       const id = scene.id();
-      const { watched, letGo } = part === 'crun' ? await beforeCrunStart(id) : await startIntoStart(scene, id, short);
+      const { watched, letGo } = await startIntoStart(scene, id, short);
       const since = performance.now();
       const { over } = await strikeVm(scene, id, part, kind, 'Start');
       await letGo();
@@ -129,14 +128,6 @@ describe.runIf(underKiln).each(kinds)('%s of a part of a virtual machine', (kind
       await scene.containerd.ctr(['task', 'rm', '--force', id]);
       await scene.ctr(['container', 'rm', id]);
     }));
-
-  /** crun is gone before any hook of Start runs, so it is waited for from Create on. */
-  async function beforeCrunStart(id: string): Promise<{ watched: Watched; letGo(): Promise<void> }> {
-    const gate = await Gate.make(scene, id);
-    const program = await startVictim(scene, id, { command: short, hooks: { createRuntime: [gate.hook] } });
-    await gate.reached();
-    return { watched: new Watched(program), letGo: () => gate.open() };
-  }
 
   it.each([
     ['running idle', idle],

@@ -42,6 +42,18 @@ export const faultNotes: readonly FaultNote[] = [
   {
     part: 'crun',
     fault: 'SIGKILL',
+    phases: ['Start'],
+    why: 'no crun: the agent itself lets the container’s init go on',
+  },
+  {
+    part: 'crun',
+    fault: 'SIGSTOP',
+    phases: ['Start'],
+    why: 'no crun: the agent itself lets the container’s init go on',
+  },
+  {
+    part: 'crun',
+    fault: 'SIGKILL',
     phases: ['running with output'],
     why: 'as running idle: crun is there only while something is exec’d, and has no part in the output',
   },

@@ -35,7 +35,7 @@ export interface HelloOptions {
   readonly session: string;
   /** True when the agent was told the session on an earlier connection. */
   readonly returning?: boolean;
-  /** The guest is about to be saved as a template: it gets no identity, and no session (which is empty). */
+  /** The guest is about to be saved as a template: it gets no session (which is empty), and its clones get other identities. */
   readonly becomesTemplate?: boolean;
 }
 

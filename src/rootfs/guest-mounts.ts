@@ -21,7 +21,11 @@ export interface RootfsSerials {
 
 /** The guest directory of a container's root filesystem: root.path of its spec in the guest. */
 export function guestRootDirectory(containerId: string): string {
-  return `/run/kiln/roots/${containerId}/rootfs`;
+  return `${containerDirectory(containerId)}/rootfs`;
+}
+
+function containerDirectory(containerId: string): string {
+  return `/run/kiln/roots/${containerId}`;
 }
 
 /** The mounts that make a container's root filesystem at `guestRootDirectory(containerId)`. */
@@ -33,7 +37,7 @@ export function guestMounts(
   if (prepared.lower === null) return [];
   const { lower } = serials;
   if (lower === undefined) throw new Error(`the disk of container ${containerId} is not attached`);
-  const base = `/run/kiln/roots/${containerId}`;
+  const base = containerDirectory(containerId);
   const root = guestRootDirectory(containerId);
   const erofs = (target: string): RootfsMount => ({
     source: { disk: lower },
@@ -44,10 +48,19 @@ export function guestMounts(
   });
   if (prepared.writable === null) return [erofs(root)];
   if (serials.writable === undefined) throw new Error(`the writable disk of container ${containerId} is not attached`);
+  return [erofs(`${base}/lower`), ...writableMounts(`${base}/lower`, containerId, serials.writable)];
+}
+
+/**
+ * The mounts that put a writable disk over a directory of the guest, at `guestRootDirectory(containerId)`.
+ *
+ * @param disk its serial
+ */
+export function writableMounts(lower: string, containerId: string, disk: string): RootfsMount[] {
+  const base = containerDirectory(containerId);
   return [
-    erofs(`${base}/lower`),
     {
-      source: { disk: serials.writable },
+      source: { disk },
       target: `${base}/rw`,
       type: 'ext4',
       // noinit_itable: the file is sparse, so its inode tables are zero already; the kernel's background thread would
@@ -57,9 +70,9 @@ export function guestMounts(
     },
     {
       source: { device: 'overlay' },
-      target: root,
+      target: guestRootDirectory(containerId),
       type: 'overlay',
-      options: [`lowerdir=${base}/lower`, `upperdir=${base}/rw/upper`, `workdir=${base}/rw/work`],
+      options: [`lowerdir=${lower}`, `upperdir=${base}/rw/upper`, `workdir=${base}/rw/work`],
       directories: [],
     },
   ];

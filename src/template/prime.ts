@@ -8,6 +8,7 @@ import { PassThrough, type Readable } from 'node:stream';
 import type { Guest } from '../guest/guest.ts';
 import type { OutputName } from '../guest/streams.ts';
 import type { GuestContainer, GuestStdio, ProcessRef } from '../guest/terms.ts';
+import { guestRootDirectory, writableMounts } from '../rootfs/guest-mounts.ts';
 import type { Vm } from '../vmm/vmm.ts';
 
 /** Rounds of calls. The first reads files and compiles; the second runs what is compiled by then. */
@@ -125,11 +126,9 @@ function read(guest: Guest, ref: ProcessRef, ...streams: OutputName[]): Promise<
  * @param disk its serial
  */
 function container(id: string, args: string[], stdio: GuestStdio, disk: string): GuestContainer {
-  const base = `/run/kiln/roots/${id}`;
-  const root = `${base}/rootfs`;
   const spec = {
     ociVersion: '1.0.2',
-    root: { path: root },
+    root: { path: guestRootDirectory(id) },
     hostname: 'kiln',
     process: processOf(args, stdio.terminal),
     mounts,
@@ -146,27 +145,7 @@ function container(id: string, args: string[], stdio: GuestStdio, disk: string):
       },
     },
   };
-  return {
-    id,
-    spec: JSON.stringify(spec),
-    stdio,
-    mounts: [
-      {
-        source: { disk },
-        target: `${base}/rw`,
-        type: 'ext4',
-        options: ['rw', 'relatime', 'noinit_itable', 'discard'],
-        directories: ['upper', 'work'],
-      },
-      {
-        source: { device: 'overlay' },
-        target: root,
-        type: 'overlay',
-        options: ['lowerdir=/', `upperdir=${base}/rw/upper`, `workdir=${base}/rw/work`],
-        directories: [],
-      },
-    ],
-  };
+  return { id, spec: JSON.stringify(spec), stdio, mounts: writableMounts('/', id, disk) };
 }
 
 function processOf(args: string[], withTerminal: boolean) {

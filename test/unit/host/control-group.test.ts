@@ -229,9 +229,9 @@ describe('the control group of a sandbox', () => {
 });
 
 describe('a scope of systemd', () => {
-  /** A busctl that notes how it was called, and then does that. */
+  /** A busctl that notes how it was called each time, and then does that. */
   function busctl({ systemd }: ControlGroupHost, script: string): void {
-    writeFileSync(systemd.busctl, `#!/bin/sh\necho "$@" >${folder}/calls\n${script}\n`, { mode: 0o755 });
+    writeFileSync(systemd.busctl, `#!/bin/sh\necho "$@" >>${folder}/calls\n${script}\n`, { mode: 0o755 });
   }
 
   test('is made by systemd for the first process, and the others are put there', async () => {
@@ -241,14 +241,16 @@ describe('a scope of systemd', () => {
     busctl(host, `mkdir -p ${proc} ${scope}; echo '1:name=systemd:/a.slice/cri-c1.scope' >${proc}/cgroup`);
     const made = await group(host, 'a.slice:cri:c1');
     expect(existsSync(path.join(folder, 'memory/a.slice'))).toBe(false);
+    // Of two at once, either is written last; a group of the kernel's would have both.
     await Promise.all([made.add(41), made.add(42)]);
+    await made.add(43);
     const expected =
       '--quiet call org.freedesktop.systemd1 /org/freedesktop/systemd1 org.freedesktop.systemd1.Manager ' +
       'StartTransientUnit ssa(sv)a(sa(sv)) cri-c1.scope fail 6 Description s Kiln: cri-c1.scope Slice s a.slice ' +
       'PIDs au 1 41 Delegate b true DefaultDependencies b false CollectMode s inactive-or-failed 0\n';
     expect(read('calls')).toBe(expected);
-    expect(read('memory/a.slice/cri-c1.scope/cgroup.procs')).toBe('42');
-    expect(read('name=systemd/a.slice/cri-c1.scope/cgroup.procs')).toBe('42');
+    expect(read('memory/a.slice/cri-c1.scope/cgroup.procs')).toBe('43');
+    expect(read('name=systemd/a.slice/cri-c1.scope/cgroup.procs')).toBe('43');
   });
 
   test('of cgroup v2 has the controllers that systemd gives it', async () => {

@@ -29,18 +29,29 @@ const familyNumbers = { ipv4: 2, ipv6: 10 } as const;
 
 const nothing = Buffer.alloc(0);
 
-/** Calls `onPorts` now and whenever the guest's listeners have changed, until the connection to the guest is lost. */
-export async function watchListeners(client: AgentClient, onPorts: (ports: ListeningPorts) => void): Promise<void> {
+/**
+ * Calls `onPorts` now and whenever the guest's listeners have changed, until the signal is aborted.
+ *
+ * @throws KilnError unavailable when the guest is lost
+ */
+export async function watchListeners(
+  client: AgentClient,
+  onPorts: (ports: ListeningPorts) => void,
+  signal: AbortSignal,
+): Promise<void> {
   const call = client.watchListeners({});
   call.on('error', () => {});
+  const cancel = () => call.cancel();
+  signal.addEventListener('abort', cancel, { once: true });
   try {
     for await (const { ipv4Ports, ipv6Ports } of call) {
       onPorts({ ipv4Ports: decodePorts(ipv4Ports), ipv6Ports: decodePorts(ipv6Ports) });
       await delay(reportMs, undefined, { ref: false });
     }
   } catch (error) {
-    throw toKilnError(error);
+    if (!signal.aborted) throw toKilnError(error);
   } finally {
+    signal.removeEventListener('abort', cancel);
     call.cancel();
   }
 }

@@ -295,8 +295,8 @@ export class Guest implements Disposable {
   }
 
   /** See `watchListeners` of connections.ts. */
-  watchListeners(onPorts: (ports: ListeningPorts) => void): Promise<void> {
-    return watchListeners(this.#client, onPorts);
+  watchListeners(onPorts: (ports: ListeningPorts) => void, signal: AbortSignal): Promise<void> {
+    return watchListeners(this.#client, onPorts, signal);
   }
 
   /** See `relayConnection` of connections.ts. */

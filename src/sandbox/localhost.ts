@@ -37,11 +37,10 @@ export class Localhost implements Disposable {
   async #follow(): Promise<void> {
     const { guest, logger } = this.#options;
     try {
-      await guest.watchListeners((ports) => this.#set(ports));
+      await guest.watchListeners((ports) => this.#set(ports), this.#disposed.signal);
     } catch (error) {
       const lost = error instanceof KilnError && error.code === 'unavailable';
-      if (!lost && !this.#disposed.signal.aborted)
-        logger.warn({ err: forLog(error) }, 'localhost does not reach the guest');
+      if (!lost) logger.warn({ err: forLog(error) }, 'localhost does not reach the guest');
     }
     this.#closeServers();
   }

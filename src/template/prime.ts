@@ -55,6 +55,7 @@ export async function prime({ guest, vm, directory, makeBlank }: PrimeOptions, s
     for (let round = 0; round < rounds; round += 1) {
       await liveWithPipes(guest, `prime-${round}`, disk);
       await liveWithTerminal(guest, `prime-terminal-${round}`, disk);
+      await hearOfListeners(guest, signal);
     }
     await vm.detachDisk(slot);
   } finally {
@@ -99,6 +100,12 @@ async function liveWithTerminal(guest: Guest, id: string, disk: string): Promise
   await guest.signal(init, SIGKILL, true);
   await ended;
   await guest.removeContainer(id, { force: true, guestEnds: false });
+}
+
+/** Asked of each guest soon after its container's start; the program that looks for listeners runs from then on. */
+async function hearOfListeners(guest: Guest, signal: AbortSignal): Promise<void> {
+  const heard = new AbortController();
+  await guest.watchListeners(() => heard.abort(), AbortSignal.any([heard.signal, signal]));
 }
 
 /** A step whose failure is looked at later, or not at all when another one fails before. */

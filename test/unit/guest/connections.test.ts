@@ -157,9 +157,28 @@ describe('the guest’s listeners', () => {
       guest.watchListeners(({ ipv4Ports }) => {
         told.push([...ipv4Ports]);
         if (told.length === 3) agent.disconnect();
-      }),
+      }, never),
     );
     expect(await lost).toBe('unavailable');
     expect(told).toEqual([[], [80], [80, 81]]);
+  });
+
+  it('are told no more when nobody wants to hear of them, and the guest is asked for none', async () => {
+    const cancelled = Promise.withResolvers<void>();
+    const { guest } = await guestWith({
+      watchListeners: (call) => {
+        call.write({ ipv4Ports: nothing, ipv6Ports: nothing });
+        call.on('cancelled', () => cancelled.resolve());
+        call.on('error', () => {});
+      },
+    });
+    const heard = new AbortController();
+    let told = 0;
+    await guest.watchListeners(() => {
+      told += 1;
+      heard.abort();
+    }, heard.signal);
+    await cancelled.promise;
+    expect(told).toBe(1);
   });
 });

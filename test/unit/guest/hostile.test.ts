@@ -81,7 +81,7 @@ const question: Victim = (guest) => guest.stats('c1');
 const readNow: Victim = (guest) => pipeOutput(guest, output, fast(), () => {});
 const readNever: Victim = (guest) => pipeOutput(guest, output, stuck(), () => {});
 const relayQueries: Victim = (guest) => guest.relayQueries(async () => 'none', new AbortController().signal);
-const watchListeners: Victim = (guest) => guest.watchListeners(() => {});
+const watchListeners: Victim = (guest) => guest.watchListeners(() => {}, new AbortController().signal);
 const wait: Victim = (guest) => guest.waitExit({ id: 'c1', execId: '' });
 
 const lost = /^unavailable: the connection to the guest was lost/;

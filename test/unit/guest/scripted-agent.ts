@@ -186,7 +186,10 @@ export class ScriptedAgent {
       setNetwork: (_call, done) => done(null, {}),
       serveNameservers: (_call, done) => done(null, {}),
       relayQueries: (call) => call.on('cancelled', () => call.destroy()),
-      watchListeners: (call) => call.on('cancelled', () => call.destroy()),
+      watchListeners: (call) => {
+        call.on('cancelled', () => call.destroy());
+        call.write({ ipv4Ports: Buffer.alloc(0), ipv6Ports: Buffer.alloc(0) });
+      },
       dial: (call) => call.emit('error', failure('FAILED_PRECONDITION', 'nobody listens')),
       readOutput: (call) => {
         call.once('data', ({ execId }: ReadOutputRequest) => void this.exited(execId).then(() => call.end()));

@@ -52,7 +52,7 @@ test('a template is primed by calls of every kind', async () => {
   // What they make would stay in every clone.
   const ofPods = ['preparePod', 'listContainers'];
   // For which the start of most containers does not wait.
-  const ofNetworks = ['setNetwork', 'watchListeners', 'dial', 'serveNameservers', 'relayQueries'];
+  const ofNetworks = ['setNetwork', 'dial', 'serveNameservers', 'relayQueries'];
   const others = [...ofNetworks, 'findDisks', 'readProcesses', 'readFiles', 'writeFiles'];
   const all = Object.keys(AgentService).filter((name) => ![...ofIdentity, ...ofPods, ...others].includes(name));
   expect([...new Set(agent.calls)].sort()).toEqual(all.sort());

@@ -1,9 +1,10 @@
 /** Idle containers from one template, one more each time: how long its start takes, and what it has of the host's memory. */
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { Scene } from '../support/scene.ts';
 import { idleContainer } from './exec.ts';
 import { lines } from './plot.ts';
-import { availableMib, findProcesses, memoryOf, writtenTo } from './processes.ts';
-import { summary, table } from './statistics.ts';
+import { availableMib, exactCpuOf, findProcesses, memoryOf, writtenTo } from './processes.ts';
+import { type Summary, summary, table } from './statistics.ts';
 import { configOf, kiln, timedRun } from './ways.ts';
 
 /** What the host keeps in any case. */
@@ -28,10 +29,19 @@ export interface Clone {
   readonly availableMib: number;
 }
 
+/** What the VMMs of all of them take when they have been left alone for a while. */
+export interface Settled {
+  readonly privateMib: Summary;
+  readonly writtenMib: Summary;
+  /** CPU time in ms, each second. */
+  readonly cpuMsPerS: Summary;
+}
+
 export interface ClonesUse {
   readonly kernel: string;
   readonly wanted: number;
   readonly clones: readonly Clone[];
+  readonly settled: Settled;
   /** Why there are no more. */
   readonly stopped?: string;
 }
@@ -52,9 +62,29 @@ export async function measureClones(scene: Scene, kernel: string, wanted: number
       }
     }
   }
+  const settled = await measureSettled(scene);
   await scene.purge();
-  return { kernel, wanted, clones, ...(stopped === undefined ? {} : { stopped }) };
+  return { kernel, wanted, clones, settled, ...(stopped === undefined ? {} : { stopped }) };
 }
+
+/** How long they are left alone, and for how long their CPU time is counted then, in seconds. */
+const restS = 30;
+const countedS = 30;
+
+async function measureSettled(scene: Scene): Promise<Settled> {
+  await sleep(restS * 1000);
+  const vmms = findProcesses(scene.stateDir, 'qemu-system');
+  const before = vmms.map(exactCpuOf);
+  await sleep(countedS * 1000);
+  return {
+    privateMib: summary(vmms.map((vmm) => memoryOf(vmm).privateMib)),
+    writtenMib: summary(vmms.map((vmm) => writtenTo(vmm, guestMemory) ?? 0)),
+    cpuMsPerS: summary(vmms.map((vmm, n) => (exactCpuOf(vmm) - (before[n] ?? 0)) / countedS)),
+  };
+}
+
+/** The file of a template of which a clone's memory is a private copy. */
+const guestMemory = /\/templates\/[^/]+\/memory$/;
 
 async function addClone(scene: Scene, running: number): Promise<Clone> {
   const began = performance.now();
@@ -67,7 +97,7 @@ async function addClone(scene: Scene, running: number): Promise<Clone> {
   };
   const vmm = only('qemu-system', `kiln-${id},`);
   const { pssMib, privateMib } = memoryOf(vmm);
-  const writtenMib = writtenTo(vmm, /\/templates\/[^/]+\/memory$/);
+  const writtenMib = writtenTo(vmm, guestMemory);
   if (writtenMib === undefined) throw new Error(`the virtual machine of ${id} is no clone of a template`);
   const [kilnd = 0] = scene.kilndPids();
   return {
@@ -86,7 +116,7 @@ const shown = [1, 10, 50, 100];
 /** Starts are put together by so many. */
 const tens = 10;
 
-export function describeClones({ kernel, wanted, clones, stopped }: ClonesUse): string {
+export function describeClones({ kernel, wanted, clones, settled, stopped }: ClonesUse): string {
   const mib = (value: number): string => value.toFixed(1);
   const ms = (value: number): string => value.toFixed(0);
   const rows = clones.filter(({ running }) => shown.includes(running) || running === clones.length);
@@ -108,6 +138,17 @@ export function describeClones({ kernel, wanted, clones, stopped }: ClonesUse): 
       ]),
     ]),
     '  with one running, the pages of the template count as its alone',
+    `\nthe VMM of each when all have been left alone for ${restS} s`,
+    table([
+      ['', 'median', 'p95', 'most'],
+      ...(
+        [
+          ['alone (MiB)', settled.privateMib],
+          ['guest memory written (MiB)', settled.writtenMib],
+          ['CPU (ms each second)', settled.cpuMsPerS],
+        ] as const
+      ).map(([name, { median, p95, max }]) => [name, mib(median), mib(p95), mib(max)]),
+    ]),
     ...(stopped === undefined ? [] : [`  stopped at ${clones.length} of ${wanted}: ${stopped}`]),
   ].join('\n');
 }

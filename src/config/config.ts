@@ -34,6 +34,8 @@ export interface KilnConfig {
     readonly accelerator: 'auto' | 'kvm' | 'tcg';
     /** MiB for the code that QEMU translates an emulated guest's to; 0 leaves it to QEMU. */
     readonly translationMib: number;
+    /** Seconds without work after which an emulated guest's translated code is given back; 0 for never. */
+    readonly translationIdleS: number;
     /** QEMU's program: a name on PATH or an absolute path. */
     readonly qemu: string;
     /** Firecracker's program: a name on PATH or an absolute path. */
@@ -196,6 +198,7 @@ function toConfig({ vm, template, pool, storage, daemon }: ConfigFile): KilnConf
       bootTimeoutS: vm.boot_timeout_s,
       accelerator: vm.accelerator,
       translationMib: vm.translation_mib,
+      translationIdleS: vm.translation_idle_s,
       qemu: vm.qemu,
       firecracker: vm.firecracker,
       jail: vm.jail,

@@ -70,6 +70,7 @@ const vm = z.strictObject({
     .union([z.literal(0), z.int().min(4).max(1024)])
     .default(0)
     .describe('0 (as QEMU chooses) or an integer from 4 to 1024 (MiB)'),
+  translation_idle_s: z.int().min(0).max(86_400).default(60).describe('0 (never) or an integer up to 86400 (seconds)'),
   qemu: program('qemu-system-x86_64'),
   firecracker: program('firecracker'),
   jail: z.enum(['auto', 'on', 'off']).default('auto').describe('"auto", "on" or "off"'),

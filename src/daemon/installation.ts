@@ -9,6 +9,7 @@ export const defaultGuestDir = path.join(dist, 'guest');
 export const standInProgram = path.join(dist, 'libexec', 'kiln-standin');
 export const volumesProgram = path.join(dist, 'libexec', 'kiln-volumes');
 export const vsockBackendProgram = path.join(dist, 'libexec', 'vhost-device-vsock');
+export const qemuIdlePlugin = path.join(dist, 'libexec', 'kiln-qemu-idle.so');
 
 /** The files a VM boots from. */
 export interface GuestFiles {

@@ -10,7 +10,7 @@ import { type HostDevices, hostDevices } from '../vmm/host-devices.ts';
 import { chooseAccelerator } from '../vmm/qemu/accelerator.ts';
 import { createQemu } from '../vmm/qemu/driver.ts';
 import type { Vmm } from '../vmm/vmm.ts';
-import { vsockBackendProgram } from './installation.ts';
+import { qemuIdlePlugin, vsockBackendProgram } from './installation.ts';
 
 /** What all Firecrackers count since kilnd's start; the real one has some 300 counters. */
 export const firecrackerCounters = new CounterSums(1000);
@@ -37,9 +37,19 @@ const drivers: Readonly<Record<string, (config: KilnConfig, services: VmmService
     warnOfEmulation(vm.accelerator, logger);
     const { qemu, accelerator } = vm;
     const translationMib = vm.translationMib === 0 ? undefined : vm.translationMib;
+    const idlePlugin = vm.translationIdleS === 0 ? undefined : { file: qemuIdlePlugin, afterS: vm.translationIdleS };
     // The only one that can be saved.
     const channel = vm.channel === 'auto' && template.enabled ? 'virtio-serial' : vm.channel;
-    return createQemu({ qemu, vsockBackend: vsockBackendProgram, accelerator, translationMib, channel, parking });
+    const translation = { translationMib, idlePlugin };
+    return createQemu({
+      qemu,
+      vsockBackend: vsockBackendProgram,
+      accelerator,
+      ...translation,
+      channel,
+      parking,
+      logger,
+    });
   },
 };
 

@@ -151,6 +151,7 @@ export class SandboxPool implements AsyncDisposable {
       for (let sandbox = shelf.waiting.shift(); sandbox !== undefined; sandbox = shelf.waiting.shift()) {
         if (await this.#answers(sandbox)) {
           shelf.hits += 1;
+          sandbox.vm.leavePool();
           return sandbox;
         }
         shelf.died += 1;
@@ -264,7 +265,7 @@ export class SandboxPool implements AsyncDisposable {
     await using stack = new AsyncDisposableStack();
     stack.defer(() => rm(directory, { recursive: true, force: true }));
     await mkdir(directory, { mode: 0o700 });
-    const vm = { ...shape, id: 'pool', directory };
+    const vm = { ...shape, id: 'pool', directory, pooled: true };
     const options = { vmm, vm, ownsDirectory: true, bootTimeoutMs, logger, mark: () => {} };
     let sandbox: Sandbox;
     try {

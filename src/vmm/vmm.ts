@@ -36,6 +36,8 @@ export interface VmConfig {
   readonly networkCards: number;
   /** Where the VMM and its helpers run; where kilnd does, without it. */
   readonly controlGroup?: ControlGroup | undefined;
+  /** It waits for a container: what the VMM has at hand for a quick start stays until `leavePool`, however long that is. */
+  readonly pooled?: boolean;
 }
 
 export const maxNetworkCards = 4;
@@ -54,7 +56,7 @@ export function cardMac(index: number): string {
 }
 
 /** What all clones of a template have in common. */
-export type VmShape = Omit<VmConfig, 'id' | 'directory' | 'controlGroup'>;
+export type VmShape = Omit<VmConfig, 'id' | 'directory' | 'controlGroup' | 'pooled'>;
 
 export interface VmExit {
   /** The VMM's exit code, or null when a signal ended it. */
@@ -117,6 +119,8 @@ export interface Vm extends AsyncDisposable {
    * Throws `internal` with the VMM's words; `unimplemented` where a slot cannot be emptied.
    */
   detachDisk(slot: SlotName): Promise<void>;
+  /** Of a VM that was started as `pooled`: a container has it now. Never throws. */
+  leavePool(): void;
   /** Moves the VMM and its helpers to another control group. What they have of memory stays counted where they got it. */
   enter(group: ControlGroup): Promise<void>;
   /** Resolves when nobody can reach the agent any more although the VM lives on; else never. */

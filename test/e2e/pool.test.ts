@@ -1,11 +1,12 @@
 /** Virtual machines that wait for containers. */
 import { execFileSync } from 'node:child_process';
-import { readdirSync } from 'node:fs';
+import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import type { PoolStatus } from '../../src/cli/pool.ts';
 import type { ShelfStatus } from '../../src/sandbox/pool.ts';
+import { hasKvm } from '../support/failure.ts';
 import { execIn } from '../support/fault-notes.ts';
 import { distBin, underKiln } from '../support/paths.ts';
 import { shiftedClock } from '../support/shifted-clock.ts';
@@ -43,6 +44,13 @@ describe.runIf(underKiln)('a pool', () => {
       .split('\n')
       .filter(Boolean)
       .map((file) => Number(file.split('/')[2]));
+  }
+
+  /** What of the memory that QEMU translates code to is in use, in MiB: the largest that can be written and executed. */
+  function translatedMib(pid: number): number {
+    const parts = readFileSync(`/proc/${pid}/smaps`, 'utf8').split(/^(?=[0-9a-f]+-[0-9a-f]+ )/m);
+    const used = parts.filter((part) => / rwxp /.test(part)).map((part) => Number(/^Rss: +(\d+)/m.exec(part)?.[1]));
+    return Math.max(...used) / 1024;
   }
 
   it('has a virtual machine ready for each container, which is its alone, and fills up again', async () => {
@@ -92,6 +100,24 @@ describe.runIf(underKiln)('a pool', () => {
     expect(machines().filter((pid) => before.includes(pid)).length).toBe(1);
     await scene.remove(id);
     expect(machines().filter((pid) => before.includes(pid))).toEqual([]);
+  });
+
+  it.skipIf(hasKvm)('has what QEMU has translated until a container is idle, which goes on all the same', async () => {
+    await scene.configure('[pool]\nmin = 1\nmax = 1\n[vm]\ntranslation_idle_s = 1\n');
+    await bootId();
+    await waiting(1);
+    // For whose making that is long enough.
+    const [pooled = 0] = machines();
+    await sleep(5000);
+    expect(translatedMib(pooled)).toBeGreaterThan(20);
+    const id = scene.id();
+    await scene.start(id, ['sh', '-c', 'trap "echo over; exit 3" TERM; while :; do sleep 1000 & wait; done']);
+    for (let round = 0; round < 3; round += 1) {
+      await expect.poll(() => translatedMib(pooled), { timeout: 60_000 }).toBeLessThan(10);
+      expect((await execIn(scene, id, ['echo', 'here'])).stdout.toString()).toBe('here\n');
+      expect(translatedMib(pooled)).toBeGreaterThan(10);
+    }
+    await scene.remove(id);
   });
 
   it('while which waits the wall clock jumps by hours: containers have the time that is then, also one that runs', async () => {

@@ -158,6 +158,9 @@ export class FirecrackerVm implements Vm {
     });
   }
 
+  /** It keeps nothing that it could give back. */
+  leavePool(): void {}
+
   enter(group: ControlGroup): Promise<void> {
     return enterGroup(group, this.#parts);
   }

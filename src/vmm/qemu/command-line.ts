@@ -10,6 +10,7 @@ import {
   writableSlots,
 } from '../vmm.ts';
 import type { Accelerator } from './accelerator.ts';
+import type { IdlePlugin } from './idle-plugin.ts';
 
 /** Size that the guest sees on an empty slot; the real file's size counts once one is attached. */
 const emptySlotBytes = 2 ** 40;
@@ -64,6 +65,8 @@ export interface CommandLineOptions {
   readonly accelerator: Accelerator;
   /** MiB for the code that an emulated guest's is translated to; QEMU's own choice when absent. */
   readonly translationMib?: number | undefined;
+  /** See idle-plugin.ts. */
+  readonly idlePlugin?: IdlePlugin | undefined;
   readonly tscKhz: number | undefined;
   readonly channel: ChannelDevice;
   readonly memory: GuestMemory;
@@ -171,6 +174,13 @@ function machineOptions({ accelerator, translationMib }: CommandLineOptions): st
   return ['-accel', `tcg,tb-size=${translationMib}`, '-M', `microvm,${machine}`, '-cpu', 'max'];
 }
 
+function idleOptions(plugin: IdlePlugin | undefined): string[] {
+  if (plugin === undefined) return [];
+  const { file, afterS, unless } = plugin;
+  const suffix = unless === undefined ? '' : `,unless=${optionValue(unless)}`;
+  return ['-plugin', `file=${optionValue(file)},after=${afterS}${suffix}`];
+}
+
 function memoryBackend(memory: GuestMemory, sizeMib: number): string[] {
   const common = `id=mem,size=${sizeMib}M`;
   switch (memory.kind) {
@@ -215,6 +225,7 @@ export function qemuArguments(options: CommandLineOptions): string[] {
     ...['-no-reboot', '-action', 'shutdown=pause,panic=pause'],
     ...['-sandbox', 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny'],
     ...machineOptions(options),
+    ...idleOptions(options.idlePlugin),
     ...['-bios', firmware],
     ...['-smp', String(config.vcpus)],
     ...['-m', `${config.memoryMib}M`],

@@ -5,6 +5,7 @@ import { adoptHelper, type HelperProcess, startHelper } from '../../host/helper-
 import type { ProcessIdentity } from '../../host/process-identity.ts';
 import { programIdentity } from '../../host/program.ts';
 import { requireSocketPath } from '../../host/unix-socket.ts';
+import type { Logger } from '../../observe/logger.ts';
 import { listenForPeers } from '../../sys/unix-fd.ts';
 import { makeTaps, type Parking } from '../cards.ts';
 import { type AgentListener, type Channel, chooseChannel, type FirstConnection } from '../channel.ts';
@@ -18,6 +19,7 @@ import { agentPort, filesPort, type TemplateDriver, type Vm, type VmConfig, type
 import { type Accelerator, chooseAccelerator, hostTscKhz } from './accelerator.ts';
 import { type ChannelDevice, type GuestMemory, qemuArguments, stateFd } from './command-line.ts';
 import { connectQmp, connectRestoring } from './control.ts';
+import { type IdlePlugin, startWithPlugin } from './idle-plugin.ts';
 import type { SavedState } from './migration.ts';
 import { type ChannelRecord, parseQemuRecord } from './record.ts';
 import { type QemuParts, QemuVm, SavableQemuVm } from './vm.ts';
@@ -31,7 +33,10 @@ export interface QemuOptions {
   readonly accelerator: 'auto' | Accelerator;
   /** See CommandLineOptions. */
   readonly translationMib?: number | undefined;
+  /** Of emulated guests; never without it. */
+  readonly idlePlugin?: Omit<IdlePlugin, 'unless'> | undefined;
   readonly channel: 'auto' | Channel;
+  readonly logger: Logger;
   /** Where QEMU runs, and the taps of network cards wait. */
   readonly parking: Parking;
 }
@@ -57,7 +62,7 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
     chosen ??= chooseAccelerator(options.accelerator, devices).accelerator;
     return chosen;
   };
-  const launchWith = (config: VmConfig, extra: Pick<Launch, 'memory' | 'state' | 'tscKhz'>, signal: AbortSignal) => {
+  const launchShape = (config: VmConfig, extra: Pick<Launch, 'memory' | 'state' | 'tscKhz'>, signal: AbortSignal) => {
     requireGuestFiles(config);
     return launch({ options, config, accelerator: accelerator(), channel: 'virtio-serial', ...extra }, signal);
   };
@@ -85,7 +90,7 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
       // Made here, since QEMU would let everybody read it.
       closeSync(openSync(file, 'wx', 0o600));
       const kept = { memory: { kind: 'kept', file }, tscKhz: hostTscKhz(devices) } as const;
-      const parts = await launchWith(config, kept, signal);
+      const parts = await launchShape(config, kept, signal);
       return new SavableQemuVm(parts, path.join(template, stateName), migrationSocketIn(config.directory));
     },
     async restore(config, template, signal) {
@@ -96,7 +101,7 @@ function templatesOf(options: QemuOptions, devices: HostDevices): TemplateDriver
       const state = { file, fd: openTemplateFile(file) };
       try {
         // Its kernel has read its command line.
-        return new QemuVm(await launchWith(config, { memory, state, tscKhz: undefined }, signal));
+        return new QemuVm(await launchShape(config, { memory, state, tscKhz: undefined }, signal));
       } finally {
         closeSync(state.fd);
       }
@@ -145,9 +150,27 @@ interface Launch {
   readonly state?: SavedState;
 }
 
-async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> {
+function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> {
+  const { options, accelerator, memory } = request;
+  const { qemu, logger } = options;
+  // What becomes a template ends soon.
+  const plugin = accelerator === 'tcg' && memory.kind !== 'kept' ? options.idlePlugin : undefined;
+  return startWithPlugin({ qemu, plugin, logger }, (taken) => launchWith(taken, request, signal));
+}
+
+async function launchWith(
+  plugin: Omit<IdlePlugin, 'unless'> | undefined,
+  request: Launch,
+  signal: AbortSignal,
+): Promise<QemuParts> {
   const { options, config, accelerator, tscKhz, memory, state } = request;
   await using stack = new AsyncDisposableStack();
+  const pooled = plugin && config.pooled ? path.join(config.directory, pooledName) : undefined;
+  if (pooled !== undefined) {
+    stack.defer(() => rmSync(pooled, { force: true }));
+    closeSync(openSync(pooled, 'w', 0o600));
+  }
+  const idlePlugin = plugin && { ...plugin, unless: pooled };
   const qmpSocket = qmpSocketIn(config.directory);
   stack.defer(() => rmSync(qmpSocket, { force: true }));
   // QEMU has the descriptors, then.
@@ -155,7 +178,7 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
   const { agent, device, backend, files, listeners } = await openChannel(request, { stack, given }, signal);
   const { translationMib } = options;
   const ports = { agentPort: agent.port, filesPort: files.port };
-  const args = { config, accelerator, translationMib, tscKhz, channel: device, memory, ...ports };
+  const args = { config, accelerator, translationMib, idlePlugin, tscKhz, channel: device, memory, ...ports };
   requireSocketPath(qmpSocket);
   const taps = given.use(makeTaps(options.parking, config.networkCards));
   const listener = given.adopt(listenForPeers(qmpSocket), closeSync);
@@ -182,7 +205,7 @@ async function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> 
     ? connectQmp(connection, signal)
     : connectRestoring(connection, { state: { ...state, fd: stateFd(config) }, answered }, signal));
   const channel = channelRecord(device, agent, files);
-  return { qemu, ...control, agent, channel, files, nics: taps.nics, backend, resources: stack.move() };
+  return { qemu, ...control, agent, channel, files, nics: taps.nics, pooled, backend, resources: stack.move() };
 }
 
 interface OpenChannel {
@@ -303,6 +326,7 @@ const memoryName = 'memory';
 const stateName = 'state';
 
 const vmmLogName = 'vmm.log';
+const pooledName = 'pooled';
 
 /** Where QEMU takes its commands. */
 function qmpSocketIn(directory: string): string {

@@ -1,4 +1,4 @@
-import { statSync } from 'node:fs';
+import { rmSync, statSync } from 'node:fs';
 import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
 import type { ControlGroup } from '../../host/control-group.ts';
@@ -39,6 +39,8 @@ export interface QemuParts {
   readonly nics: readonly NetworkCard[];
   /** Drive slots that have a file already. */
   readonly usedSlots?: readonly SlotName[];
+  /** A file that is there while the VM is in a pool. */
+  readonly pooled?: string | undefined;
   /** The program that carries the channel, where there is one. */
   readonly backend: HelperProcess | undefined;
   /** Releases all of the above. */
@@ -162,6 +164,15 @@ export class QemuVm implements Vm {
       await qmp.execute('blockdev-reopen', { options: [slotNode(slot, isReadOnly(slot), emptyNode(slot))] });
       await qmp.execute('blockdev-del', { 'node-name': fileNode(slot) });
     });
+  }
+
+  leavePool(): void {
+    const { pooled } = this.#parts;
+    try {
+      if (pooled !== undefined) rmSync(pooled, { force: true });
+    } catch {
+      // Then its memory is not given back.
+    }
   }
 
   async enter(group: ControlGroup): Promise<void> {

@@ -12,6 +12,7 @@ import { buildTemplate } from '../../../src/template/build.ts';
 import { createQemu } from '../../../src/vmm/qemu/driver.ts';
 import type { TemplateDriver, Vm } from '../../../src/vmm/vmm.ts';
 import { projectRoot } from '../../support/paths.ts';
+import { noLogger } from '../../unit/vmm/workspace.ts';
 
 /** Real QEMU, the real guest: a template, and what its clones are. */
 const guestDir = process.env.KILN_GUEST_DIR ?? path.join(projectRoot, 'dist/guest');
@@ -33,6 +34,7 @@ const { templates } = createQemu({
   accelerator: 'auto',
   channel: 'virtio-serial',
   parking,
+  logger: noLogger,
 });
 const driver = templates as TemplateDriver;
 

@@ -14,7 +14,7 @@ import { createQemu, type QemuOptions } from '../../../src/vmm/qemu/driver.ts';
 import { startVsockBackend } from '../../../src/vmm/qemu/vsock-backend.ts';
 import { filesPort, maxNetworkCards, type Vm, type VmConfig } from '../../../src/vmm/vmm.ts';
 import { busyboxBinary, projectRoot } from '../../support/paths.ts';
-import { Workspace } from '../../unit/vmm/workspace.ts';
+import { noLogger, Workspace } from '../../unit/vmm/workspace.ts';
 
 /** Real QEMU, the real backend and, where a test says so, the real guest. */
 const distDir = path.join(projectRoot, 'dist');
@@ -30,6 +30,7 @@ const options: QemuOptions = {
   accelerator: 'auto',
   channel: 'auto',
   parking,
+  logger: noLogger,
 };
 
 let workspace: Workspace;

@@ -48,6 +48,7 @@ describe('the configuration file', () => {
         bootTimeoutS: 60,
         accelerator: 'auto',
         translationMib: 0,
+        translationIdleS: 60,
         qemu: 'qemu-system-x86_64',
         firecracker: 'firecracker',
         jail: 'auto',
@@ -79,6 +80,7 @@ describe('the configuration file', () => {
       boot_timeout_s = 5
       accelerator = "tcg"
       translation_mib = 16
+      translation_idle_s = 30
       qemu = "/opt/qemu"
       firecracker = "/opt/firecracker"
       jail = "on"
@@ -117,6 +119,7 @@ describe('the configuration file', () => {
         bootTimeoutS: 5,
         accelerator: 'tcg',
         translationMib: 16,
+        translationIdleS: 30,
         qemu: '/opt/qemu',
         firecracker: '/opt/firecracker',
         jail: 'on',
@@ -151,7 +154,7 @@ describe('the configuration file', () => {
     expect(messageFor('[vm]\nmemory_mb = 64')).toBe(
       '/etc/kiln/config.toml: unknown key vm.memory_mb = 64, did you mean memory_mib?; keys of [vm] are ' +
         'vmm, memory_mib, memory_max_mib, vcpus, kernel, initrd, network_cards, network_mib_per_s, boot_timeout_s, ' +
-        'accelerator, translation_mib, qemu, firecracker, jail, jailer, jail_uid_first, jail_uids, huge_pages, boot_timer, channel',
+        'accelerator, translation_mib, translation_idle_s, qemu, firecracker, jail, jailer, jail_uid_first, jail_uids, huge_pages, boot_timer, channel',
     );
     expect(messageFor('[storage]\ncolour = "red"')).toBe(
       '/etc/kiln/config.toml: unknown key storage.colour = "red"; keys of [storage] are writable_size_gib, changes, ' +

@@ -115,6 +115,17 @@ describe('a pool', () => {
     expect(bench.bootIds).toContain('b1');
   });
 
+  test('has virtual machines that keep what they have at hand until one leaves it', async () => {
+    bench.keep({ min: 2, max: 2 });
+    await bench.waiting(2);
+    expect(bench.vms.map(({ config, leftPool }) => [config.pooled, leftPool])).toEqual([
+      [true, false],
+      [true, false],
+    ]);
+    await using _ = await bench.take({ min: 2, max: 2 });
+    expect(bench.vms.map(({ leftPool }) => leftPool)).toEqual([true, false]);
+  });
+
   test('of size 0 is none', async () => {
     expect(await bench.take({ min: 0, max: 0 })).toBeUndefined();
     expect(bench.pool.status()).toEqual([]);

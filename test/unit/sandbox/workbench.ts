@@ -66,6 +66,7 @@ export class ScriptedVm implements Vm {
   readonly disks: [SlotName, string][] = [];
   /** It was moved to another control group. */
   entered = false;
+  leftPool = false;
   readonly #log: string[];
   readonly #exit = Promise.withResolvers<VmExit>();
   readonly #channelLost = Promise.withResolvers<void>();
@@ -113,6 +114,10 @@ export class ScriptedVm implements Vm {
 
   record(): VmRecord {
     return { pid: this.pid };
+  }
+
+  leavePool(): void {
+    this.leftPool = true;
   }
 
   async enter(): Promise<void> {

@@ -75,6 +75,9 @@ test('gives a guest under TCG the legacy timers and the frequency of the TSC, an
   expect(kernelCommandLine(options)).toContain(' kiln.emulated tsc=reliable tsc_early_khz=2799998');
   expect(machineOf({ translationMib: 32 })).toEqual(['microvm,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem', 'max']);
   expect(qemuArguments({ ...options, translationMib: 32 }).join(' ')).toContain(' -accel tcg,tb-size=32 ');
+  const idlePlugin = { file: '/a.so', afterS: 5, unless: '/b,c' };
+  expect(valuesOf(qemuArguments({ ...options, idlePlugin }), '-plugin')).toEqual(['file=/a.so,after=5,unless=/b,,c']);
+  expect(valuesOf(qemuArguments(options), '-plugin')).toEqual([]);
   expect(machineOf({ accelerator: 'kvm', translationMib: 32 }).join(' ')).not.toContain('tb-size');
   expect(machineOf({ accelerator: 'kvm' })).toEqual(['microvm,accel=kvm,acpi=on,rtc=on,memory-backend=mem', 'host']);
   expect(kernelCommandLine({ ...options, accelerator: 'kvm' })).not.toMatch(/tsc|kiln\.emulated/);

@@ -5,10 +5,11 @@ import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import type { ControlGroup } from '../../../src/host/control-group.ts';
 import { isAlive, type ProcessIdentity } from '../../../src/host/process-identity.ts';
+import { loggerTo } from '../../../src/observe/logger.ts';
 import { createQemu, type QemuOptions } from '../../../src/vmm/qemu/driver.ts';
 import { readOnlySlots, type Vm, type VmConfig, type VmRecord, writableSlots } from '../../../src/vmm/vmm.ts';
 import { hasVsock } from './vsock.ts';
-import { parking, Workspace } from './workspace.ts';
+import { noLogger, parking, Workspace } from './workspace.ts';
 
 /** The driver, with QEMU and its backend played by programs of ours; the real ones are in test/integration/vmm. */
 let workspace: Workspace;
@@ -48,6 +49,7 @@ async function boot(mode: string, host: Host = {}, signal = never): Promise<Vm> 
       accelerator: 'auto',
       channel: 'auto',
       parking,
+      logger: noLogger,
       ...host.options,
     },
     workspace.devices(),
@@ -61,6 +63,49 @@ function expectNothingLeft(): void {
   expect(workspace.processes()).toEqual([]);
   expect(workspace.files()).toEqual([]);
 }
+
+describe('the plugin that gives memory of an idle guest back', () => {
+  const file = '/lib/kiln,1.so';
+  const plugins = () => workspace.qemuStarts().map((args) => args[args.indexOf('-plugin') + 1]);
+  const idlePlugin = { file, afterS: 60 };
+
+  test('is QEMU’s where the guest is emulated', async () => {
+    await boot('running', { options: { idlePlugin } });
+    expect(plugins()).toEqual(['file=/lib/kiln,,1.so,after=60']);
+    expect(existsSync(path.join(workspace.sandbox, 'pooled'))).toBe(false);
+  });
+
+  test('leaves the memory of one that waits for a container, until it has one', async () => {
+    const vm = await boot('running', { options: { idlePlugin }, config: { pooled: true } });
+    const pooled = path.join(workspace.sandbox, 'pooled');
+    expect(plugins()).toEqual([`file=/lib/kiln,,1.so,after=60,unless=${pooled}`]);
+    expect(existsSync(pooled)).toBe(true);
+    vm.leavePool();
+    expect(existsSync(pooled)).toBe(false);
+    vm.leavePool();
+    await vm.kill();
+    const other = await boot('running', { options: { idlePlugin }, config: { pooled: true } });
+    await other.kill();
+    expectNothingLeft();
+  });
+
+  test('is left out where QEMU refuses it, of which is told once', async () => {
+    const told: string[] = [];
+    const logger = loggerTo({ write: (line) => void told.push(line) }, 'warn');
+    const options = { idlePlugin, logger };
+    for (const _ of [1, 2]) await (await boot('no-plugins', { options })).kill();
+    expect(workspace.qemuStarts().map((args) => args.includes('-plugin'))).toEqual([true, false, false]);
+    expect(told.join()).toContain('QEMU takes no plugin of ours');
+    expect(told.join()).toContain('no such interface');
+    expect(told).toHaveLength(1);
+    expectNothingLeft();
+  });
+
+  test('is no reason to start QEMU once more when something else is wrong', async () => {
+    await expect(boot('exit', { options: { idlePlugin } })).rejects.toThrow('cannot set up guest memory');
+    expect(workspace.qemuStarts()).toHaveLength(1);
+  });
+});
 
 describe('the control group of a container', () => {
   test('has QEMU and its backend, from their start or later', async () => {
@@ -352,7 +397,7 @@ describe('the channel of a VM', () => {
   test('by a serial port is taken over: the agent answers the next host, too', async () => {
     const first = await boot('running', serial);
     (await first.acceptAgent(never)).destroy();
-    const options = { ...nowhere, accelerator: 'auto', channel: 'auto', parking } as const;
+    const options = { ...nowhere, accelerator: 'auto', channel: 'auto', parking, logger: noLogger } as const;
     const second = await createQemu(options, workspace.devices()).adopt(
       JSON.parse(JSON.stringify(first.record())),
       workspace.sandbox,
@@ -415,7 +460,7 @@ describe('the channel of a VM', () => {
 
 describe('a VM that is taken over', () => {
   const qemu = () => {
-    const options = { ...nowhere, accelerator: 'auto', channel: 'auto', parking } as const;
+    const options = { ...nowhere, accelerator: 'auto', channel: 'auto', parking, logger: noLogger } as const;
     return createQemu(options, workspace.devices());
   };
   const adopt = async (record: VmRecord): Promise<Vm> => {

@@ -23,6 +23,10 @@ export function main(mode: string, self: string): void {
     case 'exit':
       end('qemu-system-x86_64: cannot set up guest memory', 1);
       break;
+    case 'no-plugins':
+      if (args.includes('-plugin')) end('qemu-system-x86_64: Could not load plugin /it.so: no such interface', 1);
+      else answer(args, (socket) => serve(socket, { status: 'running' }));
+      break;
     case 'cid-in-use':
       // The first N starts fail.
       if (starts <= Number(detail)) end(cidInUse, 1);

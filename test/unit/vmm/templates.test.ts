@@ -14,7 +14,7 @@ import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { createQemu, type QemuOptions } from '../../../src/vmm/qemu/driver.ts';
 import type { SavableVm, TemplateDriver, Vm, Vmm } from '../../../src/vmm/vmm.ts';
 import { savedState } from './fake-qemu.ts';
-import { parking, Workspace } from './workspace.ts';
+import { noLogger, parking, Workspace } from './workspace.ts';
 
 /** Saving and restoring, with QEMU played by fake-qemu.ts. */
 let workspace: Workspace;
@@ -35,7 +35,7 @@ const never = new AbortController().signal;
 
 function vmm(options: Partial<QemuOptions> = {}): Vmm {
   const usual = { vsockBackend: '/no/backend', accelerator: 'auto', channel: 'virtio-serial', parking } as const;
-  return createQemu({ qemu: workspace.path('qemu'), ...usual, ...options }, workspace.devices());
+  return createQemu({ qemu: workspace.path('qemu'), logger: noLogger, ...usual, ...options }, workspace.devices());
 }
 
 function templates(options: Partial<QemuOptions> = {}): TemplateDriver {

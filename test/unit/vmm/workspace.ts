@@ -15,6 +15,7 @@ import {
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { loggerTo } from '../../../src/observe/logger.ts';
 import type { Parking, PersistentTaps } from '../../../src/vmm/cards.ts';
 import type { HostDevices } from '../../../src/vmm/host-devices.ts';
 import { cardMac, type VmConfig } from '../../../src/vmm/vmm.ts';
@@ -22,6 +23,9 @@ import { cardMac, type VmConfig } from '../../../src/vmm/vmm.ts';
 const fakeQemu = fileURLToPath(new URL('./fake-qemu.ts', import.meta.url));
 const fakeJailer = fileURLToPath(new URL('./firecracker/fake-jailer.ts', import.meta.url));
 const fakeFirecracker = fileURLToPath(new URL('./firecracker/fake-firecracker.ts', import.meta.url));
+
+/** Nobody reads it. */
+export const noLogger = loggerTo({ write: () => {} }, 'error');
 
 /** The namespace we are in, for VMs without network cards: another one takes root. */
 export const parking: Parking = { run: (action) => action() };

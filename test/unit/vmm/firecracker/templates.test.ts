@@ -11,11 +11,10 @@ import {
 } from 'node:fs';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { loggerTo } from '../../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../../src/vmm/firecracker/driver.ts';
 import { slotsBeside } from '../../../../src/vmm/firecracker/drives.ts';
 import type { SavableVm, TemplateDriver, Vm, VmConfig, Vmm } from '../../../../src/vmm/vmm.ts';
-import { parking, playedTaps, Workspace } from '../workspace.ts';
+import { noLogger, parking, playedTaps, Workspace } from '../workspace.ts';
 import { FakeKernel } from './fake-kernel.ts';
 
 /** Saving and restoring, with Firecracker played by fake-firecracker.ts; for the real one see test/integration/vmm. */
@@ -23,7 +22,6 @@ let workspace: Workspace;
 let template: string;
 let vms: Vm[];
 let kernel: FakeKernel;
-const logger = loggerTo({ write: () => {} }, 'error');
 beforeEach(() => {
   workspace = new Workspace();
   template = workspace.path('template');
@@ -58,7 +56,7 @@ function vmm(mode: string, { options, jailed = false }: Host = {}): Vmm {
   const jail = () => (jailed ? { jailer, uids } : undefined);
   const defaults = {
     jail,
-    logger,
+    logger: noLogger,
     parking,
     hugePages: false,
     bootTimer: false,

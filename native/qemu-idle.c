@@ -7,7 +7,9 @@
  * When QEMU says that none is left, no CPU of the guest is in one, and the pages of its buffer are given back. What runs next
  * is translated anew.
  *
- * QEMU's header for plugins is not packaged by Debian; what is declared here is the same in all versions of the interface.
+ * QEMU's header for plugins is not packaged by Debian. What is declared here is version 7 of it, whose functions and callbacks
+ * have a pointer for the plugin as their last argument. Before, callbacks had the plugin's id as their first. None here looks
+ * at its arguments, and what is passed in vain does no harm (System V ABI), so the same code is right for both.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -23,18 +25,17 @@
 #include <unistd.h>
 
 typedef uint64_t plugin_id;
-typedef void (*plugin_callback)(plugin_id);
-typedef void (*cpu_callback)(plugin_id, unsigned cpu);
 
-extern void qemu_plugin_register_flush_cb(plugin_id, plugin_callback);
-extern void qemu_plugin_register_vcpu_resume_cb(plugin_id, cpu_callback);
-extern void qemu_plugin_reset(plugin_id, plugin_callback);
+extern void qemu_plugin_register_flush_cb(plugin_id, void (*)(void *), void *);
+extern void qemu_plugin_register_vcpu_resume_cb(plugin_id, void (*)(unsigned, void *), void *);
+extern void qemu_plugin_reset(plugin_id, void (*)(void *), void *);
 
-/* Of the interface: 1 until QEMU 8.2; 9.0 takes no plugin below 2. */
+/* Of the interface: 1 until QEMU 8.2; 9.0 takes no plugin below 2, and 11.1 none below 7. */
 int qemu_plugin_version = 1;
 
 __attribute__((constructor)) static void choose_version(void) {
   if (dlsym(RTLD_DEFAULT, "qemu_plugin_num_vcpus") != NULL) qemu_plugin_version = 2;
+  if (dlsym(RTLD_DEFAULT, "qemu_plugin_set_pc") != NULL) qemu_plugin_version = 7;
 }
 
 /* In milliseconds of CPU time. A guest that does nothing takes some 2 in a second, and up to 6 on a busy host. */
@@ -46,6 +47,7 @@ enum { LEAST_BUFFER = 4 << 20, KEPT = 64 << 10 };
 
 static struct {
   pthread_mutex_t lock;
+  plugin_id id;
   int64_t after_ms;
   const char *unless;
   /* When the time that is looked at began, and what QEMU had used by then. */
@@ -75,8 +77,8 @@ static void give_back_buffers(void) {
 }
 
 /* QEMU calls it when all translations are dropped, also when it has done so by itself; then it fills its buffer again. */
-static void flushed(plugin_id id) {
-  (void)id;
+static void flushed(void *unused) {
+  (void)unused;
   pthread_mutex_lock(&state.lock);
   if (state.asked) {
     give_back_buffers();
@@ -96,30 +98,32 @@ static bool is_idle(void) {
   return state.unless == NULL || access(state.unless, F_OK) != 0;
 }
 
-static void watch(plugin_id id);
+static void watch(void);
 
-static void forgotten(plugin_id id) {
+static void forgotten(void *unused) {
+  (void)unused;
   pthread_mutex_lock(&state.lock);
   state.asked = false;
   state.flush_cpu_ms = read_ms(CLOCK_PROCESS_CPUTIME_ID);
   pthread_mutex_unlock(&state.lock);
-  watch(id);
+  watch();
 }
 
 /* On the thread of a CPU that had nothing to do, and has now: a guest that sleeps wakes some times in a second. */
-static void resumed(plugin_id id, unsigned cpu) {
+static void resumed(unsigned cpu, void *unused) {
   (void)cpu;
+  (void)unused;
   if (pthread_mutex_trylock(&state.lock) != 0) return;
   bool idle = is_idle();
   if (idle) state.asked = true;
   pthread_mutex_unlock(&state.lock);
-  if (idle) qemu_plugin_reset(id, forgotten);
+  if (idle) qemu_plugin_reset(state.id, forgotten, NULL);
 }
 
 /* A reset has taken the callbacks away, too. */
-static void watch(plugin_id id) {
-  qemu_plugin_register_flush_cb(id, flushed);
-  qemu_plugin_register_vcpu_resume_cb(id, resumed);
+static void watch(void) {
+  qemu_plugin_register_flush_cb(state.id, flushed, NULL);
+  qemu_plugin_register_vcpu_resume_cb(state.id, resumed, NULL);
 }
 
 /* `info` is a qemu_info_t, of which nothing is needed. */
@@ -133,7 +137,8 @@ int qemu_plugin_install(plugin_id id, const void *info, int argc, char **argv) {
     fprintf(stderr, "kiln-qemu-idle: after=SECONDS is needed\n");
     return -1;
   }
+  state.id = id;
   state.began_ms = read_ms(CLOCK_MONOTONIC);
-  watch(id);
+  watch();
   return 0;
 }

@@ -67,8 +67,11 @@ export async function measureClones(scene: Scene, kernel: string, wanted: number
   return { kernel, wanted, clones, settled, ...(stopped === undefined ? {} : { stopped }) };
 }
 
-/** How long they are left alone, and for how long their CPU time is counted then, in seconds. */
-const restS = 30;
+/**
+ * How long they are left alone, which has the minute in it after which an idle guest gives memory back (`vm.translation_idle_s`), and for how
+ * long their CPU time is counted then, in seconds.
+ */
+const restS = 130;
 const countedS = 30;
 
 async function measureSettled(scene: Scene): Promise<Settled> {

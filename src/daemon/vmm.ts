@@ -40,12 +40,12 @@ const drivers: Readonly<Record<string, (config: KilnConfig, services: VmmService
     const idlePlugin = vm.translationIdleS === 0 ? undefined : { file: qemuIdlePlugin, afterS: vm.translationIdleS };
     // The only one that can be saved.
     const channel = vm.channel === 'auto' && template.enabled ? 'virtio-serial' : vm.channel;
-    const translation = { translationMib, idlePlugin };
     return createQemu({
       qemu,
       vsockBackend: vsockBackendProgram,
       accelerator,
-      ...translation,
+      translationMib,
+      idlePlugin,
       channel,
       parking,
       logger,

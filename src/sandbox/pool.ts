@@ -9,7 +9,6 @@ import { randomUUID } from 'node:crypto';
 import { mkdirSync } from 'node:fs';
 import { mkdir, rm } from 'node:fs/promises';
 import path from 'node:path';
-import { abortable } from '../host/abortable.ts';
 import { TimeLimit } from '../host/time-limit.ts';
 import type { Logger } from '../observe/logger.ts';
 import { type MakeBlank, prime } from '../template/prime.ts';
@@ -278,7 +277,7 @@ export class SandboxPool implements AsyncDisposable {
     if (template.driver.clonesAreCold) {
       const { guest, vm: restored } = sandbox;
       using limit = new TimeLimit(bootTimeoutMs, signal);
-      await abortable(prime({ guest, vm: restored, directory, makeBlank }, limit.signal), limit.signal);
+      await prime({ guest, vm: restored, directory, makeBlank }, limit.signal);
       await guest.checkClock(bootTimeoutMs);
     }
     signal.throwIfAborted();

@@ -42,7 +42,7 @@ async function build(directory: string, options: BuildOptions, signal: AbortSign
     const hello = { hostname: 'kiln', session: '', becomesTemplate: true, answerLimitMs: limitMs };
     {
       using guest = await abortable(Guest.connect(socket, hello), signal);
-      await abortable(prime({ guest, vm, directory: vmDirectory, makeBlank }, signal), signal);
+      await prime({ guest, vm, directory: vmDirectory, makeBlank }, signal);
     }
     // Once more, so that the agent waits for the first words of a host when it is saved: the clone's.
     await vm.acceptAgent(signal);

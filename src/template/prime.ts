@@ -8,6 +8,7 @@ import { PassThrough, type Readable } from 'node:stream';
 import type { Guest } from '../guest/guest.ts';
 import type { OutputName } from '../guest/streams.ts';
 import type { GuestContainer, GuestStdio, ProcessRef } from '../guest/terms.ts';
+import { abortable } from '../host/abortable.ts';
 import { guestRootDirectory, writableMounts } from '../rootfs/guest-mounts.ts';
 import type { Vm } from '../vmm/vmm.ts';
 
@@ -44,10 +45,14 @@ export interface PrimeOptions {
 const slot = 'rw0';
 
 /**
- * Makes calls of every kind that a container's life is made of. Throws what the guest refuses, and what becomes of the disk; the
- * VM is of no use then.
+ * Makes calls of every kind that a container's life is made of. Throws what the guest refuses, and what becomes of the disk, or
+ * the signal's reason; the VM is of no use then.
  */
-export async function prime({ guest, vm, directory, makeBlank }: PrimeOptions, signal: AbortSignal): Promise<void> {
+export function prime(options: PrimeOptions, signal: AbortSignal): Promise<void> {
+  return abortable(warmUp(options, signal), signal);
+}
+
+async function warmUp({ guest, vm, directory, makeBlank }: PrimeOptions, signal: AbortSignal): Promise<void> {
   const file = path.join(directory, 'prime.ext4');
   try {
     await makeBlank(file, signal);

@@ -52,7 +52,6 @@ const hostPrograms: Partial<Record<VmPart, string>> = {
 const crunVerbs: Readonly<Partial<Record<Phase, string>>> = {
   Create: 'create',
   'running idle': 'exec',
-  Delete: 'delete',
 };
 
 /**
@@ -189,6 +188,7 @@ describe.runIf(underKiln).each(kinds)('%s of a part of a virtual machine', (kind
   it('during Delete: it succeeds, with the exit code that was told', async () => {
     await using events = await scene.events();
     await each(async (part) => {
+      if (part === 'crun') return;
       const id = scene.id();
       await createVictim(scene, id, { command: unread });
       await scene.ctr(['task', 'start', '--detach', '--fifo-dir', scene.fifoDir, id]);

@@ -54,6 +54,18 @@ export const faultNotes: readonly FaultNote[] = [
   {
     part: 'crun',
     fault: 'SIGKILL',
+    phases: ['Delete'],
+    why: 'no crun: a container that is alone in its guest is not deleted there, since the guest ends',
+  },
+  {
+    part: 'crun',
+    fault: 'SIGSTOP',
+    phases: ['Delete'],
+    why: 'no crun: a container that is alone in its guest is not deleted there, since the guest ends',
+  },
+  {
+    part: 'crun',
+    fault: 'SIGKILL',
     phases: ['running with output'],
     why: 'as running idle: crun is there only while something is exec’d, and has no part in the output',
   },

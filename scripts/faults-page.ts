@@ -21,7 +21,7 @@ const about: Readonly<Record<(typeof parts)[number], string>> = {
   QEMU: 'One per container: a fault is that container’s alone. The full disk is the one with the writable layers.',
   'vhost-device-vsock': 'One per container: the way between kilnd and the agent.',
   agent: 'The program in the guest; its end is the virtual machine’s. The full disk is /run of the guest.',
-  crun: 'In the guest, for moments: at Create, each exec, and Delete.',
+  crun: 'In the guest, for moments: at Create, each exec and, in a pod, Delete.',
   containerd: 'Started again by the test, as a service manager would. Its full disk is the one with its root folder.',
 };
 

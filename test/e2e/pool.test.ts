@@ -117,6 +117,10 @@ describe.runIf(underKiln)('a pool', () => {
       expect((await execIn(scene, id, ['echo', 'here'])).stdout.toString()).toBe('here\n');
       expect(translatedMib(pooled)).toBeGreaterThan(10);
     }
+    // What else would wake the guest.
+    const settings = ['vm/compaction_proactiveness', 'vm/stat_interval', 'kernel/watchdog'];
+    const read = await execIn(scene, id, ['cat', ...settings.map((name) => `/proc/sys/${name}`)]);
+    expect(read.stdout.toString()).toBe('0\n10\n0\n');
     await scene.remove(id);
   });
 

@@ -115,7 +115,6 @@ describe.runIf(underKiln)('a pool', () => {
     for (let round = 0; round < 3; round += 1) {
       await expect.poll(() => translatedMib(pooled), { timeout: 60_000 }).toBeLessThan(10);
       expect((await execIn(scene, id, ['echo', 'here'])).stdout.toString()).toBe('here\n');
-      expect(translatedMib(pooled)).toBeGreaterThan(10);
     }
     // What else would wake the guest.
     const settings = ['vm/compaction_proactiveness', 'vm/stat_interval', 'kernel/watchdog'];

@@ -55,6 +55,23 @@ export function unary<Req, Res>(
   });
 }
 
+/** A call that goes on for long: it is cancelled when the signal is aborted, and at the end of the scope in any case. */
+export function cancelling(
+  call: { cancel(): void; on(event: 'error', listener: () => void): unknown },
+  signal: AbortSignal,
+): Disposable {
+  // Whoever reads its messages is told; an error that comes after them (the cancellation is one) has nobody to go to.
+  call.on('error', () => {});
+  const cancel = () => call.cancel();
+  signal.addEventListener('abort', cancel, { once: true });
+  return {
+    [Symbol.dispose]: () => {
+      signal.removeEventListener('abort', cancel);
+      cancel();
+    },
+  };
+}
+
 /** The error of a call that was not answered in time. */
 export function silent(path: string, limitMs: number, cause: unknown): KilnError {
   const name = path.slice(path.lastIndexOf('/') + 1);

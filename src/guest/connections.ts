@@ -4,7 +4,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import type { AgentClient, DialRequest, DialResponse } from '../../gen/kiln/agent/v1/agent.ts';
 import type { LoopbackFamily } from '../sys/loopback.ts';
 import { endSocket, readSocket, resetSocket, writeSocket } from '../sys/socket-bytes.ts';
-import { toKilnError } from './call.ts';
+import { cancelling, toKilnError } from './call.ts';
 
 /** The least time between two reports of listeners that are read, in ms: a guest may send as many as it likes. */
 const reportMs = 20;
@@ -40,9 +40,7 @@ export async function watchListeners(
   signal: AbortSignal,
 ): Promise<void> {
   const call = client.watchListeners({});
-  call.on('error', () => {});
-  const cancel = () => call.cancel();
-  signal.addEventListener('abort', cancel, { once: true });
+  using _ = cancelling(call, signal);
   try {
     for await (const { ipv4Ports, ipv6Ports } of call) {
       onPorts({ ipv4Ports: decodePorts(ipv4Ports), ipv6Ports: decodePorts(ipv6Ports) });
@@ -50,9 +48,6 @@ export async function watchListeners(
     }
   } catch (error) {
     if (!signal.aborted) throw toKilnError(error);
-  } finally {
-    signal.removeEventListener('abort', cancel);
-    call.cancel();
   }
 }
 

@@ -3,7 +3,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import type { AgentClient, RelayQueriesRequest } from '../../gen/kiln/agent/v1/agent.ts';
 import type { NameAnswer, NameQuery } from '../network/ask.ts';
 import { maxDnsMessage, minDnsMessage } from '../sys/dns-stream.ts';
-import { toKilnError } from './call.ts';
+import { cancelling, toKilnError } from './call.ts';
 
 /** The most queries of a guest that wait for an answer; others wait in the guest. */
 const maxQueries = 128;
@@ -26,9 +26,7 @@ export async function relayQueries(
   signal: AbortSignal,
 ): Promise<void> {
   const call = client.relayQueries();
-  call.on('error', () => {});
-  const cancel = () => call.cancel();
-  signal.addEventListener('abort', cancel, { once: true });
+  using _ = cancelling(call, signal);
   const waiting = new Set<Promise<void>>();
   const relay = async (id: number, query: NameQuery) => {
     const given = await answer(query);
@@ -50,9 +48,6 @@ export async function relayQueries(
     }
   } catch (error) {
     if (!signal.aborted) throw toKilnError(error);
-  } finally {
-    signal.removeEventListener('abort', cancel);
-    call.cancel();
   }
 }
 

@@ -89,9 +89,10 @@ static void flushed(void *unused) {
 
 /* Whether it is time to drop what is translated. */
 static bool is_idle(void) {
-  int64_t now = read_ms(CLOCK_MONOTONIC), cpu = read_ms(CLOCK_PROCESS_CPUTIME_ID);
-  int64_t passed = now - state.began_ms, used = cpu - state.began_cpu_ms;
+  int64_t now = read_ms(CLOCK_MONOTONIC), passed = now - state.began_ms;
   if (state.asked || passed < state.after_ms) return false;
+  /* Which is a system call, and CPUs that are busy come here thousands of times a second. */
+  int64_t cpu = read_ms(CLOCK_PROCESS_CPUTIME_ID), used = cpu - state.began_cpu_ms;
   state.began_ms = now;
   state.began_cpu_ms = cpu;
   if (used * 1000 > passed * MOST_IN_A_SECOND || cpu - state.flush_cpu_ms < WORTH_A_FLUSH) return false;

@@ -34,7 +34,7 @@ export interface QemuOptions {
   /** See CommandLineOptions. */
   readonly translationMib?: number | undefined;
   /** Of emulated guests; never without it. */
-  readonly idlePlugin?: Omit<IdlePlugin, 'unless'> | undefined;
+  readonly idlePlugin?: IdlePlugin | undefined;
   readonly channel: 'auto' | Channel;
   readonly logger: Logger;
   /** Where QEMU runs, and the taps of network cards wait. */
@@ -158,11 +158,7 @@ function launch(request: Launch, signal: AbortSignal): Promise<QemuParts> {
   return startWithPlugin({ qemu, plugin, logger }, (taken) => launchWith(taken, request, signal));
 }
 
-async function launchWith(
-  plugin: Omit<IdlePlugin, 'unless'> | undefined,
-  request: Launch,
-  signal: AbortSignal,
-): Promise<QemuParts> {
+async function launchWith(plugin: IdlePlugin | undefined, request: Launch, signal: AbortSignal): Promise<QemuParts> {
   const { options, config, accelerator, tscKhz, memory, state } = request;
   await using stack = new AsyncDisposableStack();
   const pooled = plugin && config.pooled ? path.join(config.directory, pooledName) : undefined;

@@ -37,7 +37,7 @@ export async function startWithPlugin<T>(
   }
 }
 
-/** QEMU's "Could not load plugin …" (plugins/loader.c), or what it says of `-plugin` where it is built without. */
+/** QEMU's words for a plugin that it does not take (plugins/loader.c), and where it is built without (qemu/plugin.h). */
 function isRefusal(error: unknown): boolean {
-  return error instanceof KilnError && /Could not load plugin|-plugin/.test(error.message);
+  return error instanceof KilnError && /Could not load plugin|plugin interface not enabled/.test(error.message);
 }

@@ -38,43 +38,21 @@ export interface FaultNote {
   readonly why: string;
 }
 
+/** A phase in which crun can be neither killed nor stopped. */
+function withoutCrun(phase: Phase, why: string): FaultNote[] {
+  return (['SIGKILL', 'SIGSTOP'] as const).map((fault) => ({ part: 'crun', fault, phases: [phase], why }));
+}
+
 export const faultNotes: readonly FaultNote[] = [
-  {
-    part: 'crun',
-    fault: 'SIGKILL',
-    phases: ['Start'],
-    why: 'no crun: the agent itself lets the container’s init go on',
-  },
-  {
-    part: 'crun',
-    fault: 'SIGSTOP',
-    phases: ['Start'],
-    why: 'no crun: the agent itself lets the container’s init go on',
-  },
-  {
-    part: 'crun',
-    fault: 'SIGKILL',
-    phases: ['Delete'],
-    why: 'no crun: a container that is alone in its guest is not deleted there, since the guest ends',
-  },
-  {
-    part: 'crun',
-    fault: 'SIGSTOP',
-    phases: ['Delete'],
-    why: 'no crun: a container that is alone in its guest is not deleted there, since the guest ends',
-  },
-  {
-    part: 'crun',
-    fault: 'SIGKILL',
-    phases: ['running with output'],
-    why: 'as running idle: crun is there only while something is exec’d, and has no part in the output',
-  },
-  {
-    part: 'crun',
-    fault: 'SIGSTOP',
-    phases: ['running with output'],
-    why: 'as running idle: crun is there only while something is exec’d, and has no part in the output',
-  },
+  ...withoutCrun('Start', 'no crun: the agent itself lets the container’s init go on'),
+  ...withoutCrun(
+    'Delete',
+    'no crun: a container that is alone in its guest is not deleted there, since the guest ends',
+  ),
+  ...withoutCrun(
+    'running with output',
+    'as running idle: crun is there only while something is exec’d, and has no part in the output',
+  ),
   {
     part: 'vhost-device-vsock',
     fault: 'disk full',

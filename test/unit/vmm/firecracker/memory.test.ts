@@ -1,10 +1,9 @@
 import { mkdirSync, rmSync } from 'node:fs';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { loggerTo } from '../../../../src/observe/logger.ts';
 import { createFirecracker, type FirecrackerOptions } from '../../../../src/vmm/firecracker/driver.ts';
 import type { Vm } from '../../../../src/vmm/vmm.ts';
-import { parking, playedTaps, Workspace } from '../workspace.ts';
+import { noLogger, parking, playedTaps, Workspace } from '../workspace.ts';
 import { FakeKernel } from './fake-kernel.ts';
 
 /** Memory that a VM gets while it runs, with Firecracker played by a program of ours. */
@@ -33,10 +32,12 @@ function driver(mode: string, options: Partial<FirecrackerOptions> = {}) {
     diskLimits: { bytesPerS: 0, opsPerS: 0 },
     networkLimits: { bytesPerS: 0, opsPerS: 0 },
   };
-  const logger = loggerTo({ write: () => {} }, 'trace');
   const jails = { kernel: new FakeKernel(), claims: workspace.path('claims'), mounts: workspace.file('mounts') };
   const host = { devices: workspace.devices(), jails, makeTaps: playedTaps };
-  return createFirecracker({ firecracker: workspace.firecracker(mode), logger, ...defaults, ...options }, host);
+  return createFirecracker(
+    { firecracker: workspace.firecracker(mode), logger: noLogger, ...defaults, ...options },
+    host,
+  );
 }
 
 async function boot(mode: string, options: Partial<FirecrackerOptions> = {}): Promise<Vm> {

@@ -34,6 +34,8 @@ export interface NetworkedVm {
   /** The VMM's, in whose network namespace taps wait. */
   readonly pid: number;
   readonly nics: readonly Card[];
+  /** A card's tap is in the sandbox's namespace now. */
+  cardMoved(card: number): void;
 }
 
 /** What a guest has that an earlier kilnd has told it. */
@@ -289,6 +291,7 @@ export class SandboxNetwork implements Disposable {
         setLink(there, link.index, { name: tapName(card), namespaceFd: this.#namespace.fd });
       });
       this.#moved.add(card);
+      this.#vm.cardMoved(card);
     }
     const tap = this.#taps(listLinks(socket))[card];
     if (tap === undefined) throw new KilnError('internal', `container ${this.#id}: ${tapName(card)} is gone`);

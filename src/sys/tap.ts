@@ -5,9 +5,10 @@
  * still to be made: VMMs hand it through from and to their guests.
  *
  * The interface lives as long as the descriptor, unless it is persistent. It can be moved to another network namespace
- * meanwhile; the descriptor goes on.
+ * meanwhile; the descriptor goes on. To take it away, the kernel waits until no CPU can be at it any more, some 15 ms
+ * (netdev_run_todo, net/core/dev.c), in whoever closes the last descriptor.
  */
-import { closeSync, constants, openSync } from 'node:fs';
+import { close, closeSync, constants, openSync } from 'node:fs';
 import { check, declare } from './libc.ts';
 
 const device = '/dev/net/tun';
@@ -64,7 +65,8 @@ export function openTap(name: string, { persistent = false, owner }: TapOptions 
 }
 
 /**
- * Deletes a persistent tap device in the network namespace of this thread, as soon as nobody has it open.
+ * Deletes a persistent tap device in the network namespace of this thread, as soon as nobody has it open. It is gone a little
+ * later, as with `closeTap`.
  *
  * @throws SysError; a device that is not there is made, and gone again
  */
@@ -73,6 +75,25 @@ export function deleteTap(name: string): void {
   try {
     check(cIoctlNumber(fd, TUNSETPERSIST, 0), 'TUNSETPERSIST', name);
   } finally {
-    closeSync(fd);
+    closeTap(fd);
   }
+}
+
+/** Of libuv's four threads; the others have files to read and write meanwhile. */
+const closersAtMost = 2;
+const toClose: number[] = [];
+let closers = 0;
+
+/** Closes a tap's descriptor on another thread, so that nobody waits while the interface goes. */
+export function closeTap(fd: number): void {
+  toClose.push(fd);
+  if (closers === closersAtMost) return;
+  closers += 1;
+  closeNext();
+}
+
+function closeNext(): void {
+  const fd = toClose.shift();
+  if (fd === undefined) closers -= 1;
+  else close(fd, closeNext);
 }

@@ -2,7 +2,7 @@ import { randomBytes } from 'node:crypto';
 import { closeSync } from 'node:fs';
 import { KilnError } from '../errors.ts';
 import type { NetworkNamespace } from '../sys/netns.ts';
-import { deleteTap, openTap, type TapOptions } from '../sys/tap.ts';
+import { closeTap, deleteTap, openTap, type TapOptions } from '../sys/tap.ts';
 import { cardMac, type NetworkCard } from './vmm.ts';
 
 /*
@@ -15,11 +15,16 @@ import { cardMac, type NetworkCard } from './vmm.ts';
 /** The namespace in which taps wait. */
 export type Parking = Pick<NetworkNamespace, 'run'>;
 
-/** New tap devices, one per card. */
+/**
+ * New tap devices, one per card. They are open here, too, until they are disposed of: to close the last descriptor of a tap takes
+ * long, and the VMM would not end before.
+ */
 export interface Taps extends Disposable {
   readonly nics: readonly NetworkCard[];
-  /** One each, in the order of the cards. Disposing closes them; a VMM that has inherited them keeps the taps. */
+  /** One each, in the order of the cards, for the VMM to inherit. */
   readonly fds: readonly number[];
+  /** Leaves a card's tap to the VMM that has inherited it: it is gone when the VMM is. */
+  leave(card: number): void;
 }
 
 /**
@@ -29,15 +34,18 @@ export interface Taps extends Disposable {
  */
 export function makeTaps(parking: Parking, count: number): Taps {
   const nics: NetworkCard[] = [];
-  const fds: number[] = [];
-  const close = () => fds.forEach((fd) => void closeSync(fd));
+  const held = new Set<number>();
+  const close = () => {
+    held.forEach(closeTap);
+    held.clear();
+  };
   try {
     // There and back once for all.
     if (count > 0) {
       parking.run(() => {
         for (let index = 0; index < count; index += 1) {
           const { tap, fd } = newTap();
-          fds.push(fd);
+          held.add(fd);
           nics.push({ mac: cardMac(index), tap });
         }
       });
@@ -46,7 +54,12 @@ export function makeTaps(parking: Parking, count: number): Taps {
     close();
     throw error;
   }
-  return { nics, fds, [Symbol.dispose]: close };
+  const fds = [...held];
+  const leave = (card: number) => {
+    const fd = fds[card];
+    if (fd !== undefined && held.delete(fd)) closeSync(fd);
+  };
+  return { nics, fds, leave, [Symbol.dispose]: close };
 }
 
 /** Taps that a VMM opens by their names. Disposing deletes those that still wait. */

@@ -121,6 +121,8 @@ export interface Vm extends AsyncDisposable {
   detachDisk(slot: SlotName): Promise<void>;
   /** Of a VM that was started as `pooled`: a container has it now. Never throws. */
   leavePool(): void;
+  /** A card's tap is where its container's network is, and has to be gone when the VM is. Never throws. */
+  cardMoved(card: number): void;
   /** Moves the VMM and its helpers to another control group. What they have of memory stays counted where they got it. */
   enter(group: ControlGroup): Promise<void>;
   /** Resolves when nobody can reach the agent any more although the VM lives on; else never. */

@@ -161,6 +161,9 @@ export class FirecrackerVm implements Vm {
   /** It keeps nothing that it could give back. */
   leavePool(): void {}
 
+  /** A tap that is persistent is deleted from where it is. */
+  cardMoved(): void {}
+
   enter(group: ControlGroup): Promise<void> {
     return enterGroup(group, this.#parts);
   }

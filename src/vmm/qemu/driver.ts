@@ -176,7 +176,7 @@ async function launchWith(plugin: IdlePlugin | undefined, request: Launch, signa
   const ports = { agentPort: agent.port, filesPort: files.port };
   const args = { config, accelerator, translationMib, idlePlugin, tscKhz, channel: device, memory, ...ports };
   requireSocketPath(qmpSocket);
-  const taps = given.use(makeTaps(options.parking, config.networkCards));
+  const taps = stack.use(makeTaps(options.parking, config.networkCards));
   const listener = given.adopt(listenForPeers(qmpSocket), closeSync);
   // Before QEMU runs, which then sees its host in the turn of its main loop in which it takes the first command. By the last
   // one, to load the state, the port has that host, as the state says.
@@ -201,7 +201,7 @@ async function launchWith(plugin: IdlePlugin | undefined, request: Launch, signa
     ? connectQmp(connection, signal)
     : connectRestoring(connection, { state: { ...state, fd: stateFd(config) }, answered }, signal));
   const channel = channelRecord(device, agent, files);
-  return { qemu, ...control, agent, channel, files, nics: taps.nics, pooled, backend, resources: stack.move() };
+  return { qemu, ...control, agent, channel, files, nics: taps.nics, taps, pooled, backend, resources: stack.move() };
 }
 
 interface OpenChannel {

@@ -3,6 +3,7 @@ import type net from 'node:net';
 import { KilnError } from '../../errors.ts';
 import type { ControlGroup } from '../../host/control-group.ts';
 import { describeExit, type HelperProcess, type ProcessExit } from '../../host/helper-process.ts';
+import type { Taps } from '../cards.ts';
 import type { FirstConnection } from '../channel.ts';
 import { DriveSlots, isReadOnly } from '../drive-slots.ts';
 import type { FileChannel } from '../file-channel.ts';
@@ -37,6 +38,8 @@ export interface QemuParts {
   /** Where the guest's files go. */
   readonly files: Pick<FileChannel, 'accept'>;
   readonly nics: readonly NetworkCard[];
+  /** Of its cards; an earlier kilnd's VM has them alone. */
+  readonly taps?: Pick<Taps, 'leave'>;
   /** Drive slots that have a file already. */
   readonly usedSlots?: readonly SlotName[];
   /** A file that is there while the VM is in a pool. */
@@ -173,6 +176,10 @@ export class QemuVm implements Vm {
     } catch {
       // Then its memory is not given back.
     }
+  }
+
+  cardMoved(card: number): void {
+    this.#parts.taps?.leave(card);
   }
 
   async enter(group: ControlGroup): Promise<void> {

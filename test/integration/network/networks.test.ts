@@ -54,7 +54,11 @@ function veth(name: string, peer: string, mac: string): void {
 }
 
 const pathOf = (namespace: NetworkNamespace) => `/proc/${process.pid}/fd/${namespace.fd}`;
-const vm = () => ({ pid: vmm.pid ?? 0, nics: cards });
+const vm = (moved: number[] = []) => ({
+  pid: vmm.pid ?? 0,
+  nics: cards,
+  cardMoved: (card: number) => void moved.push(card),
+});
 const attach = (id = 'c', path = pathOf(sandbox)): ConnectedNetwork => networks.attach(id, vm(), path);
 
 /** What becomes of a TCP connection from the host's side, to a port where nobody listens. */
@@ -294,6 +298,16 @@ describe('a sandbox whose namespace has an interface', () => {
     expect(() => network.connect()).toThrow(
       'container c: the address fd00:9:0:0:0:0:0:3 of eth0 is in use by another machine on its network',
     );
+  });
+
+  test('tells once which card’s tap it has taken from where taps wait', () => {
+    const moved: number[] = [];
+    using network = networks.attach('c', vm(moved), pathOf(sandbox));
+    network.connect();
+    expect(moved).toEqual([0]);
+    veth('eth1', 'h1', '02:00:00:00:00:43');
+    network.connect();
+    expect(moved).toEqual([0, 1]);
   });
 
   test('is found again by a later kilnd', () => {

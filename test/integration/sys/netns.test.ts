@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { NetworkNamespace } from '../../../src/sys/netns.ts';
-import { deleteTap, openTap } from '../../../src/sys/tap.ts';
+import { closeTap, deleteTap, openTap } from '../../../src/sys/tap.ts';
 
 const here = () => readlinkSync('/proc/thread-self/ns/net');
 
@@ -87,7 +87,18 @@ describe('a tap device', () => {
     expect(namespace.run(interfaces)).toEqual(['lo']);
   });
 
-  test('that is persistent stays until it is deleted, and is opened again by its name', () => {
+  test('goes behind the back of whoever closes it, however many there are', async () => {
+    using namespace = NetworkNamespace.create();
+    const fds = namespace.run(() => Array.from({ length: 7 }, (_, index) => openTap(`ktap${index}`)));
+    expect(namespace.run(interfaces)).toHaveLength(8);
+    fds.forEach(closeTap);
+    await expect.poll(() => namespace.run(interfaces)).toEqual(['lo']);
+    // And when none was waiting any more.
+    closeTap(namespace.run(() => openTap('ktap')));
+    await expect.poll(() => namespace.run(interfaces)).toEqual(['lo']);
+  });
+
+  test('that is persistent stays until it is deleted, and is opened again by its name', async () => {
     using namespace = NetworkNamespace.create();
     namespace.run(() => {
       closeSync(openTap('ktap', { persistent: true, owner: 12_345 }));
@@ -96,8 +107,8 @@ describe('a tap device', () => {
       closeSync(openTap('ktap'));
       expect(interfaces()).toContain('ktap');
       deleteTap('ktap');
-      expect(interfaces()).toEqual(['lo']);
     });
+    await expect.poll(() => namespace.run(interfaces)).toEqual(['lo']);
   });
 
   test('refuses a name in use, and one that is none', () => {

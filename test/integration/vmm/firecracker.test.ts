@@ -463,7 +463,7 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
     expectNothingLeft();
   });
 
-  test('has its network cards’ taps, in the namespace where they wait, which are gone with it', async () => {
+  test('has its network cards’ taps, in the namespace where they wait, which go when it is gone', async () => {
     const running = await boot(jailed());
     const taps = running.nics.map(({ tap }) => tap).sort();
     expect(taps).toHaveLength(2);
@@ -471,7 +471,7 @@ describe.runIf(program !== undefined && jailer !== undefined)('the real Firecrac
     expect(parkedTaps()).toEqual(taps);
     expect(readlinkSync(`/proc/${running.pid}/ns/net`)).toBe(parking.identity);
     await running.kill();
-    expect(parkedTaps()).toEqual([]);
+    await expect.poll(parkedTaps).toEqual([]);
     expectNothingLeft();
   });
 

@@ -120,6 +120,8 @@ export class ScriptedVm implements Vm {
     this.leftPool = true;
   }
 
+  cardMoved(): void {}
+
   async enter(): Promise<void> {
     this.entered = true;
   }

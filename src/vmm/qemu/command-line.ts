@@ -166,12 +166,18 @@ function channelDevice(channel: ChannelDevice, config: VmConfig, bus: string): s
   }
 }
 
+/**
+ * All that QEMU can emulate, but for the hint that REP STOSB and REP MOVSB are quick: QEMU makes a byte at a time, and Linux takes eight
+ * at a time then, by which pages are cleared and copied six times as fast.
+ */
+const emulatedCpu = 'max,-erms';
+
 function machineOptions({ accelerator, translationMib }: CommandLineOptions): string[] {
   if (accelerator === 'kvm') return ['-M', 'microvm,accel=kvm,acpi=on,rtc=on,memory-backend=mem', '-cpu', 'host'];
   // Under TCG the guest needs the legacy timers to calibrate against.
   const machine = 'acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem';
-  if (translationMib === undefined) return ['-M', `microvm,accel=tcg,${machine}`, '-cpu', 'max'];
-  return ['-accel', `tcg,tb-size=${translationMib}`, '-M', `microvm,${machine}`, '-cpu', 'max'];
+  if (translationMib === undefined) return ['-M', `microvm,accel=tcg,${machine}`, '-cpu', emulatedCpu];
+  return ['-accel', `tcg,tb-size=${translationMib}`, '-M', `microvm,${machine}`, '-cpu', emulatedCpu];
 }
 
 function idleOptions(plugin: IdlePlugin | undefined): string[] {

@@ -71,9 +71,12 @@ test('lets the guest see a full disk of the host as an error and not as a VM tha
 });
 
 test('gives a guest under TCG the legacy timers and the frequency of the TSC, and one under KVM neither', () => {
-  expect(machineOf()).toEqual(['microvm,accel=tcg,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem', 'max']);
+  expect(machineOf()).toEqual(['microvm,accel=tcg,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem', 'max,-erms']);
   expect(kernelCommandLine(options)).toContain(' kiln.emulated tsc=reliable tsc_early_khz=2799998');
-  expect(machineOf({ translationMib: 32 })).toEqual(['microvm,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem', 'max']);
+  expect(machineOf({ translationMib: 32 })).toEqual([
+    'microvm,acpi=on,pit=on,pic=on,rtc=on,memory-backend=mem',
+    'max,-erms',
+  ]);
   expect(qemuArguments({ ...options, translationMib: 32 }).join(' ')).toContain(' -accel tcg,tb-size=32 ');
   const idlePlugin = { file: '/a.so', afterS: 5, unless: '/b,c' };
   expect(valuesOf(qemuArguments({ ...options, idlePlugin }), '-plugin')).toEqual(['file=/a.so,after=5,unless=/b,,c']);

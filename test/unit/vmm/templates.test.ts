@@ -112,7 +112,7 @@ describe('the templates of QEMU', () => {
     const before = templates().fingerprint(workspace.vm());
     expect(templates().fingerprint(workspace.vm())).toEqual(before);
     expect(before[0]).toContain(workspace.path('qemu'));
-    expect(before.join(' ')).toMatch(/ -M microvm,accel=tcg,\S+ -cpu max /);
+    expect(before.join(' ')).toMatch(/ -M microvm,accel=tcg,\S+ -cpu max,-erms /);
     // The CPU's clock changes all the time, and each clone has a name and a directory of its own.
     workspace.devices({ cpuinfo: workspace.file('cpuinfo', 'cpu MHz\t\t: 1200.0\n') });
     expect(templates().fingerprint(workspace.vm({ id: 'two', directory: '/elsewhere' }))).toEqual(before);

@@ -68,8 +68,12 @@ function firstOf(call: CreationCall): Promise<{ readonly pid: number }> {
   return new Promise((resolve, reject) => {
     // One that comes later (the cancellation is one) changes nothing.
     call.on('error', (error) => reject(toKilnError(error)));
-    call.on('end', () => reject(new KilnError('internal', 'the agent in the guest does not tell what it has created')));
+    const onEnd = () => {
+      reject(new KilnError('internal', 'the agent in the guest does not tell what it has created'));
+    };
+    call.on('end', onEnd);
     call.once('data', (message: { readonly pid: number }) => {
+      call.off('end', onEnd);
       call.pause();
       resolve(message);
     });

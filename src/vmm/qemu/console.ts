@@ -20,6 +20,11 @@ export class GuestConsole {
 
   /** At most the last `maxChars` characters; only what was read before once QEMU no longer answers. */
   async tail(maxChars: number): Promise<string> {
+    if (!this.#qmp.closed) await this.#read();
+    return this.#text.trim().slice(-maxChars).trim();
+  }
+
+  async #read(): Promise<void> {
     try {
       const request = this.#qmp.execute('ringbuf-read', { device: 'console', size: consoleBufferBytes });
       const news = await Promise.race([request, delay(answerLimitMs, '', { ref: false })]);
@@ -27,6 +32,5 @@ export class GuestConsole {
     } catch {
       // The VM is ending; its last words have been read, or cannot be.
     }
-    return this.#text.trim().slice(-maxChars).trim();
   }
 }

@@ -84,6 +84,11 @@ export class QmpClient extends EventEmitter<QmpEvents> {
     return promise;
   }
 
+  /** True once nothing is answered any more. */
+  get closed(): boolean {
+    return this.#closed;
+  }
+
   /** True once QEMU has ended the conversation, and not we, for something it said. */
   get closedByPeer(): boolean {
     return this.#closed && this.#reason === undefined;

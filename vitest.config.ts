@@ -1,5 +1,8 @@
 import { defineConfig } from 'vitest/config';
 
+/** What is polled for comes in milliseconds, unless the machine is busy. */
+const patient = { poll: { timeout: 10_000 } };
+
 /**
  * Four projects, run one after the other:
  * unit         no root, no virtual machine, a few seconds
@@ -15,6 +18,7 @@ export default defineConfig({
         test: {
           name: 'unit',
           include: ['test/unit/**/*.test.ts'],
+          expect: patient,
           testTimeout: 60_000,
           sequence: { groupOrder: 0 },
         },
@@ -23,6 +27,7 @@ export default defineConfig({
         test: {
           name: 'integration',
           include: ['test/integration/**/*.test.ts'],
+          expect: patient,
           testTimeout: 60_000,
           maxWorkers: 1,
           fileParallelism: false,
@@ -35,6 +40,7 @@ export default defineConfig({
           include: ['test/e2e/**/*.test.ts'],
           exclude: ['test/e2e/kernels.test.ts'],
           globalSetup: ['test/support/shared-templates.ts'],
+          expect: patient,
           testTimeout: 180_000,
           hookTimeout: 180_000,
           maxWorkers: 1,
@@ -46,6 +52,7 @@ export default defineConfig({
         test: {
           name: 'kernels',
           include: ['test/e2e/kernels.test.ts'],
+          expect: patient,
           testTimeout: 180_000,
           hookTimeout: 180_000,
           sequence: { groupOrder: 3 },

@@ -61,8 +61,9 @@ export interface Spawn {
 }
 
 /**
- * Starts a program in a session of its own, with no signal blocked or ignored. It runs when this returns; that its
- * command line and environment can be seen in /proc takes a moment more.
+ * Starts a program in a session of its own, with no signal blocked or ignored. It runs when this returns. The kernel
+ * lets go of us in the middle of execve(2) (begin_new_exec of fs/exec.c): that our close-on-exec descriptors are closed
+ * in it, and its command line and environment can be seen in /proc, takes a moment more.
  *
  * @returns its process id
  * @throws SysError of posix_spawnp(3), execve(2), chdir(2): ENOENT, EACCES …

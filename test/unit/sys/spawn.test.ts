@@ -6,6 +6,9 @@ import { posixSpawn, type Spawn } from '../../../src/sys/spawn.ts';
 
 const nothing = { args: [], env: {}, workingDirectory: '/', fds: [null, null, null] };
 
+/** What a program sees of itself a moment after it runs, which is when `posixSpawn` returns. */
+const soon = (expected: () => void) => vi.waitFor(expected, { interval: 1 });
+
 /** A process that waits until it is killed, at the end of the test. */
 async function withSleep(options: Partial<Spawn>, look: (pid: number) => unknown): Promise<void> {
   const pid = posixSpawn({ ...nothing, path: '/bin/sleep', args: ['1000'], ...options });
@@ -32,23 +35,21 @@ it('gives a program its descriptors, also those that lie where others are to go'
 
 it('gives a program its descriptors from elsewhere, one also twice', async () => {
   const [zero, full] = [openSync('/dev/zero', 'r'), openSync('/dev/full', 'r')];
-  await withSleep({ fds: [null, zero, zero, full] }, (pid) => {
+  await withSleep({ fds: [null, zero, zero, full] }, async (pid) => {
     const place = (fd: number) => readlinkSync(`/proc/${pid}/fd/${fd}`);
     expect([0, 1, 2, 3].map(place)).toEqual(['/dev/null', '/dev/zero', '/dev/zero', '/dev/full']);
-    expect(() => place(zero)).toThrow('ENOENT');
+    await soon(() => expect(() => place(zero)).toThrow('ENOENT'));
   });
   for (const fd of [zero, full]) closeSync(fd);
 });
 
 it('gives a program no descriptor beside its own', async () => {
-  await withSleep({}, (pid) => expect(() => readlinkSync(`/proc/${pid}/fd/3`)).toThrow('ENOENT'));
+  await withSleep({}, (pid) => soon(() => expect(() => readlinkSync(`/proc/${pid}/fd/3`)).toThrow('ENOENT')));
 });
 
 it('starts it in a session of its own, with this environment, in this directory', async () => {
   await withSleep({ env: { A: 'b', C: '' }, workingDirectory: '/usr' }, async (pid) => {
-    // It has that a moment after it runs.
-    const environment = () => readFileSync(`/proc/${pid}/environ`, 'utf8');
-    await vi.waitFor(() => expect(environment()).toBe('A=b\0C=\0'), { interval: 1 });
+    await soon(() => expect(readFileSync(`/proc/${pid}/environ`, 'utf8')).toBe('A=b\0C=\0'));
     expect(readlinkSync(`/proc/${pid}/cwd`)).toBe('/usr');
     expect(
       readFileSync(`/proc/${pid}/stat`, 'utf8')

@@ -6,7 +6,8 @@ import type { Logger } from '../observe/logger.ts';
 import { readContainerRecord } from '../sandbox/record.ts';
 import { toTaskBefore } from '../shim/status.ts';
 import type { TaskBefore } from '../shim/task.ts';
-import { readTaskRecord, removeTaskRecord, type TaskRecord } from '../shim/task-record.ts';
+import { isStarted } from '../shim/task-events.ts';
+import { readTaskRecord, removeTaskRecord, type TaskRecord, type TaskState } from '../shim/task-record.ts';
 import { endRemains } from './remains.ts';
 
 /** Where the records of tasks lie, each under its endpoint's key. */
@@ -22,13 +23,14 @@ export function containerDirectory(stateDir: string, key: string): string {
 /** Where the virtual machines of the pool have their directories, in the state folder. */
 export const poolName = 'p';
 
-/** What is known of a container that is not taken over yet, as State has it. */
-export function knownOf(directory: string): TaskBefore {
+/** What is known of a container that is not taken over yet, as State has it. Its task has this state. */
+export function knownOf(directory: string, state: TaskState): TaskBefore {
   try {
-    return toTaskBefore(readContainerRecord(directory));
+    const record = readContainerRecord(directory);
+    return toTaskBefore(record, record?.place === 'pod' ? record.started : isStarted(state));
   } catch {
     // Whoever takes it over tells why.
-    return toTaskBefore(undefined);
+    return toTaskBefore(undefined, false);
   }
 }
 

@@ -139,7 +139,7 @@ export class Endpoints {
     const { adoptContainer, adoptSandbox } = this.#options;
     const endpoint = this.#make(key, context);
     const given = { ...this.#contextOf(key, context, endpoint), timeline: new Timeline() };
-    return endpoint.restore(state, knownOf(given.directory), {
+    return endpoint.restore(state, knownOf(given.directory, state), {
       task: (signal) => adoptContainer(state, given, signal),
       sandbox: (signal) => adoptSandbox(given, signal),
     });

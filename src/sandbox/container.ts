@@ -141,7 +141,6 @@ export class Container {
       faultPoint('container-start');
       this.timeline.mark('started');
       this.#state = { kind: 'running' };
-      this.#save();
     } catch (error) {
       this.#state = { kind: 'created' };
       throw error;
@@ -177,7 +176,6 @@ export class Container {
     const exit = this.exit.peek();
     const record: ContainerRecord = {
       ...{ version: 1, id: this.id, terminal: this.terminal },
-      started: this.#state.kind !== 'created' && this.#state.kind !== 'starting',
       ...tenancy.record(),
       standIn: standIn.identity,
       ...(standIn.callers === true ? { standInIsCallers: true } : {}),

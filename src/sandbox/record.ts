@@ -18,8 +18,6 @@ const common = {
   version: z.literal(1),
   id: z.string(),
   terminal: z.boolean(),
-  /** The user's program was started. */
-  started: z.boolean(),
   standIn: identityRecord,
   /** The stand-in is a process of the caller's, which ends by itself. */
   standInIsCallers: z.boolean().optional(),
@@ -77,6 +75,8 @@ const podRecord = z.object({
   place: z.literal('pod'),
   ...common,
   ...ofVm,
+  /** Its start was asked for. Of a container the guest knows whether its program was started. */
+  started: z.boolean(),
   /** Where the files are that its containers get in /etc. */
   filesDirectory: z.string().optional(),
 });

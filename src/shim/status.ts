@@ -36,10 +36,14 @@ export function toTaskStatus(state: ContainerState): Status {
   }
 }
 
-/** What State says of a container that is written down and not taken over yet. */
-export function toTaskBefore(record: ContainerRecord | undefined): TaskBefore {
+/**
+ * What State says of a container that is written down and not taken over yet.
+ *
+ * @param started whether its task is
+ */
+export function toTaskBefore(record: ContainerRecord | undefined, started: boolean): TaskBefore {
   if (record === undefined) return { pid: 0, status: Status.UNKNOWN };
-  const alive = record.started ? Status.RUNNING : Status.CREATED;
+  const alive = started ? Status.RUNNING : Status.CREATED;
   return { pid: record.standIn.pid, status: record.exit === undefined ? alive : Status.STOPPED };
 }
 

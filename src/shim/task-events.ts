@@ -4,6 +4,7 @@ import { Announcer, type AnnouncerOptions } from './announcer.ts';
 import { toDeleteResponse } from './delete-reply.ts';
 import { toTimestamp } from './status.ts';
 import { allExited, type EndedProcess, type Task, type TaskRequest, type Tracked } from './task.ts';
+import type { TaskState } from './task-record.ts';
 import type { TaskEvent } from './topics.ts';
 
 /*
@@ -29,6 +30,12 @@ const names = {
   start: (execId: string) => `start ${execId}`,
   exit: (execId: string) => `exit ${execId}`,
 } as const;
+
+/** Whether the start of a task that is written down was told of, or is to be. */
+export function isStarted({ announced, due }: Pick<TaskState, 'announced' | 'due'>): boolean {
+  const start = names.start('');
+  return announced.includes(start) || due.includes(start);
+}
 
 /** What containerd is told of one task. */
 export class TaskEvents {

@@ -164,7 +164,7 @@ function containerRecord(standIn: HelperProcess, fields: Partial<AloneRecord> = 
   const script = `: >${join(stateDir, 'poststop-ran')}`;
   return {
     place: 'alone',
-    ...{ version: 1, id: 'c1', terminal: false, started: true, session: 's', answerLimitMs: 1000, vmm: 'qemu', vm: {} },
+    ...{ version: 1, id: 'c1', terminal: false, session: 's', answerLimitMs: 1000, vmm: 'qemu', vm: {} },
     standIn: standIn.identity!,
     hooks: {
       ...{ prestart: [], createRuntime: [], poststart: [], bundle: stateDir, ociVersion: '1.2.1', annotations: {} },
@@ -177,22 +177,35 @@ function containerRecord(standIn: HelperProcess, fields: Partial<AloneRecord> = 
 }
 
 describe('what is known of a container before it is taken over', () => {
+  const state = (told: Partial<TaskState>): TaskState => ({ ...noTask, ...told });
+
   it.each([
-    ['that was created', { started: false }, Status.CREATED],
-    ['that runs', {}, Status.RUNNING],
-    ['that has ended', { exit: { status: 1, atMs: 1 } }, Status.STOPPED],
-  ])('%s', async (_what, fields, status) => {
+    ['that was created', {}, { announced: ['create'], due: ['start e1'] }, Status.CREATED],
+    ['that runs', {}, { announced: ['create', 'start '] }, Status.RUNNING],
+    ['whose start containerd has not taken', {}, { announced: ['create'], due: ['start '] }, Status.RUNNING],
+    ['that has ended', { exit: { status: 1, atMs: 1 } }, { announced: ['start '] }, Status.STOPPED],
+  ])('%s', async (_what, fields, told, status) => {
     const helper = await leave('aa');
     writeContainerRecord(containerDirectory(stateDir, 'aa'), containerRecord(helper, fields));
-    expect(knownOf(containerDirectory(stateDir, 'aa'))).toEqual({ pid: helper.pid, status });
+    expect(knownOf(containerDirectory(stateDir, 'aa'), state(told))).toEqual({ pid: helper.pid, status });
+  });
+
+  it.each([
+    ['was not started', false, Status.CREATED],
+    ['was started', true, Status.RUNNING],
+  ])('is of a pod that %s what its own record says', async (_what, started, status) => {
+    const helper = await leave('aa');
+    const { disks: _, ...common } = containerRecord(helper);
+    writeContainerRecord(containerDirectory(stateDir, 'aa'), { ...common, place: 'pod', started });
+    expect(knownOf(containerDirectory(stateDir, 'aa'), noTask)).toEqual({ pid: helper.pid, status });
   });
 
   it('is nothing without a record that can be read', async () => {
     await leave('aa');
     const directory = containerDirectory(stateDir, 'aa');
-    expect(knownOf(directory)).toEqual({ pid: 0, status: Status.UNKNOWN });
+    expect(knownOf(directory, noTask)).toEqual({ pid: 0, status: Status.UNKNOWN });
     writeFileSync(join(directory, 'container.json'), 'x');
-    expect(knownOf(directory)).toEqual({ pid: 0, status: Status.UNKNOWN });
+    expect(knownOf(directory, noTask)).toEqual({ pid: 0, status: Status.UNKNOWN });
   });
 });
 
@@ -230,7 +243,7 @@ describe('a container that cannot be taken over has ended', () => {
   it('be it a sandbox', async () => {
     const helper = await leave('aa');
     const { disks: _, ...common } = containerRecord(helper);
-    writeContainerRecord(containerDirectory(stateDir, 'aa'), { ...common, place: 'pod' });
+    writeContainerRecord(containerDirectory(stateDir, 'aa'), { ...common, place: 'pod', started: true });
     const sandbox = await adoptSandbox(installation, context(), new AbortController().signal);
     expect((await sandbox.exit.wait()).status).toBe(255);
     expect(errors()).toEqual(['cannot take the sandbox over: it has ended']);
@@ -245,7 +258,7 @@ describe('a container that cannot be taken over has ended', () => {
   it('be it a sandbox whose end is known', async () => {
     const helper = await leave('aa');
     const { disks: _, ...common } = containerRecord(helper, { exit: { status: 137, atMs: 1_700_000_000_123 } });
-    writeContainerRecord(containerDirectory(stateDir, 'aa'), { ...common, place: 'pod' });
+    writeContainerRecord(containerDirectory(stateDir, 'aa'), { ...common, place: 'pod', started: true });
     const sandbox = await adoptSandbox(installation, context(), new AbortController().signal);
     expect(await sandbox.exit.wait()).toEqual({ status: 137, at: new Date(1_700_000_000_123) });
     expect(errors()).toEqual([]);

@@ -97,20 +97,13 @@ describe.skipIf(!canMakeNetns)('a container that is taken over', () => {
 
   it('that was not started is created, and can be started', async () => {
     const made = bench({ started: false });
-    const { container } = await made.adopt(await made.leave({ started: false }));
+    const { container } = await made.adopt(await made.leave());
     expect(container.state).toEqual({ kind: 'created' });
     expect(made.events).not.toContain('stdin taken over');
     await container.start();
     expect(container.state).toEqual({ kind: 'running' });
     expect(made.events.at(-1)).toBe('stdin started');
     expect(made.agent.calls).toContain('startContainer');
-    expect(readContainerRecord(made.directory)?.started).toBe(true);
-  });
-
-  it('whose start the guest knows, and the record does not, runs', async () => {
-    const made = bench({ started: true });
-    const { container } = await made.adopt(await made.leave({ started: false }));
-    expect(container.state).toEqual({ kind: 'running' });
   });
 
   it('that was frozen is paused, and can be resumed', async () => {

@@ -13,7 +13,7 @@ afterEach(() => rmSync(folder, { recursive: true, force: true }));
 
 const record: ContainerRecord = {
   place: 'alone',
-  ...{ version: 1, id: 'c1', terminal: true, started: false, session: 's', answerLimitMs: 60_000, vmm: 'qemu' },
+  ...{ version: 1, id: 'c1', terminal: true, session: 's', answerLimitMs: 60_000, vmm: 'qemu' },
   vm: { version: 1, usedSlots: ['ro0'], deep: { of: ['the', 'driver'] } },
   standIn: { pid: 7, startTime: '123', bootId: 'b' },
   hooks: {
@@ -29,7 +29,7 @@ describe("a container's record", () => {
     expect(readContainerRecord(folder)).toBeUndefined();
     writeContainerRecord(folder, record);
     expect(readContainerRecord(folder)).toEqual(record);
-    const ended = { ...record, started: true, exit: { status: 137, atMs: 1_700_000_000_123 }, oomKills: 2 };
+    const ended = { ...record, exit: { status: 137, atMs: 1_700_000_000_123 }, oomKills: 2 };
     writeContainerRecord(folder, ended);
     expect(readContainerRecord(folder)).toEqual(ended);
     const [name = '', ...others] = readdirSync(folder);

@@ -328,15 +328,7 @@ export class Workbench implements AsyncDisposable {
     if (standIn.identity === undefined) throw new Error('the stand-in has ended');
     const record: AloneRecord = {
       place: 'alone',
-      ...{
-        version: 1,
-        id: 'c1',
-        terminal: this.terminal,
-        started: true,
-        session,
-        answerLimitMs: 5000,
-        volumeCache: 'mmap',
-      },
+      ...{ version: 1, id: 'c1', terminal: this.terminal, session, answerLimitMs: 5000, volumeCache: 'mmap' },
       ...{ vmm: 'scripted', vm: { pid: 1_000_000 }, standIn: standIn.identity, oomKills: 0 },
       hooks: this.#request().hooks,
       disks: { lower: '/cache/lower.erofs', writable: '/work/rw.ext4' },

@@ -3,6 +3,7 @@ import { existsSync, rmSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import type { KilnPaths } from '../config/paths.ts';
 import { KilnError } from '../errors.ts';
+import { Turns } from '../host/turns.ts';
 import type { DaemonLog, Logger } from '../observe/logger.ts';
 import { TaskLog } from '../observe/task-log.ts';
 import { Timeline } from '../observe/timeline.ts';
@@ -22,7 +23,6 @@ import { removeTaskRecord, type TaskRecord, type TaskState, writeTaskRecord } fr
 import { containerDirectory, knownOf, taskFile } from './earlier.ts';
 import { Endings } from './endings.ts';
 import { isOfPod } from './pods.ts';
-import { Turns } from './turns.ts';
 
 /** How long events may still take to reach containerd when kilnd stops, in ms. */
 const lastEventsMs = 2000;

@@ -4,16 +4,17 @@
  * device is brought into the namespace, everything that arrives at the interface leaves by the tap, and the other way round;
  * the guest takes over MAC, addresses and routes. The interface itself keeps them, for whoever looks.
  *
- * A tap comes only when there is an interface for it, since moving one takes the kernel some 15 ms, in which kilnd does nothing
- * else. Until then it waits in the namespace of the VMM. In the sandbox's namespace it says by its name which card it belongs
+ * A tap comes only when there is an interface for it, since moving one takes the kernel some 20 ms, in which it changes no other
+ * interface. Until then it waits in the namespace of the VMM. In the sandbox's namespace it says by its name which card it belongs
  * to, and by its alias which interface it stands for. So a later kilnd finds out from there.
  */
 import { readlinkSync, writeFileSync } from 'node:fs';
 import { isIPv6 } from 'node:net';
 import { KilnError } from '../errors.ts';
+import { Turns } from '../host/turns.ts';
 import { bindLoopback, type LoopbackFamily, openSocket } from '../sys/loopback.ts';
 import { NetworkNamespace } from '../sys/netns.ts';
-import { deleteLink, type Link, listLinks, setLink } from '../sys/rtnetlink/links.ts';
+import { deleteLink, type Link, listLinks, moveLink, setLink } from '../sys/rtnetlink/links.ts';
 import { openNetworkMonitor, watchNetwork } from '../sys/rtnetlink/monitor.ts';
 import { admitAnswers, askingPorts, endRedirect, redirect } from '../sys/rtnetlink/redirect.ts';
 import { RtnetlinkSocket } from '../sys/rtnetlink/socket.ts';
@@ -50,7 +51,7 @@ const localPortRange = '/proc/sys/net/ipv4/ip_local_port_range';
 /** A sandbox's network, as the sandbox sees it. */
 export type ConnectedNetwork = Pick<
   SandboxNetwork,
-  'connect' | 'told' | 'watch' | 'bindLoopback' | 'ask' | 'admitAnswers' | typeof Symbol.dispose
+  'connect' | 'told' | 'watch' | 'bindLoopback' | 'ask' | 'admitAnswers' | typeof Symbol.asyncDispose
 >;
 
 /** What makes the networks of sandboxes. */
@@ -107,8 +108,19 @@ function openNamespace(id: string, path: string): NetworkNamespace {
   }
 }
 
+/** Taps move one after the other: the kernel lets no two at once, and each would keep one of libuv's four threads waiting. */
+const moves = new Turns();
+
+/** What `#look` has found. */
+interface Seen {
+  /** The cards that interfaces wait for, whose taps are not there yet. */
+  readonly missing: readonly number[];
+  /** Undefined also when there is nothing for the guest. */
+  readonly config?: NetworkConfig;
+}
+
 /** A sandbox's namespace, with the taps of its VM in it. */
-export class SandboxNetwork implements Disposable {
+export class SandboxNetwork implements AsyncDisposable {
   readonly #id: string;
   readonly #vm: NetworkedVm;
   /** Held open, since whoever it is named after may end before its VM. */
@@ -121,6 +133,8 @@ export class SandboxNetwork implements Disposable {
   readonly #moved = new Set<number>();
   /** See `admitAnswers`. */
   #admitsAnswers = false;
+  /** Of `connect`, and of the end. */
+  readonly #turns = new Turns();
   #disposed = false;
 
   /** @param namespace is this object's from now on */
@@ -134,23 +148,42 @@ export class SandboxNetwork implements Disposable {
    * Connects the interfaces that have come since, and says what the guest has to take over, all in all. Undefined when that is
    * nothing, or what it has already.
    *
-   * @throws KilnError resource-exhausted when there are more interfaces than cards; internal with the kernel's words
+   * @throws KilnError resource-exhausted when there are more interfaces than cards; unavailable when the network is disposed of;
+   *   internal with the kernel's words
    */
-  connect(): NetworkConfig | undefined {
-    const config = this.#namespace.run(() => {
-      if (this.#told === '' && loopbackIsAlone()) return undefined;
+  connect(): Promise<NetworkConfig | undefined> {
+    return this.#turns.take('', () => this.#connect());
+  }
+
+  async #connect(): Promise<NetworkConfig | undefined> {
+    for (;;) {
+      const { missing, config } = this.#look();
+      // Afterwards there may be others.
+      for (const card of missing) await moves.take('', () => this.#bring(card));
+      if (missing.length > 0) continue;
+      const hasNothing = config?.interfaces.length === 0 && this.#told === '';
+      return config === undefined || hasNothing || textOf(config) === this.#told ? undefined : config;
+    }
+  }
+
+  #look(): Seen {
+    if (this.#disposed) throw new KilnError('unavailable', `container ${this.#id}: its network has ended`);
+    return this.#namespace.run(() => {
+      if (this.#told === '' && loopbackIsAlone()) return { missing: [] };
       using socket = new RtnetlinkSocket();
       try {
-        return readNetwork(this.#id, socket, this.#connectLinks(socket));
+        const { missing, connected } = this.#connectLinks(socket);
+        return missing.length > 0 ? { missing } : { missing, config: readNetwork(this.#id, socket, connected) };
       } catch (cause) {
-        if (cause instanceof KilnError) throw cause;
-        const message = `container ${this.#id}: cannot connect its network: ${(cause as Error).message}`;
-        throw new KilnError('internal', message, { cause });
+        throw this.#failure(cause);
       }
     });
-    if (config === undefined) return undefined;
-    const hasNothing = config.interfaces.length === 0 && this.#told === '';
-    return hasNothing || textOf(config) === this.#told ? undefined : config;
+  }
+
+  #failure(cause: unknown): KilnError {
+    if (cause instanceof KilnError) return cause;
+    const message = `container ${this.#id}: cannot connect its network: ${(cause as Error).message}`;
+    return new KilnError('internal', message, { cause });
   }
 
   /** The guest has taken it over. */
@@ -229,7 +262,8 @@ export class SandboxNetwork implements Disposable {
     return this.#vm.nics.map((_, card) => links.find(({ name }) => name === tapName(card)));
   }
 
-  #connectLinks(socket: RtnetlinkSocket): ConnectedLink[] {
+  /** Connects the interfaces, if the taps for all of them are there. */
+  #connectLinks(socket: RtnetlinkSocket): Pick<Seen, 'missing'> & { readonly connected: readonly ConnectedLink[] } {
     const { nics } = this.#vm;
     const links = listLinks(socket);
     const taps = this.#removeAbandoned(socket, this.#taps(links));
@@ -246,19 +280,26 @@ export class SandboxNetwork implements Disposable {
         { hint: 'vm.network_cards in the config file sets how many a VM has' },
       );
     }
+    const chosen = free.slice(0, fresh.length);
+    const missing = chosen.filter((card) => !this.#moved.has(card));
+    if (missing.length > 0) return { missing, connected: [] };
     for (const [card, tap] of taps.entries()) {
       const mtu = tapMtuFor(standsFor[card]);
       if (tap !== undefined && mtu !== undefined && tap.mtu !== mtu) setLink(socket, tap.index, { mtu });
     }
     for (const [position, link] of fresh.entries()) {
-      const card = free[position] as number;
-      const tap = this.#bring(card, socket);
+      const card = chosen[position] as number;
+      const tap = taps[card];
+      if (tap === undefined) throw new KilnError('internal', `container ${this.#id}: ${tapName(card)} is gone`);
       this.#connected.add(link.index);
       connectLink(socket, link, tap);
       if (this.#admitsAnswers) admitAnswers(socket, link.index, tap.index);
       standsFor[card] = link;
     }
-    return standsFor.flatMap((link, card) => (link === undefined ? [] : [{ link, cardMac: nics[card]?.mac ?? '' }]));
+    const connected = standsFor.flatMap((link, card) => {
+      return link === undefined ? [] : [{ link, cardMac: nics[card]?.mac ?? '' }];
+    });
+    return { missing, connected };
   }
 
   /** A persistent tap outlives its VM where kilnd was killed while it made the container, or the VM ended without kilnd. */
@@ -278,30 +319,33 @@ export class SandboxNetwork implements Disposable {
     });
   }
 
-  /** A card's tap, in the sandbox's namespace. @param socket of that namespace */
-  #bring(card: number, socket: RtnetlinkSocket): Link {
-    if (!this.#moved.has(card)) {
-      const { pid, nics } = this.#vm;
-      using waiting = openNamespace(this.#id, `/proc/${pid}/ns/net`);
-      waiting.run(() => {
-        using there = new RtnetlinkSocket();
-        const link = listLinks(there).find(({ name }) => name === nics[card]?.tap);
-        if (link === undefined)
-          throw new KilnError('internal', `container ${this.#id}: a tap device of its VM is gone`);
-        setLink(there, link.index, { name: tapName(card), namespaceFd: this.#namespace.fd });
-      });
-      this.#moved.add(card);
-      this.#vm.cardMoved(card);
+  /** Brings a card's tap into the sandbox's namespace. */
+  async #bring(card: number): Promise<void> {
+    // While it waited for its turn.
+    if (this.#disposed) return;
+    const { pid, nics } = this.#vm;
+    using waiting = openNamespace(this.#id, `/proc/${pid}/ns/net`);
+    try {
+      using there = waiting.run(() => new RtnetlinkSocket());
+      const link = listLinks(there).find(({ name }) => name === nics[card]?.tap);
+      if (link === undefined) throw new KilnError('internal', `container ${this.#id}: a tap device of its VM is gone`);
+      await moveLink(there, link.index, tapName(card), this.#namespace.fd);
+    } catch (cause) {
+      throw this.#failure(cause);
     }
-    const tap = this.#taps(listLinks(socket))[card];
-    if (tap === undefined) throw new KilnError('internal', `container ${this.#id}: ${tapName(card)} is gone`);
-    return tap;
+    this.#moved.add(card);
+    this.#vm.cardMoved(card);
   }
 
   /** Leaves the interfaces as they were. Safe to call twice. @throws SysError */
-  [Symbol.dispose](): void {
+  async [Symbol.asyncDispose](): Promise<void> {
     if (this.#disposed) return;
     this.#disposed = true;
+    // A tap that is on its way arrives.
+    await this.#turns.take('', async () => this.#leave());
+  }
+
+  #leave(): void {
     using namespace = this.#namespace;
     // Without a tap that was brought there, nothing was connected.
     if (this.#moved.size === 0) return;

@@ -22,7 +22,7 @@ export interface GuestNetworkOptions {
   readonly logger: Logger;
 }
 
-export class GuestNetwork implements Disposable {
+export class GuestNetwork implements AsyncDisposable {
   readonly #options: GuestNetworkOptions;
   readonly #following = new DisposableStack();
   readonly #nameservers: Nameservers;
@@ -47,7 +47,7 @@ export class GuestNetwork implements Disposable {
   /** Has the guest take over, with what it is asked for, what has changed since it was asked last. */
   async tell<T>(ask: (config: NetworkConfig | undefined) => Promise<T>): Promise<T> {
     const { network } = this.#options;
-    const config = network.connect();
+    const config = await network.connect();
     const answer = await ask(config);
     if (config !== undefined) network.told(config);
     return answer;
@@ -113,8 +113,8 @@ export class GuestNetwork implements Disposable {
   }
 
   /** Leaves the namespace as it was; to be called when the VM has ended. @throws SysError */
-  [Symbol.dispose](): void {
+  async [Symbol.asyncDispose](): Promise<void> {
     this.stop();
-    this.#options.network[Symbol.dispose]();
+    await this.#options.network[Symbol.asyncDispose]();
   }
 }

@@ -286,7 +286,7 @@ export class Sandbox implements AsyncDisposable {
     await using others = new AsyncDisposableStack();
     others.use(this.#disks);
     others.defer(() => this.#volumes?.[Symbol.asyncDispose]());
-    others.defer(() => this.#network?.[Symbol.dispose]());
+    others.use(this.#network);
     await this.vm.kill();
     const directory = this.#vmDirectory;
     if (directory !== undefined) others.defer(() => rmSync(directory, { recursive: true, force: true }));

@@ -38,6 +38,8 @@ export function declare<Arguments extends Argument[]>(definition: string): CFunc
   const promise = (syscall: string, path: string | undefined, ...args: Arguments): Promise<number> =>
     new Promise((done, fail) => {
       resolve().async(...args, (error: Error | null, result: number) => {
+        // koffi has only the addresses of memory: so long that is held here.
+        args.length = 0;
         if (error !== null) fail(error);
         // koffi carries the worker thread's errno over to the callback.
         else if (result === -1) fail(new SysError(koffi.errno(), syscall, path));

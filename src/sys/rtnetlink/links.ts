@@ -50,8 +50,6 @@ export interface LinkChange {
   readonly mac?: string;
   readonly mtu?: number;
   readonly up?: boolean;
-  /** Moves it to the network namespace of this descriptor. */
-  readonly namespaceFd?: number;
   readonly alias?: string;
 }
 
@@ -90,7 +88,6 @@ export function setLink(socket: RtnetlinkSocket, index: number, change: LinkChan
   if (change.name !== undefined) attributes.push(attribute(IFLA_IFNAME, text(change.name)));
   if (change.mac !== undefined) attributes.push(attribute(IFLA_ADDRESS, parseMac(change.mac)));
   if (change.mtu !== undefined) attributes.push(attribute(IFLA_MTU, u32(change.mtu)));
-  if (change.namespaceFd !== undefined) attributes.push(attribute(IFLA_NET_NS_FD, u32(change.namespaceFd)));
   if (change.alias !== undefined) attributes.push(attribute(IFLA_IFALIAS, text(change.alias)));
   const up = change.up === undefined ? ifinfomsg(index) : ifinfomsg(index, change.up ? IFF_UP : 0, IFF_UP);
   socket.request(`RTM_SETLINK ${describe(index, change)}`, RTM_SETLINK, 0, up, ...attributes);
@@ -99,6 +96,25 @@ export function setLink(socket: RtnetlinkSocket, index: number, change: LinkChan
 function describe(index: number, change: LinkChange): string {
   const words = Object.entries(change).map(([key, value]) => `${key}=${value}`);
   return [`interface ${index}`, ...words].join(' ');
+}
+
+/**
+ * Moves an interface to another network namespace, where it has this name; it must be down. The kernel waits until no CPU can be
+ * at it any more, some 20 ms (__dev_change_net_namespace, net/core/dev.c), on another thread.
+ *
+ * @param socket that nobody uses, nor closes, meanwhile
+ * @param namespaceFd that stays open meanwhile
+ * @throws SysError EEXIST for a name in use there
+ */
+export async function moveLink(
+  socket: RtnetlinkSocket,
+  index: number,
+  name: string,
+  namespaceFd: number,
+): Promise<void> {
+  const where = [attribute(IFLA_IFNAME, text(name)), attribute(IFLA_NET_NS_FD, u32(namespaceFd))];
+  const what = `RTM_SETLINK interface ${index} name=${name} namespaceFd=${namespaceFd}`;
+  await socket.requestAside(what, RTM_SETLINK, 0, ifinfomsg(index), ...where);
 }
 
 /** Removes a virtual interface. @throws SysError ENODEV when there is none */

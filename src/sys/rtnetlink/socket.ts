@@ -2,7 +2,8 @@
  * A socket of rtnetlink(7), by which the kernel's links, addresses, routes, neighbours and traffic control are read and
  * changed. It is of the network namespace in which its thread was when it was made, for as long as it lives.
  *
- * The kernel does what it is asked for while it is sent, and its answer is there when send(2) returns. So nothing here waits.
+ * The kernel does what it is asked for while it is sent, and its answer is there when send(2) returns. So nothing here waits for
+ * an answer.
  */
 import { closeSync } from 'node:fs';
 import { SysError } from '../error.ts';
@@ -77,6 +78,20 @@ export class RtnetlinkSocket implements Disposable {
    */
   request(what: string, type: number, flags: number, ...parts: readonly Buffer[]): void {
     this.#send(what, type, flags | NLM_F_ACK, parts);
+    this.#receiveAck(what);
+  }
+
+  /**
+   * As `request`, on a thread of libuv's pool, for what takes the kernel long. Until then the socket is to be asked for nothing
+   * else, and not closed.
+   */
+  async requestAside(what: string, type: number, flags: number, ...parts: readonly Buffer[]): Promise<void> {
+    const request = this.#encode(type, flags | NLM_F_ACK, parts);
+    await cSend.promise('send', what, this.#fd, request, request.length, 0);
+    this.#receiveAck(what);
+  }
+
+  #receiveAck(what: string): void {
     for (;;) {
       for (const message of this.#receive(what)) {
         if (message.type !== NLMSG_ERROR) continue;
@@ -108,9 +123,13 @@ export class RtnetlinkSocket implements Disposable {
     }
   }
 
-  #send(what: string, type: number, flags: number, parts: readonly Buffer[]): void {
+  #encode(type: number, flags: number, parts: readonly Buffer[]): Buffer {
     this.#sequence += 1;
-    const request = encodeRequest(type, flags, this.#sequence, ...parts);
+    return encodeRequest(type, flags, this.#sequence, ...parts);
+  }
+
+  #send(what: string, type: number, flags: number, parts: readonly Buffer[]): void {
+    const request = this.#encode(type, flags, parts);
     check(cSend(this.#fd, request, request.length, 0), 'send', what);
   }
 

@@ -108,9 +108,9 @@ describe('a sandbox whose namespace has an interface', () => {
     ip(sandbox, 'neighbour', 'add', '10.9.0.1', 'lladdr', '02:00:00:00:00:01', 'dev', 'eth0');
   });
 
-  test('hands all that is configured over to the guest, in an order in which it can be set', () => {
-    using network = attach();
-    expect(inWords(network.connect()!)).toEqual({
+  test('hands all that is configured over to the guest, in an order in which it can be set', async () => {
+    await using network = attach();
+    expect(inWords((await network.connect())!)).toEqual({
       interfaces: ['eth0 02:00:00:00:00:42 1400 02:6b:69:6c:6e:00 10.9.0.2/24 fd000009000000000000000000000002/64'],
       routes: [
         '169.254.1.1/32  eth0',
@@ -122,9 +122,9 @@ describe('a sandbox whose namespace has an interface', () => {
     });
   });
 
-  test('has a guest that takes all of it over, also when it is told again', () => {
-    using network = attach();
-    const config = network.connect()!;
+  test('has a guest that takes all of it over, also when it is told again', async () => {
+    await using network = attach();
+    const config = (await network.connect())!;
     using guest = NetworkNamespace.create();
     // Stands for the card: the same kind of interface, with the card's MAC.
     const card = guest.run(() => openTap('card'));
@@ -149,15 +149,19 @@ describe('a sandbox whose namespace has an interface', () => {
     }
   });
 
-  test('has a guest that loses what is taken away, and keeps what its containers have made', () => {
-    using network = attach();
+  test('has a guest that loses what is taken away, and keeps what its containers have made', async () => {
+    await using network = attach();
     using guest = NetworkNamespace.create();
     const card = guest.run(() => openTap('card'));
     try {
       ip(guest, 'link', 'set', 'card', 'address', cards[0]!.mac);
       const its = new GuestNetwork();
+      const take = async () => {
+        const config = asMessage((await network.connect())!);
+        guest.run(() => its.apply(config));
+      };
       ip(sandbox, 'address', 'add', '10.9.0.3/24', 'dev', 'eth0');
-      guest.run(() => its.apply(asMessage(network.connect()!)));
+      await take();
       ip(guest, 'address', 'add', '10.9.7.7/32', 'dev', 'eth0');
       ip(guest, 'route', 'add', '10.7.0.0/16', 'via', '10.9.0.9');
 
@@ -167,7 +171,7 @@ describe('a sandbox whose namespace has an interface', () => {
       ip(sandbox, 'link', 'set', 'eth0', 'down');
       ip(sandbox, 'link', 'set', 'eth0', 'name', 'net0', 'mtu', '1300', 'up');
       ip(sandbox, 'route', 'add', 'default', 'via', '10.9.0.8');
-      guest.run(() => its.apply(asMessage(network.connect()!)));
+      await take();
       const link = ip(guest, 'address', 'show', 'net0');
       expect(link).not.toContain('10.9.0.2');
       expect(link).toContain('10.9.0.3/24');
@@ -183,16 +187,16 @@ describe('a sandbox whose namespace has an interface', () => {
   });
 
   test('is watched: what comes, changes and goes is told, and a card that is free is used again', async () => {
-    using network = attach();
+    await using network = attach();
     const told: string[] = [];
-    const look = () => {
-      const config = network.connect();
+    const look = async () => {
+      const config = await network.connect();
       if (config === undefined) return;
       network.told(config);
       told.push(config.interfaces.map(({ name, cardMac }) => `${name} ${cardMac.at(-1)}`).join());
     };
-    look();
-    using _watch = network.watch(look);
+    await look();
+    using _watch = network.watch(() => void look());
     veth('eth1', 'h1', '02:00:00:00:00:43');
     await vi.waitFor(() => expect(told.at(-1)).toBe('eth0 0,eth1 1'));
     ip(sandbox, 'link', 'set', 'eth1', 'down');
@@ -205,13 +209,13 @@ describe('a sandbox whose namespace has an interface', () => {
     for (const peer of ['h1', 'h2']) ip(host, 'link', 'del', peer);
     await vi.waitFor(() => expect(told.at(-1)).toBe(''));
     const count = told.length;
-    look();
+    await look();
     expect(told).toHaveLength(count);
   });
 
   test('has what is sent to it at the tap, and not in its namespace', async () => {
-    using network = attach();
-    network.connect();
+    await using network = attach();
+    await network.connect();
     ip(host, 'address', 'add', '10.9.0.1/24', 'dev', 'h0');
     ip(host, 'neighbour', 'add', '10.9.0.2', 'lladdr', '02:00:00:00:00:42', 'dev', 'h0');
     host.run(() => spawnSync('bash', ['-c', 'echo here >/dev/udp/10.9.0.2/9']));
@@ -229,7 +233,7 @@ describe('a sandbox whose namespace has an interface', () => {
   test('has answers of name servers come to programs of the host in its namespace, too, and nothing else', async () => {
     const network = attach();
     network.admitAnswers();
-    network.connect();
+    await network.connect();
     ip(sandbox, 'neighbour', 'del', '10.9.0.1', 'dev', 'eth0');
     ip(host, 'address', 'add', '10.9.0.1/24', 'dev', 'h0');
     await using _server = await nodeIn(
@@ -263,29 +267,29 @@ describe('a sandbox whose namespace has an interface', () => {
     });
     expect(knock()).not.toContain('refused');
 
-    using later = networks.adopt('c', vm(), pathOf(sandbox));
+    await using later = networks.adopt('c', vm(), pathOf(sandbox));
     later.admitAnswers();
     expect(await ask()).toEqual(answers);
   });
 
-  test('has nothing new for the guest once that has taken it over, until another interface comes', () => {
-    using network = attach();
-    const config = network.connect()!;
-    expect(network.connect()).toEqual(config);
+  test('has nothing new for the guest once that has taken it over, until another interface comes', async () => {
+    await using network = attach();
+    const config = (await network.connect())!;
+    expect(await network.connect()).toEqual(config);
     network.told(config);
-    expect(network.connect()).toBeUndefined();
+    expect(await network.connect()).toBeUndefined();
     veth('eth1', 'h1', '02:00:00:00:00:43');
-    expect(network.connect()!.interfaces.map(({ name, cardMac }) => `${name} ${cardMac}`)).toEqual([
+    expect((await network.connect())!.interfaces.map(({ name, cardMac }) => `${name} ${cardMac}`)).toEqual([
       `eth0 ${cards[0]!.mac}`,
       `eth1 ${cards[1]!.mac}`,
     ]);
   });
 
-  test('is refused more interfaces than its VM has cards, and what to do is said', () => {
-    using network = attach();
+  test('is refused more interfaces than its VM has cards, and what to do is said', async () => {
+    await using network = attach();
     veth('eth1', 'h1', '02:00:00:00:00:43');
     veth('eth2', 'h2', '02:00:00:00:00:44');
-    expect(() => network.connect()).toThrow(
+    await expect(network.connect()).rejects.toThrow(
       /container c: its VM has network cards for 2 interfaces, but there are 3: (eth[012](, )?){3}/,
     );
   });
@@ -294,32 +298,61 @@ describe('a sandbox whose namespace has an interface', () => {
     ip(host, 'address', 'add', 'fd00:9::3/64', 'nodad', 'dev', 'h0');
     ip(sandbox, 'address', 'add', 'fd00:9::3/64', 'dev', 'eth0');
     await vi.waitFor(() => expect(ip(sandbox, 'address')).toContain('dadfailed'), { timeout: 20_000 });
-    using network = attach();
-    expect(() => network.connect()).toThrow(
+    await using network = attach();
+    await expect(network.connect()).rejects.toThrow(
       'container c: the address fd00:9:0:0:0:0:0:3 of eth0 is in use by another machine on its network',
     );
   });
 
-  test('tells once which card’s tap it has taken from where taps wait', () => {
+  test('tells once which card’s tap it has taken from where taps wait', async () => {
     const moved: number[] = [];
-    using network = networks.attach('c', vm(moved), pathOf(sandbox));
-    network.connect();
+    await using network = networks.attach('c', vm(moved), pathOf(sandbox));
+    await network.connect();
     expect(moved).toEqual([0]);
     veth('eth1', 'h1', '02:00:00:00:00:43');
-    network.connect();
+    await network.connect();
     expect(moved).toEqual([0, 1]);
   });
 
-  test('is found again by a later kilnd', () => {
-    const config = attach().connect()!;
-    using network = networks.adopt('c', vm(), pathOf(sandbox));
-    expect(network.connect()).toEqual(config);
+  test('lets others go on while its tap moves, and those who ask meanwhile wait for it', async () => {
+    const moved: number[] = [];
+    await using network = networks.attach('c', vm(moved), pathOf(sandbox));
+    const order: string[] = [];
+    const asked = ['first', 'second'].map(async (name) => {
+      const config = await network.connect();
+      order.push(name);
+      return config;
+    });
+    setImmediate(() => order.push('another'));
+    const [first, second] = await Promise.all(asked);
+    expect(order).toEqual(['another', 'first', 'second']);
+    expect(second).toEqual(first);
+    expect(moved).toEqual([0]);
   });
 
-  test('takes the tap away that a VM has left, which ended while no kilnd was there', () => {
+  test('leaves nothing when it ends while its tap moves', async () => {
+    const open = () => readdirSync('/proc/self/fd').length;
+    const before = open();
+    const network = attach();
+    const connected = network.connect();
+    connected.catch(() => {});
+    await network[Symbol.asyncDispose]();
+    await expect(connected).rejects.toThrow('container c: its network has ended');
+    await expect(network.connect()).rejects.toThrow('container c: its network has ended');
+    expect(ip(sandbox, '-o', 'link')).not.toContain('kiln-tap');
+    expect(open()).toBe(before);
+  });
+
+  test('is found again by a later kilnd', async () => {
+    const config = (await attach().connect())!;
+    await using network = networks.adopt('c', vm(), pathOf(sandbox));
+    expect(await network.connect()).toEqual(config);
+  });
+
+  test('takes the tap away that a VM has left, which ended while no kilnd was there', async () => {
     closeSync(sandbox.run(() => openTap('kiln-tap0', { persistent: true })));
-    using network = attach();
-    expect(network.connect()!.interfaces).toHaveLength(1);
+    await using network = attach();
+    expect((await network.connect())!.interfaces).toHaveLength(1);
   });
 
   test('keeps no descriptor when a namespace cannot be taken over', () => {
@@ -329,42 +362,42 @@ describe('a sandbox whose namespace has an interface', () => {
     expect(open()).toBe(before);
   });
 
-  test('belongs to one VM at a time', () => {
+  test('belongs to one VM at a time', async () => {
     const first = attach();
-    first.connect();
-    expect(() => attach('d').connect()).toThrow(
+    await first.connect();
+    await expect(attach('d').connect()).rejects.toThrow(
       /container d: another container's VM is connected to its network namespace/,
     );
-    first[Symbol.dispose]();
+    await first[Symbol.asyncDispose]();
     expect(ip(sandbox, '-o', 'link')).not.toContain('kiln-tap');
     // The other one has never left.
     const again = parking.run(() => openTap('kt0'));
-    using second = attach();
-    expect(second.connect()!.interfaces).toHaveLength(1);
+    await using second = attach();
+    expect((await second.connect())!.interfaces).toHaveLength(1);
     closeSync(again);
   });
 
-  test('stays connected when a VM ends that was refused', () => {
-    using first = attach();
-    first.connect();
+  test('stays connected when a VM ends that was refused', async () => {
+    await using first = attach();
+    await first.connect();
     const refused = attach('d');
-    expect(() => refused.connect()).toThrow();
-    refused[Symbol.dispose]();
+    await expect(refused.connect()).rejects.toThrow();
+    await refused[Symbol.asyncDispose]();
     expect(ip(sandbox, '-o', 'link')).toContain('kiln-tap0');
   });
 
-  test('works again after a VM that ended without a kilnd to clean up', () => {
-    attach().connect();
+  test('works again after a VM that ended without a kilnd to clean up', async () => {
+    await attach().connect();
     for (const tap of taps.splice(0)) closeSync(tap);
     taps = parking.run(() => cards.map(({ tap }) => openTap(tap)));
-    using network = attach();
-    expect(network.connect()!.interfaces).toHaveLength(1);
+    await using network = attach();
+    expect((await network.connect())!.interfaces).toHaveLength(1);
   });
 
-  test('leaves the interface as it was', () => {
+  test('leaves the interface as it was', async () => {
     const network = attach();
-    network.connect();
-    network[Symbol.dispose]();
+    await network.connect();
+    await network[Symbol.asyncDispose]();
     ip(host, 'address', 'add', '10.9.0.1/24', 'dev', 'h0');
     ip(sandbox, 'neighbour', 'del', '10.9.0.1', 'dev', 'eth0');
     expect(knock()).toContain('refused');
@@ -376,8 +409,10 @@ test('a sandbox’s macvlan has what is sent to it at the tap', async () => {
   for (const name of ['h0', 'h1']) ip(host, 'link', 'set', name, 'up');
   ip(host, 'link', 'add', 'eth0', 'link', 'h1', 'netns', pathOf(sandbox), 'type', 'macvlan', 'mode', 'bridge');
   ip(sandbox, 'link', 'set', 'eth0', 'address', '02:00:00:00:00:42', 'up');
-  using network = attach();
-  expect(network.connect()!.interfaces.map(({ name, mac }) => `${name} ${mac}`)).toEqual(['eth0 02:00:00:00:00:42']);
+  await using network = attach();
+  expect((await network.connect())!.interfaces.map(({ name, mac }) => `${name} ${mac}`)).toEqual([
+    'eth0 02:00:00:00:00:42',
+  ]);
   ip(host, 'address', 'add', '10.9.0.1/24', 'dev', 'h0');
   ip(host, 'neighbour', 'add', '10.9.0.2', 'lladdr', '02:00:00:00:00:42', 'dev', 'h0');
   host.run(() => spawnSync('bash', ['-c', 'echo here >/dev/udp/10.9.0.2/9']));
@@ -388,9 +423,9 @@ test('a sandbox’s macvlan has what is sent to it at the tap', async () => {
 });
 
 describe('a sandbox without interfaces', () => {
-  test('has nothing for its guest, and no tap of its VM', () => {
-    using network = attach();
-    expect(network.connect()).toBeUndefined();
+  test('has nothing for its guest, and no tap of its VM', async () => {
+    await using network = attach();
+    expect(await network.connect()).toBeUndefined();
     expect(ip(sandbox, '-o', 'link')).not.toContain('kiln-tap');
   });
 

@@ -4,9 +4,9 @@ import type { NetworkConfig } from '../../../src/network/config.ts';
 import { loggerTo } from '../../../src/observe/logger.ts';
 import { GuestNetwork } from '../../../src/sandbox/guest-network.ts';
 
-const cleanups: (() => void)[] = [];
-afterEach(() => {
-  for (const cleanup of cleanups.splice(0)) cleanup();
+const cleanups: (() => Promise<void>)[] = [];
+afterEach(async () => {
+  for (const cleanup of cleanups.splice(0)) await cleanup();
 });
 
 function configOf(...names: string[]): NetworkConfig {
@@ -25,7 +25,7 @@ function scene() {
     problem: undefined,
   };
   const network = {
-    connect: () => {
+    connect: async () => {
       events.push('look');
       if (state.problem !== undefined) throw state.problem;
       return state.config;
@@ -41,7 +41,7 @@ function scene() {
     bindLoopback: () => -1,
     ask: async () => 'none' as const,
     admitAnswers: () => {},
-    [Symbol.dispose]: () => void events.push('leave'),
+    [Symbol.asyncDispose]: async () => void events.push('leave'),
   };
   const guest = {
     setNetwork: async ({ interfaces }: NetworkConfig) => void told.push(interfaces.map(({ name }) => name).join()),
@@ -52,7 +52,7 @@ function scene() {
   };
   const logger = loggerTo({ write: (line: string) => void log.push(line) }, 'debug');
   const its = new GuestNetwork({ network, guest, logger });
-  cleanups.push(() => its[Symbol.dispose]());
+  cleanups.push(() => its[Symbol.asyncDispose]());
   return { its, told, log, events, state, change: () => change() };
 }
 
@@ -102,6 +102,6 @@ it('nothing is followed before its time, nor after it was stopped', async () => 
   its.stop();
   its.follow(0);
   expect(events).toEqual([]);
-  its[Symbol.dispose]();
+  await its[Symbol.asyncDispose]();
   expect(events).toEqual(['leave']);
 });

@@ -386,17 +386,17 @@ export class Workbench implements AsyncDisposable {
       creating: () => ({ [Symbol.dispose]: () => {} }),
     };
     const parking: HostServices['parking'] = { run: (action) => action() };
-    const leave = () => {
+    const leave = async () => {
       this.networksLeft += 1;
     };
     const none = {
-      connect: () => undefined,
+      connect: async () => undefined,
       told: () => {},
       bindLoopback: () => -1,
       ask: async () => 'none' as const,
       admitAnswers: () => {},
       watch: () => ({ [Symbol.dispose]: () => {} }),
-      [Symbol.dispose]: leave,
+      [Symbol.asyncDispose]: leave,
     };
     const networks = { attach: () => none, adopt: () => none };
     const clocks: HostServices['clocks'] = { keep: ({ guest }) => void this.clocksKept.push(guest) };

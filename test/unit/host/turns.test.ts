@@ -1,5 +1,5 @@
 import { expect, it } from 'vitest';
-import { Turns } from '../../../src/daemon/turns.ts';
+import { Turns } from '../../../src/host/turns.ts';
 
 it('steps of one key run one after the other, in the order in which they were asked for', async () => {
   const turns = new Turns();

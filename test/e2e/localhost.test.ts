@@ -150,6 +150,9 @@ describe.each(underKiln ? ['auto', 'virtio-serial'] : ['auto'])(
     it.runIf(underKiln)('is there again after kilnd was killed', async () => {
       const { id, namespace } = await start();
       const socket = await dialed(namespace, '127.0.0.1', 7);
+      // It is through: one that kilnd has not accepted is reset.
+      socket.write('x');
+      await once(socket, 'data');
       const ended = once(socket, 'end');
       socket.resume();
       const pids = scene.kilndPids();

@@ -215,12 +215,21 @@ describe.runIf(underKiln).each(kinds)('%s of a part of a virtual machine', (kind
 
 /** Reads all that a detached container has left in its FIFO. */
 async function drain(scene: Scene, id: string): Promise<void> {
-  const names = await readdir(scene.fifoDir, { recursive: true });
-  const fifo = names.find((name) => name.endsWith(`/${id}-stdout`));
-  // The removal may have been faster.
-  if (fifo === undefined) return;
-  const fd = openSync(join(scene.fifoDir, fifo), fileConstants.O_RDONLY | fileConstants.O_NONBLOCK);
+  // Each has a folder of its own, which ctr removes with it: this one may be gone, and the others may go meanwhile.
+  const fifos = (await readdir(scene.fifoDir)).map((name) => join(scene.fifoDir, name, `${id}-stdout`));
+  const fd = fifos.map(openFifo).find((opened) => opened !== undefined);
+  if (fd === undefined) return;
   const reader = new Socket({ fd, readable: true, writable: false });
   reader.resume();
   await new Promise((resolve) => reader.once('close', resolve));
+}
+
+/** Undefined for one that is not there. */
+function openFifo(file: string): number | undefined {
+  try {
+    return openSync(file, fileConstants.O_RDONLY | fileConstants.O_NONBLOCK);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
+    return undefined;
+  }
 }

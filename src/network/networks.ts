@@ -16,12 +16,13 @@ import { bindLoopback, type LoopbackFamily, openSocket } from '../sys/loopback.t
 import { NetworkNamespace } from '../sys/netns.ts';
 import { deleteLink, type Link, listLinks, moveLink, setLink } from '../sys/rtnetlink/links.ts';
 import { openNetworkMonitor, watchNetwork } from '../sys/rtnetlink/monitor.ts';
-import { admitAnswers, askingPorts, endRedirect, redirect } from '../sys/rtnetlink/redirect.ts';
+import { admitAnswers, askingPorts, endRedirect } from '../sys/rtnetlink/redirect.ts';
 import { RtnetlinkSocket } from '../sys/rtnetlink/socket.ts';
 import { ask, type NameAnswer, type NameQuery } from './ask.ts';
 import { isEthernetOfOthers, loopbackIsAlone, tapName } from './classify.ts';
 import type { NetworkConfig } from './config.ts';
-import { type ConnectedLink, readNetwork } from './read.ts';
+import { readNetwork } from './read.ts';
+import { connectLink, ignoringAbsence, standsForOf, tapMtuFor } from './tie.ts';
 
 /** A network card of a VM, as src/vmm has it. */
 export interface Card {
@@ -41,9 +42,6 @@ export interface NetworkedVm {
 
 /** What a guest has that an earlier kilnd has told it. */
 const unknown = 'unknown';
-
-/** The largest MTU of a tap: drivers/net/tun.c, MAX_MTU. */
-const largestTapMtu = 65535 - 14;
 
 /** Of the network namespace of the thread that writes to it: ip(7). */
 const localPortRange = '/proc/sys/net/ipv4/ip_local_port_range';
@@ -156,14 +154,14 @@ export class SandboxNetwork implements AsyncDisposable {
   }
 
   async #connect(): Promise<NetworkConfig | undefined> {
-    for (;;) {
-      const { missing, config } = this.#look();
-      // Afterwards there may be others.
-      for (const card of missing) await moves.take('', () => this.#bring(card));
-      if (missing.length > 0) continue;
-      const hasNothing = config?.interfaces.length === 0 && this.#told === '';
-      return config === undefined || hasNothing || textOf(config) === this.#told ? undefined : config;
+    let seen = this.#look();
+    // Afterwards there may be others.
+    for (; seen.missing.length > 0; seen = this.#look()) {
+      for (const card of seen.missing) await moves.take('', () => this.#bring(card));
     }
+    const { config } = seen;
+    const hasNothing = config?.interfaces.length === 0 && this.#told === '';
+    return config === undefined || hasNothing || textOf(config) === this.#told ? undefined : config;
   }
 
   #look(): Seen {
@@ -172,8 +170,7 @@ export class SandboxNetwork implements AsyncDisposable {
       if (this.#told === '' && loopbackIsAlone()) return { missing: [] };
       using socket = new RtnetlinkSocket();
       try {
-        const { missing, connected } = this.#connectLinks(socket);
-        return missing.length > 0 ? { missing } : { missing, config: readNetwork(this.#id, socket, connected) };
+        return this.#connectLinks(socket);
       } catch (cause) {
         throw this.#failure(cause);
       }
@@ -262,8 +259,8 @@ export class SandboxNetwork implements AsyncDisposable {
     return this.#vm.nics.map((_, card) => links.find(({ name }) => name === tapName(card)));
   }
 
-  /** Connects the interfaces, if the taps for all of them are there. */
-  #connectLinks(socket: RtnetlinkSocket): Pick<Seen, 'missing'> & { readonly connected: readonly ConnectedLink[] } {
+  /** Connects the interfaces, if the taps for all of them are there, and reads what is configured. */
+  #connectLinks(socket: RtnetlinkSocket): Seen {
     const { nics } = this.#vm;
     const links = listLinks(socket);
     const taps = this.#removeAbandoned(socket, this.#taps(links));
@@ -282,7 +279,7 @@ export class SandboxNetwork implements AsyncDisposable {
     }
     const chosen = free.slice(0, fresh.length);
     const missing = chosen.filter((card) => !this.#moved.has(card));
-    if (missing.length > 0) return { missing, connected: [] };
+    if (missing.length > 0) return { missing };
     for (const [card, tap] of taps.entries()) {
       const mtu = tapMtuFor(standsFor[card]);
       if (tap !== undefined && mtu !== undefined && tap.mtu !== mtu) setLink(socket, tap.index, { mtu });
@@ -299,7 +296,7 @@ export class SandboxNetwork implements AsyncDisposable {
     const connected = standsFor.flatMap((link, card) => {
       return link === undefined ? [] : [{ link, cardMac: nics[card]?.mac ?? '' }];
     });
-    return { missing, connected };
+    return { missing, config: readNetwork(this.#id, socket, connected) };
   }
 
   /** A persistent tap outlives its VM where kilnd was killed while it made the container, or the VM ended without kilnd. */
@@ -357,43 +354,6 @@ export class SandboxNetwork implements AsyncDisposable {
         if (tap !== undefined) ignoringAbsence(() => deleteLink(socket, tap.index));
       }
     });
-  }
-}
-
-/** All that goes in at one goes out at the other, and is not looked at here. */
-function connectLink(socket: RtnetlinkSocket, link: Link, tap: Link): void {
-  // What a killed kilnd, or a VM that ended, has left at the interface leads nowhere.
-  ignoringAbsence(() => endRedirect(socket, link.index));
-  setLink(socket, tap.index, { mtu: tapMtuFor(link), up: true });
-  ignoringAbsence(() => endRedirect(socket, tap.index));
-  redirect(socket, tap.index, link.index);
-  redirect(socket, link.index, tap.index);
-  // Last: what has the alias is complete.
-  setLink(socket, tap.index, { alias: aliasOf(link.index) });
-}
-
-function tapMtuFor(link: Link): number;
-function tapMtuFor(link: Link | undefined): number | undefined;
-function tapMtuFor(link: Link | undefined): number | undefined {
-  return link && Math.min(link.mtu, largestTapMtu);
-}
-
-/** The interface whose place a tap takes. */
-function standsForOf(tap: Link | undefined, links: readonly Link[]): Link | undefined {
-  return links.find(({ index }) => tap?.alias === aliasOf(index));
-}
-
-function aliasOf(index: number): string {
-  return `kiln:${index}`;
-}
-
-/** Does it, be there anything to be undone or not. */
-function ignoringAbsence(action: () => void): void {
-  try {
-    action();
-  } catch (error) {
-    const { code } = error as NodeJS.ErrnoException;
-    if (code !== 'ENODEV' && code !== 'ENOENT' && code !== 'EINVAL') throw error;
   }
 }
 

@@ -18,11 +18,18 @@ export const volumeCaches = ['mmap', 'none', 'loose'] as const;
 export type VolumeCache = (typeof volumeCaches)[number];
 
 /**
+ * The longest 9P message, in bytes. v9fs of Linux 6.1 needs each in one piece of memory (net/9p/client.c, p9_fcall_init), and
+ * this is the largest that the page allocator goes on looking for until there is one (PAGE_ALLOC_COSTLY_ORDER of
+ * include/linux/mmzone.h, pages of 4 KiB). With longer ones, reading a file is ENOMEM in a guest whose memory is in pieces.
+ */
+const messageBytes = 32 * 1024;
+
+/**
  * v9fs's mount options. See docs/volumes.md for what they were chosen by: with "mmap" files are read from the host at each
- * read, and written there at each write, and yet can be mapped for writing. The messages have at most 128 KiB.
+ * read, and written there at each write, and yet can be mapped for writing.
  */
 export function volumeOptions(cache: VolumeCache): string {
-  return `access=client,cache=${cache},msize=131096`;
+  return `access=client,cache=${cache},msize=${messageBytes}`;
 }
 
 /** What the file server is told of a volume. */

@@ -54,9 +54,9 @@ const machines: readonly Machine[] = [
     places: [
       { name: "the guest's own tmpfs", mount: 'tmpfs tmpfs' },
       { name: 'Kiln, hybrid-vsock, cache=mmap' },
-      { name: "QEMU's 9P, as Kiln's", mount: `9p -o ${ninep},cache=mmap,msize=131096 peer-9p` },
+      { name: "QEMU's 9P, as Kiln's", mount: `9p -o ${ninep},cache=mmap,msize=32768 peer-9p` },
       { name: "QEMU's 9P, 512 KiB", mount: `9p -o ${ninep},cache=mmap,msize=524312 peer-9p` },
-      { name: "QEMU's 9P, loose", mount: `9p -o ${ninep},cache=loose,msize=131096 peer-9p` },
+      { name: "QEMU's 9P, loose", mount: `9p -o ${ninep},cache=loose,msize=32768 peer-9p` },
       virtiofs('none'),
     ],
   },

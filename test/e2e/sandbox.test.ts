@@ -47,7 +47,7 @@ describe.runIf(underKiln)('a sandbox of the sandbox API of containerd 2.1', () =
   };
   const inside = async (sandbox: string, ...command: string[]) => {
     const result = await scene.run(scene.id('member'), command, { flags: ['--rm', ...memberFlags(sandbox)] });
-    expect(result).toMatchObject({ code: 0 });
+    expect(result).toMatchObject({ code: 0, stderr: '' });
     return result.stdout.toString().trim();
   };
   const bootId = (sandbox: string) => inside(sandbox, 'cat', '/proc/sys/kernel/random/boot_id');

@@ -271,6 +271,25 @@ describe.each(channels)('volumes by %s', (channel) => {
     }
   });
 
+  it.runIf(underKiln)('are read and written by many at once in a guest that has no large piece of memory', async () => {
+    const dir = folder(scene);
+    const content = Buffer.alloc(1 << 20, 'kiln');
+    writeFileSync(join(dir, 'read'), content);
+    // What a small guest has read and written fills its memory, and leaves it in pieces.
+    const script = `dd if=/dev/zero of=/fill bs=1M count=200 2> /dev/null; cd /v
+      for i in 0 1 2 3 4 5 6 7; do cp read written$i & done; wait; cat read | wc -c
+      awk '/^9p-fcall-cache/ { print $6 }' /proc/slabinfo`;
+    const flags = ['--rm', '--annotation', 'io.kiln.memory_mib=192', ...bind(dir, '/v')];
+    const result = await scene.run(scene.id(), ['sh', '-c', script], { flags });
+    expect({ ...result, stdout: result.stdout.toString() }).toMatchObject({
+      ...{ code: 0, stderr: '' },
+      // The pages of a message, which the kernel finds however its memory is: 2 to the power of PAGE_ALLOC_COSTLY_ORDER.
+      stdout: `${content.length}\n8\n`,
+    });
+    for (const name of readdirSync(dir)) expect(readFileSync(join(dir, name)).equals(content), name).toBe(true);
+    expect(readdirSync(dir)).toHaveLength(9);
+  });
+
   it('show what the host mounts below them later, where their propagation says so', async () => {
     const dir = folder(scene);
     // What is mounted in a place that is not shared stays there.

@@ -5,6 +5,7 @@
  */
 import { chmod, mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import { volumeOptions } from '../../src/sandbox/volumes.ts';
 import { importImage } from '../support/images.ts';
 import type { EditableSpec, Scene } from '../support/scene.ts';
 import { mustRun, type RunResult } from '../support/spawn.ts';
@@ -24,8 +25,8 @@ const [ninepTransport, fsTransport] = [3, 2];
 /** Debian's qemu-system-common has it. */
 const virtiofsd = '/usr/lib/qemu/virtiofsd';
 
-/** v9fs's options for QEMU's server: as Kiln's own, but for the transport. */
-const ninep = 'trans=virtio,version=9p2000.L,access=client';
+/** QEMU's server, with v9fs's options but for the transport. */
+const ninep = (options: string) => `9p -o trans=virtio,version=9p2000.L,${options} peer-9p`;
 
 /** A container, and the places where it has files, one after the other. */
 interface Machine {
@@ -54,9 +55,9 @@ const machines: readonly Machine[] = [
     places: [
       { name: "the guest's own tmpfs", mount: 'tmpfs tmpfs' },
       { name: 'Kiln, hybrid-vsock, cache=mmap' },
-      { name: "QEMU's 9P, as Kiln's", mount: `9p -o ${ninep},cache=mmap,msize=32768 peer-9p` },
-      { name: "QEMU's 9P, 512 KiB", mount: `9p -o ${ninep},cache=mmap,msize=524312 peer-9p` },
-      { name: "QEMU's 9P, loose", mount: `9p -o ${ninep},cache=loose,msize=32768 peer-9p` },
+      { name: "QEMU's 9P, as Kiln's", mount: ninep(volumeOptions('mmap')) },
+      { name: "QEMU's 9P, 512 KiB", mount: ninep('access=client,cache=mmap,msize=524312') },
+      { name: "QEMU's 9P, loose", mount: ninep(volumeOptions('loose')) },
       virtiofs('none'),
     ],
   },

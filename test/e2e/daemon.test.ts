@@ -1,6 +1,5 @@
-import { constants, openSync } from 'node:fs';
-import { mkdir, mkdtemp, readdir, readFile, rm, stat } from 'node:fs/promises';
-import { Socket } from 'node:net';
+import { mkdir, mkdtemp, readFile, rm, stat } from 'node:fs/promises';
+import type { Socket } from 'node:net';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { kilndPids } from '../support/leftovers.ts';
@@ -8,21 +7,23 @@ import { containerdVersions, distBin, underKiln } from '../support/paths.ts';
 import type { Scene } from '../support/scene.ts';
 import { bytes, Lines, run } from '../support/spawn.ts';
 import { startKilnd } from '../support/start-kilnd.ts';
+import { openStdout } from '../support/stdout-fifo.ts';
 import { useScene } from '../support/use-scene.ts';
 import { signal, waitForEnd } from '../support/wait-for-end.ts';
 
 const waiting = ['sh', '-c', 'trap "exit 143" TERM; echo up; while :; do sleep 1000 & wait $!; done'];
 
-/** The reading end of a FIFO, opened without waiting for a writer. */
-function openFifo(path: string): Socket {
-  return new Socket({ fd: openSync(path, constants.O_RDONLY | constants.O_NONBLOCK), readable: true, writable: false });
+/** @throws Error when ctr has removed the FIFO */
+function reading(scene: Scene, id: string): Socket {
+  const reader = openStdout(scene, id);
+  if (reader === undefined) throw new Error(`the stdout of ${id} is not there`);
+  return reader;
 }
 
 /** Reads until so many lines have come, and leaves: all that was taken out of the FIFO. */
-async function readLines(fifo: string, count: number): Promise<string> {
-  const reader = openFifo(fifo);
+async function readLines(scene: Scene, id: string, count: number): Promise<string> {
   let read = '';
-  for await (const chunk of reader as AsyncIterable<Buffer>) {
+  for await (const chunk of reading(scene, id) as AsyncIterable<Buffer>) {
     read += chunk;
     if (read.split('\n').length > count) break;
   }
@@ -110,13 +111,11 @@ describe.each(containerdVersions)('a restart of containerd %s', (version) => {
     await scene.start(id, ['sh', '-c', script]);
     await untilReady(scene, id);
     await scene.ctr(['task', 'kill', '--signal', 'SIGUSR1', id]);
-    const names = await readdir(scene.fifoDir, { recursive: true });
-    const fifo = join(scene.fifoDir, names.find((name) => name.endsWith(`/${id}-stdout`)) ?? '');
 
-    let read = await readLines(fifo, 5);
+    let read = await readLines(scene, id, 5);
     await scene.containerd.stop();
-    read += await readLines(fifo, 5);
-    const reader = openFifo(fifo);
+    read += await readLines(scene, id, 5);
+    const reader = reading(scene, id);
     await scene.containerd.restart();
     await scene.ctr(['task', 'kill', '--signal', 'SIGTERM', id]);
     read += (await bytes(reader)).toString();

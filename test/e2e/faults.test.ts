@@ -3,11 +3,7 @@
  * it, never by time: a hook that holds it up, a line of output, an event. That a new container starts after a fault is
  * shown by the next case, and at the end.
  */
-import { constants as fileConstants, openSync } from 'node:fs';
-import { readdir } from 'node:fs/promises';
-import { Socket } from 'node:net';
 import { constants } from 'node:os';
-import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { beforeAll, describe, expect, it } from 'vitest';
 import { type Phase, stopMs } from '../support/fault-matrix.ts';
@@ -26,6 +22,7 @@ import {
 import { underKiln } from '../support/paths.ts';
 import { ask } from '../support/saboteur.ts';
 import type { Scene } from '../support/scene.ts';
+import { openStdout } from '../support/stdout-fifo.ts';
 import { useScene } from '../support/use-scene.ts';
 import {
   createVictim,
@@ -213,23 +210,8 @@ describe.runIf(underKiln).each(kinds)('%s of a part of a virtual machine', (kind
   });
 });
 
-/** Reads all that a detached container has left in its FIFO. */
+/** Reads all that a detached container has left in its FIFO, if that is still there. */
 async function drain(scene: Scene, id: string): Promise<void> {
-  // Each has a folder of its own, which ctr removes with it: this one may be gone, and the others may go meanwhile.
-  const fifos = (await readdir(scene.fifoDir)).map((name) => join(scene.fifoDir, name, `${id}-stdout`));
-  const fd = fifos.map(openFifo).find((opened) => opened !== undefined);
-  if (fd === undefined) return;
-  const reader = new Socket({ fd, readable: true, writable: false });
-  reader.resume();
-  await new Promise((resolve) => reader.once('close', resolve));
-}
-
-/** Undefined for one that is not there. */
-function openFifo(file: string): number | undefined {
-  try {
-    return openSync(file, fileConstants.O_RDONLY | fileConstants.O_NONBLOCK);
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
-    return undefined;
-  }
+  const reader = openStdout(scene, id)?.resume();
+  if (reader !== undefined) await new Promise((resolve) => reader.once('close', resolve));
 }

@@ -281,11 +281,9 @@ describe.each(channels)('volumes by %s', (channel) => {
       awk '/^9p-fcall-cache/ { print $6 }' /proc/slabinfo`;
     const flags = ['--rm', '--annotation', 'io.kiln.memory_mib=192', ...bind(dir, '/v')];
     const result = await scene.run(scene.id(), ['sh', '-c', script], { flags });
-    expect({ ...result, stdout: result.stdout.toString() }).toMatchObject({
-      ...{ code: 0, stderr: '' },
-      // The pages of a message, which the kernel finds however its memory is: 2 to the power of PAGE_ALLOC_COSTLY_ORDER.
-      stdout: `${content.length}\n8\n`,
-    });
+    expect(result).toMatchObject({ code: 0, stderr: '' });
+    // The pages of a message, which the kernel finds however its memory is: 2 to the power of PAGE_ALLOC_COSTLY_ORDER.
+    expect(result.stdout.toString()).toBe(`${content.length}\n8\n`);
     for (const name of readdirSync(dir)) expect(readFileSync(join(dir, name)).equals(content), name).toBe(true);
     expect(readdirSync(dir)).toHaveLength(9);
   });
